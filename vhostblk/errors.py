@@ -1,0 +1,78 @@
+"""Every exception vhostblk raises on purpose.
+
+::
+
+    VhostBlkError
+     +-- ConfigError        an option, a value or a combination of them is wrong
+     +-- StateError         the object is not in a state that allows the call
+     +-- PeerError          the front-end broke the vhost-user protocol
+     |    +-- SessionError  ... so badly that the connection has to go
+     +-- GuestError         the driver in the guest broke VIRTIO: its queue is broken
+     +-- ImageError         what is in an image file is wrong
+     +-- BlockError         a block-layer request failed; also an OSError, errno always set
+
+Who recovers: a `ConfigError` ends the command, with one line. A `PeerError` is answered through
+REPLY_ACK where that was negotiated, a `SessionError` ends the session, a `GuestError` ends one
+queue, a `BlockError` ends one request. Nothing else is caught, because nothing else is expected.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+import os
+
+__all__ = [
+    "VhostBlkError",
+    "ConfigError",
+    "StateError",
+    "PeerError",
+    "SessionError",
+    "GuestError",
+    "ImageError",
+    "BlockError",
+]
+
+
+class VhostBlkError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(VhostBlkError):
+    """A wrong option. The message names the option, the value and what is allowed."""
+
+
+class StateError(VhostBlkError):
+    """A call that the object's state forbids."""
+
+
+class PeerError(VhostBlkError):
+    """The front-end sent something vhost-user forbids; this message is refused."""
+
+
+class SessionError(PeerError):
+    """The front-end broke framing or trust: the connection cannot go on."""
+
+
+class GuestError(VhostBlkError):
+    """The guest driver broke VIRTIO; the queue it happened on is broken until it is reset."""
+
+
+class ImageError(VhostBlkError):
+    """An image file's own structure is wrong."""
+
+
+class BlockError(VhostBlkError, OSError):
+    """A block request failed.
+
+    Args:
+        errno: a positive errno value, always set.
+        message: what failed, with the node's name; defaults to the errno's text.
+    """
+
+    def __init__(self, errno: int, message: str | None = None) -> None:
+        text = message or os.strerror(errno)
+        OSError.__init__(self, errno, text)
+
+    def __str__(self) -> str:
+        name = _errno.errorcode.get(self.errno or 0, str(self.errno))
+        return f"{self.strerror} ({name})"
