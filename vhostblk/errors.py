@@ -54,7 +54,16 @@ class SessionError(PeerError):
 
 
 class GuestError(VhostBlkError):
-    """The guest driver broke VIRTIO; the queue it happened on is broken until it is reset."""
+    """The guest driver broke VIRTIO; the queue it happened on is broken until it is reset.
+
+    Args:
+        message: what the guest did.
+        reason: a `vhostblk.virtio.chain.Broken`; 0 where whoever raises cannot know it.
+    """
+
+    def __init__(self, message: str, reason: int = 0) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class ImageError(VhostBlkError):

@@ -1,0 +1,78 @@
+"""Both halves of one virtqueue over one buffer, for tests that play driver and device in turn."""
+
+from __future__ import annotations
+
+from vhostblk.virtio.driver import Buffer, DriverQueue
+from vhostblk.virtio.memory import FlatMemory
+from vhostblk.virtio.split import SplitVirtqueue
+
+__all__ = ["BASE", "RingPair"]
+
+BASE = 0x4000_0000
+"""Guest physical address of the first byte, far from 0 so that an offset is never an address."""
+
+
+class RingPair:
+    """A driver and a device that share `data_size` bytes of buffers and one split virtqueue.
+
+    Args:
+        size: entries of the queue.
+        data_size: bytes the driver can place buffers in, starting at `data_gpa`.
+        start: both free-running indices at the beginning.
+    """
+
+    def __init__(
+        self,
+        size: int = 8,
+        *,
+        data_size: int = 1 << 16,
+        event_idx: bool = False,
+        indirect: bool = False,
+        indirect_entries: int = 0,
+        start: int = 0,
+    ) -> None:
+        rings = -(-DriverQueue.area_size(size, indirect_entries) // 4096) * 4096
+        self.buffer = memoryview(bytearray(rings + data_size))
+        self.memory = FlatMemory(BASE, self.buffer)
+        self.data_gpa = BASE + rings
+        self.end = BASE + len(self.buffer)
+        self.driver = DriverQueue(
+            self.buffer[:rings],
+            BASE,
+            size,
+            event_idx=event_idx,
+            indirect_entries=indirect_entries,
+        )
+        self.driver.set_indices(start)
+        self.event_idx = event_idx
+        self.indirect = indirect
+        self.device = self.start_device(start)
+
+    def start_device(self, base: int) -> SplitVirtqueue:
+        """Make a device half that continues at `base`, as a restart of the ring does."""
+        driver = self.driver
+        self.device = SplitVirtqueue(
+            self.memory,
+            driver.size,
+            BASE + driver.desc_offset,
+            BASE + driver.avail_offset,
+            BASE + driver.used_offset,
+            base=base,
+            event_idx=self.event_idx,
+            indirect=self.indirect,
+        )
+        return self.device
+
+    def data(self, offset: int, length: int) -> Buffer:
+        """Name a piece of the data area."""
+        return Buffer(self.data_gpa + offset, length)
+
+    def bytes_at(self, buffer: Buffer) -> memoryview:
+        """Give the memory of a buffer."""
+        return self.buffer[buffer.gpa - BASE : buffer.gpa - BASE + buffer.length]
+
+    def offer(self, head: int) -> None:
+        """Publish `head` behind the driver's back: one raw entry, one more in avail.idx."""
+        position = self.device.next_avail
+        self.driver.write_avail(position, head)
+        self.driver.write_avail_idx(position + 1)

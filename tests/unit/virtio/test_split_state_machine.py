@@ -1,0 +1,164 @@
+"""Driver and device against each other, in any order, with any framing, around every wrap."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tests.rings import RingPair
+from vhostblk.virtio.chain import DescriptorChain
+from vhostblk.virtio.driver import Used
+
+lengths = st.lists(st.integers(0, 9), max_size=4)
+
+
+class Ring(RuleBasedStateMachine):
+    """A queue and the plainest model of it: three deques and two counters.
+
+    Invariants: chains come out as they went in, in order; used elements come back in the order of
+    pushes; a side that was promised a notification gets one, and one that was not does not.
+    """
+
+    pair: RingPair
+
+    @initialize(
+        size=st.sampled_from([1, 2, 4, 8]),
+        event_idx=st.booleans(),
+        start=st.sampled_from([0, 1, 65528, 65535]),
+    )
+    def start(self, size: int, event_idx: bool, start: int) -> None:
+        self.pair = RingPair(
+            size, event_idx=event_idx, indirect=True, indirect_entries=8, start=start
+        )
+        self.added: deque[tuple[int, bytes, int]] = deque()
+        self.available: deque[tuple[int, bytes, int]] = deque()
+        self.popped: list[DescriptorChain] = []
+        self.pushed: deque[Used] = deque()
+        self.tokens: dict[int, int] = {}
+        self.serial = 0
+        # Absolute counters: how many chains, ever; and at which count a notification is wanted.
+        self.published_ever = self.pushed_ever = 0
+        self.kick_looked = self.call_looked = 0
+        # Both events are 0 in fresh memory, which is that far behind a start in the middle.
+        self.kick_wanted_from: int | None = -start & 0xFFFF if event_idx else 0
+        self.call_wanted_from: int | None = self.kick_wanted_from
+
+    @rule(readable=lengths, writable=lengths, indirect=st.booleans())
+    def add(self, readable: list[int], writable: list[int], indirect: bool) -> None:
+        needed = 1 if indirect else len(readable) + len(writable)
+        if (not readable and not writable) or needed > self.pair.driver.free_descriptors:
+            return
+        self.serial += 1
+        content = bytes((self.serial + i) % 256 for i in range(sum(readable)))
+        at = 128 * (self.serial % 512)
+        buffers, offset = [], 0
+        for length in readable + writable:
+            buffers.append(self.pair.data(at + offset, length))
+            offset += length
+        for buffer in buffers[: len(readable)]:
+            start = buffer.gpa - buffers[0].gpa
+            self.pair.bytes_at(buffer)[:] = content[start : start + buffer.length]
+        head = self.pair.driver.add(
+            buffers[: len(readable)], buffers[len(readable) :], token=self.serial, indirect=indirect
+        )
+        assert head not in self.tokens
+        self.tokens[head] = self.serial
+        self.added.append((head, content, sum(writable)))
+
+    @rule()
+    def publish(self) -> None:
+        assert self.pair.driver.publish() == len(self.added)
+        self.published_ever += len(self.added)
+        self.available += self.added
+        self.added.clear()
+
+    def is_wanted(self, wanted_from: int | None, new: range) -> bool:
+        """Whether one of the `new` chains is what the other side wants to hear of."""
+        if self.pair.event_idx:
+            return wanted_from in new
+        return bool(new) and wanted_from is not None
+
+    @rule()
+    def look_whether_to_kick(self) -> None:
+        new = range(self.kick_looked, self.published_ever)
+        assert self.pair.driver.kick_needed() == self.is_wanted(self.kick_wanted_from, new)
+        self.kick_looked = self.published_ever
+
+    @rule()
+    def pop(self) -> None:
+        chain = self.pair.device.pop()
+        if not self.available:
+            assert chain is None
+            return
+        head, content, writable = self.available.popleft()
+        assert chain is not None
+        assert chain.head == head
+        assert b"".join(chain.readable) == content
+        assert sum(map(len, chain.writable)) == writable
+        self.popped.append(chain)
+
+    @precondition(lambda self: self.popped)
+    @rule(data=st.data())
+    def push(self, data: Any) -> None:
+        chain = self.popped.pop(data.draw(st.integers(0, len(self.popped) - 1)))
+        self.serial += 1
+        self.pair.device.push(chain.head, self.serial)
+        self.pushed_ever += 1
+        self.pushed.append(Used(chain.head, self.serial, self.tokens[chain.head]))
+
+    @rule()
+    def look_whether_to_call(self) -> None:
+        new = range(self.call_looked, self.pushed_ever)
+        assert self.pair.device.needs_notification() == self.is_wanted(self.call_wanted_from, new)
+        self.call_looked = self.pushed_ever
+
+    @rule()
+    def reap(self) -> None:
+        used = self.pair.driver.reap()
+        assert used == list(self.pushed)
+        self.pushed.clear()
+        for element in used:
+            del self.tokens[element.head]
+
+    @rule()
+    def device_sleeps(self) -> None:
+        assert self.pair.device.enable_notification() == bool(self.available)
+        self.kick_wanted_from = self.published_ever - len(self.available)
+
+    @rule()
+    def device_works(self) -> None:
+        self.pair.device.disable_notification()
+        if not self.pair.event_idx:
+            self.kick_wanted_from = None
+
+    @rule()
+    def driver_sleeps(self) -> None:
+        assert self.pair.driver.enable_interrupts() == bool(self.pushed)
+        self.call_wanted_from = self.pushed_ever - len(self.pushed)
+
+    @rule()
+    def driver_works(self) -> None:
+        self.pair.driver.disable_interrupts()
+        if not self.pair.event_idx:
+            self.call_wanted_from = None
+
+    @precondition(lambda self: not self.popped)
+    @rule()
+    def restart(self) -> None:
+        """What GET_VRING_BASE and a start with the same base do."""
+        self.look_whether_to_call()
+        self.pair.start_device(self.pair.device.next_avail)
+
+    @invariant()
+    def chains_are_somewhere(self) -> None:
+        if hasattr(self, "pair"):
+            assert self.pair.device.in_flight == len(self.popped)
+            assert self.pair.driver.in_flight == len(self.tokens)
+
+
+TestRing = Ring.TestCase
+TestRing.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
