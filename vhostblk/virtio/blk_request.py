@@ -24,7 +24,8 @@ segment (more work for us than promised, but no harm).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vhostblk.errors import GuestError
@@ -72,9 +73,9 @@ class BlkRequest:
     """Bytes; IN and OUT."""
     length: int = 0
     """Bytes of `data`."""
-    data: list[memoryview] = field(default_factory=list)
+    data: Sequence[memoryview] = ()
     """IN, GET_ID: to be filled. OUT: to be written. Live guest memory."""
-    segments: list[Segment] = field(default_factory=list)
+    segments: Sequence[Segment] = ()
     """DISCARD, WRITE_ZEROES."""
     status: Status | None = None
     """Set: refused, complete it with this and do nothing."""
@@ -91,7 +92,7 @@ class BlkRequest:
             status.
         """
         self.status_byte[0] = status
-        return written + 1 if status == Status.OK else 1
+        return 1 if status else written + 1
 
 
 def parse(
@@ -172,14 +173,13 @@ def _read_segments(
         request.status = Status.UNSUPP
         return
     allowed = SEGMENT_F_UNMAP if request.type == _WRITE_ZEROES else 0
+    segments = []
     for sector, sectors, flags in SEGMENT.iter_unpack(copy_from(data, length)):
         if flags & ~allowed:
             request.status = Status.UNSUPP
         elif (sector + sectors) * SECTOR > capacity:
             request.status = Status.IOERR
         if request.status is not None:
-            request.segments.clear()
             return
-        request.segments.append(
-            Segment(sector * SECTOR, sectors * SECTOR, bool(flags & SEGMENT_F_UNMAP))
-        )
+        segments.append(Segment(sector * SECTOR, sectors * SECTOR, bool(flags & SEGMENT_F_UNMAP)))
+    request.segments = segments

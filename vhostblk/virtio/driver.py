@@ -13,6 +13,7 @@ Knows nothing of how the memory is shared nor of what the buffers mean.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -93,7 +94,8 @@ class DriverQueue:
         self._used = self._part(self.used_offset, used_size(size))
         self._used_words = ring_words(self._used)
         self._fence = Fence()
-        self._free = list(range(size - 1, -1, -1))
+        # First in, first out: every descriptor takes its turn, also in a queue that is never full.
+        self._free = deque(range(size))
         self._chains: dict[int, tuple[list[int], object]] = {}
         self._added = 0
         self._avail_idx = 0
@@ -160,7 +162,7 @@ class DriverQueue:
             or (indirect and len(buffers) > self.indirect_entries)
         ):
             raise StateError(f"no room for {len(buffers)} buffers, {len(self._free)} free")
-        indices = [self._free.pop() for _ in range(needed)]
+        indices = [self._free.popleft() for _ in range(needed)]
         if indirect:
             gpa, table = self.table(indices[0])
             _link(table, range(len(buffers)), buffers)
@@ -220,7 +222,7 @@ class DriverQueue:
             if chain is None:
                 raise PeerError(f"used element {self._used_idx} names {head}, not in flight")
             indices, token = chain
-            self._free += reversed(indices)
+            self._free += indices
             self._used_idx = self._used_idx + 1 & 0xFFFF
             reaped.append(Used(head, written, token))
         return reaped

@@ -77,14 +77,15 @@ class FlatMemory:
 
     def view(self, gpa: int, length: int) -> list[memoryview]:
         """See `GuestMemory.view`."""
-        return [self.ring(gpa, length)]
+        start = gpa - self._base
+        if start < 0 or start + length > len(self._bytes):
+            raise GuestError(f"[{gpa:#x}, +{length:#x}) is outside guest memory")
+        return [self._bytes[start : start + length]]
 
     def ring(self, address: int, length: int) -> memoryview:
         """See `GuestMemory.ring`."""
-        start = address - self._base
-        if start < 0 or start + length > len(self._bytes):
-            raise GuestError(f"[{address:#x}, +{length:#x}) is outside guest memory")
-        return self._bytes[start : start + length]
+        (view,) = self.view(address, length)
+        return view
 
 
 class Fence:
