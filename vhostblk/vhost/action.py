@@ -1,0 +1,135 @@
+"""What a session asks its caller to do: one frozen dataclass per action.
+
+`session` says in which order, and what becomes of the file descriptors: all are lent, and closed
+by a later `CloseFds`, but for the one in `SetBackendChannel`, which is given away.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vhostblk.vhost.payload import MemoryRegion
+from vhostblk.vhost.vring import VringFd, VringSnapshot
+
+__all__ = [
+    "Action",
+    "AddRegion",
+    "CloseFds",
+    "EnableVring",
+    "MapMemory",
+    "ReadConfig",
+    "RemoveRegion",
+    "ResetDevice",
+    "SetBackendChannel",
+    "SetFeatures",
+    "SetVringFd",
+    "StartVring",
+    "StopVring",
+    "WriteConfig",
+]
+
+
+class Action:
+    """What the caller has to do because of a message; `complete` reports the last result."""
+
+
+@dataclass(frozen=True)
+class SetFeatures(Action):
+    """The driver's features are settled: VIRTIO's only, without vhost-user's own bit 30."""
+
+    features: int
+
+
+@dataclass(frozen=True)
+class MapMemory(Action):
+    """Replace all guest memory; `fds[i]` belongs to `regions[i]`."""
+
+    regions: tuple[MemoryRegion, ...]
+    fds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AddRegion(Action):
+    """Add one region of guest memory."""
+
+    region: MemoryRegion
+    fd: int
+
+
+@dataclass(frozen=True)
+class RemoveRegion(Action):
+    """Remove the region with this gpa, uva and size; the offset means nothing."""
+
+    region: MemoryRegion
+
+
+@dataclass(frozen=True)
+class StartVring(Action):
+    """Start serving a ring, popping only if `vring.enabled`. Fails if it lies outside memory."""
+
+    index: int
+    vring: VringSnapshot
+
+
+@dataclass(frozen=True)
+class StopVring(Action):
+    """Complete what is in flight and stop. The result is the next available index (16 bits)."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class EnableVring(Action):
+    """Begin, or cease, to pop from a started ring."""
+
+    index: int
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class SetVringFd(Action):
+    """Exchange an fd of a started ring. Done when the old one is out of use."""
+
+    index: int
+    which: VringFd
+    fd: int | None
+
+
+@dataclass(frozen=True)
+class ReadConfig(Action):
+    """The result is `size` bytes of the configuration space."""
+
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class WriteConfig(Action):
+    """Change the configuration space.
+
+    From the driver, only writable bytes get this far; with `migration`, any: accept those that are
+    writable or do not change, refuse the others.
+    """
+
+    offset: int
+    data: bytes
+    migration: bool
+
+
+@dataclass(frozen=True)
+class SetBackendChannel(Action):
+    """Take this socket, for good, for messages of the back-end; an older one is to be closed."""
+
+    fd: int
+
+
+@dataclass(frozen=True)
+class ResetDevice(Action):
+    """Stop all rings and bring the device back to its initial state; memory stays mapped."""
+
+
+@dataclass(frozen=True)
+class CloseFds(Action):
+    """Close these: nothing uses them any more."""
+
+    fds: tuple[int, ...]

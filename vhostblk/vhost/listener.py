@@ -1,0 +1,182 @@
+"""Listening Unix sockets: a path of our own, or a socket that somebody else opened.
+
+vhost-user, "Backend program conventions" (`--socket-path`, `--fd`).
+
+A socket file outlives the process that made it. So a path is bound only where nothing answers: a
+file that refuses connections is stale, and replaced; anything else at that path stays.
+
+Knows nothing about messages, nor about who may connect when: `Listener.accept` hands out one
+connection at a time, and a caller that is busy closes it, or does not ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import socket
+import stat
+from contextlib import suppress
+
+from vhostblk.errors import ConfigError, StateError
+from vhostblk.vhost.transport import Connection, wake
+
+__all__ = ["Listener"]
+
+_BACKLOG = 16
+
+
+class Listener:
+    """A listening Unix stream socket.
+
+    Make one with `bind` or `adopt`.
+
+    Context: the control loop, one `accept` at a time.
+    Owns: the socket, and the path if it was bound here.
+    """
+
+    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+        self.path = path
+        """Where it was bound, or None for an inherited socket."""
+        self._identity = _identity(path) if path is not None else None
+        self._waiter: asyncio.Future[None] | None = None
+
+    @classmethod
+    def bind(cls, path: str, *, mode: int | None = None) -> Listener:
+        """Listen on a path; a socket file that nobody listens on is replaced.
+
+        Args:
+            mode: permission bits of the socket file; None: as the umask has it.
+
+        Raises:
+            ConfigError: somebody listens there, it is another kind of file, or it cannot be bound.
+        """
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            with _directory_lock(os.path.dirname(path) or "."):
+                _remove_stale(path)
+                sock.bind(path)
+                try:
+                    if mode is not None:
+                        os.chmod(path, mode)  # nobody can connect before listen()
+                    sock.listen(_BACKLOG)
+                    return cls(sock, path)
+                except OSError:
+                    os.unlink(path)
+                    raise
+        except OSError as error:
+            sock.close()
+            reason = error.strerror or str(error)
+            raise ConfigError(f"socket path {path}: {reason}") from error
+        except ConfigError:
+            sock.close()
+            raise
+
+    @classmethod
+    def adopt(cls, fd: int) -> Listener:
+        """Take over an inherited listening socket.
+
+        Args:
+            fd: becomes this object's if this succeeds.
+
+        Raises:
+            ConfigError: it is not a listening Unix stream socket.
+        """
+        try:
+            sock = socket.socket(fileno=fd)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"fd {fd} is not a socket: {error}") from error
+        problem = None
+        if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
+            problem = "not a Unix stream socket"
+        elif not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            problem = "not listening"
+        if problem:
+            sock.detach()
+            raise ConfigError(f"fd {fd} is {problem}")
+        sock.set_inheritable(False)
+        return cls(sock)
+
+    def fileno(self) -> int:
+        """The socket, to look at; -1 once closed."""
+        return self._socket.fileno()
+
+    async def accept(self) -> Connection:
+        """Wait for a client and give its connection.
+
+        Raises:
+            StateError: `close` was called.
+            OSError: no more file descriptors, or memory; the client still waits.
+        """
+        while self._socket.fileno() >= 0:
+            try:
+                sock, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                await self._wait()
+                continue
+            return Connection(sock)
+        raise StateError("the listener is closed")
+
+    def close(self) -> None:
+        """Stop listening, and remove the path if it is still this socket's. Idempotent."""
+        if self._waiter is not None:
+            asyncio.get_running_loop().remove_reader(self._socket)
+            wake(self._waiter)
+        self._socket.close()
+        if self.path is not None and self._identity is not None:
+            # Another daemon may have replaced the file: that one is not ours to remove.
+            with suppress(OSError):
+                if _identity(self.path) == self._identity:
+                    os.unlink(self.path)
+            self._identity = None
+
+    async def _wait(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._waiter = waiter = loop.create_future()
+        loop.add_reader(self._socket, wake, waiter)
+        try:
+            await waiter
+        finally:
+            self._waiter = None
+            if self._socket.fileno() >= 0:
+                loop.remove_reader(self._socket)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.lstat(path)
+    return status.st_dev, status.st_ino
+
+
+class _directory_lock:  # noqa: N801 (used as a statement)
+    """Keeps two daemons from finding the same stale socket at once, where flock works."""
+
+    def __init__(self, directory: str) -> None:
+        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __enter__(self) -> None:
+        with suppress(OSError):
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._fd)
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(f"socket path {path}: exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full, so somebody listens
+    raise ConfigError(f"socket path {path}: somebody listens there")
