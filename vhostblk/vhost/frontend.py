@@ -203,10 +203,10 @@ class Frontend:
         row = FRONTEND_TABLE.get(message.request)
         if row is None:
             raise StateError(f"{message.name()} has no row in the table")
-        if not isinstance(message.payload, row.payload):
-            raise StateError(f"{message.name()} takes {row.payload.__name__}")
-        if not row.fds[0] <= len(message.fds) <= row.fds[1]:
-            raise StateError(f"{message.name()} takes {row.fds} fds, not {len(message.fds)}")
+        try:
+            row.check_syntax(message)
+        except PeerError as error:
+            raise StateError(str(error)) from error
         if row.feature & ~(self.protocol_features | self.protocol_offered):
             raise StateError(f"{message.name()} needs {row.feature.name}")
 

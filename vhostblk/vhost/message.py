@@ -197,6 +197,17 @@ class Row:
     gate: Gate = Gate.NEGOTIATED
     ring: Ring = Ring.NONE
 
+    def check_syntax(self, message: Message) -> None:
+        """Check the columns that need no state. Raises: PeerError: payload or fds are wrong."""
+        payload, count = message.payload, len(message.fds)
+        if not isinstance(payload, self.payload):
+            reason = payload.reason if isinstance(payload, Malformed) else "wrong payload"
+            raise PeerError(f"{self.request.name}: {reason}")
+        fewest, most = self.fds
+        if not fewest <= count <= most:
+            wanted = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+            raise PeerError(f"{self.request.name}: {count} fds where {wanted} belong")
+
 
 def _table(*rows: Row) -> Mapping[int, Row]:
     return MappingProxyType({int(row.request): row for row in rows})
