@@ -122,6 +122,14 @@ class Connection(_Stream):
                 break
         return None
 
+    def has_hung_up(self) -> bool:
+        """Whether the peer has closed its end; what it sent before may still be unread."""
+        if self.is_closed:
+            return True
+        poll = select.poll()
+        poll.register(self._socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
     async def send(self, message: Message) -> None:
         """Send a message; its fds stay the caller's. Waits while the peer does not read.
 

@@ -217,16 +217,16 @@ class Session:
             exchange.starting.is_started = True
         return exchange.answer(result, acks=acks)
 
-    def config_changed(self) -> Message | None:
-        """Note that the configuration space has changed; the rest is `take_backend_message`."""
+    def config_changed(self) -> None:
+        """Note that the configuration space has changed; `take_backend_message` says the rest."""
         self._config_change_due = True
-        return self.take_backend_message()
 
     def take_backend_message(self) -> Message | None:
         """Give the message that is due on the back-end channel, if one is due and allowed now.
 
         vhost-user, "Suspended device state": nothing is sent while all vrings are stopped. QEMU
-        drops such messages too; so a change is kept until a ring runs: ask after each `complete`.
+        drops such messages too; so a change is kept until a ring runs. Ask after
+        `config_changed` and after each `complete`.
         """
         wanted = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
         if (
