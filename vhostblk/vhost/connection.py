@@ -150,12 +150,6 @@ class Connection(_Stream):
                 raise SessionError(f"cannot send {message.name()}: {error}") from error
             data, fds = data[sent:], ()
 
-    def has_hung_up(self) -> bool:
-        """Whether the peer has closed its end, although messages of its may still be unread."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLRDHUP)
-        return bool(poll.poll(0))
-
     def close(self) -> None:
         """Close the socket; a `receive` or `send` that waits ends. Idempotent."""
         for waiter in self._waiters:
