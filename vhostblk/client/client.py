@@ -1,0 +1,418 @@
+"""A guest without a VM: connect, negotiate, share memory, set up queues, read and write.
+
+vhost-user and VIRTIO 1.2 §5.2, as the front-end and the driver. Everything blocks, and every wait
+has a deadline. The order of the messages is QEMU's, because that is what back-ends are used to.
+
+A client obeys the protocols as long as it is `strict`; otherwise it sends what it is told, and its
+parts (`control`, `queues[n].driver`, `memory`) allow anything at any time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Collection, Sequence
+from types import TracebackType
+from typing import Self
+
+from vhostblk.client import waiter
+from vhostblk.client.control import PROTOCOL_FEATURES, Control
+from vhostblk.client.queue import ClientQueue, Framing, Pending
+from vhostblk.client.shared_memory import SharedMemory, SharedRegion
+from vhostblk.errors import PeerError, StateError
+from vhostblk.vhost.message import BackendRequest, ProtocolFeature, Request
+from vhostblk.vhost.vring import VringFd
+from vhostblk.virtio.blk import ID_BYTES, SECTOR, SEGMENT, SEGMENT_F_UNMAP, BlkConfig, RequestType
+from vhostblk.virtio.features import Feature
+
+__all__ = ["CONFIG_BYTES", "FEATURES", "Client", "segments"]
+
+FEATURES = (
+    Feature.VHOST_USER_F_PROTOCOL_FEATURES
+    | Feature.VIRTIO_F_VERSION_1
+    | Feature.VIRTIO_F_EVENT_IDX
+    | Feature.VIRTIO_F_INDIRECT_DESC
+    | Feature.VIRTIO_BLK_F_SIZE_MAX
+    | Feature.VIRTIO_BLK_F_SEG_MAX
+    | Feature.VIRTIO_BLK_F_RO
+    | Feature.VIRTIO_BLK_F_BLK_SIZE
+    | Feature.VIRTIO_BLK_F_FLUSH
+    | Feature.VIRTIO_BLK_F_TOPOLOGY
+    | Feature.VIRTIO_BLK_F_CONFIG_WCE
+    | Feature.VIRTIO_BLK_F_MQ
+    | Feature.VIRTIO_BLK_F_DISCARD
+    | Feature.VIRTIO_BLK_F_WRITE_ZEROES
+)
+"""What this driver makes use of."""
+
+CONFIG_BYTES = 60
+"""The configuration space up to WRITE_ZEROES' fields: what every driver of today reads."""
+
+_NEEDED = {
+    RequestType.FLUSH: Feature.VIRTIO_BLK_F_FLUSH,
+    RequestType.DISCARD: Feature.VIRTIO_BLK_F_DISCARD,
+    RequestType.WRITE_ZEROES: Feature.VIRTIO_BLK_F_WRITE_ZEROES,
+}
+
+_INDIRECT_ENTRIES = 128
+
+
+class Client:
+    """One disk, used through a vhost-user socket.
+
+    Make one with `connect`; use it in a `with` statement, or call `close`.
+
+    Args:
+        control: a session on which nothing has been said yet; becomes this object's.
+        memory: becomes this object's.
+
+    Context: one thread. Owns: control, memory, queues.
+    """
+
+    def __init__(self, control: Control, memory: SharedMemory, *, strict: bool = True) -> None:
+        self.control = control
+        self.memory = memory
+        self.strict = strict
+        self.queues: list[ClientQueue] = []
+        self.config = BlkConfig()
+        """The configuration space as it was read last."""
+        self.offered = 0
+        """Features the device offers."""
+        self._started: set[int] = set()
+
+    @classmethod
+    def connect(
+        cls,
+        target: str | os.PathLike[str] | socket.socket,
+        *,
+        queues: int = 1,
+        queue_size: int = 128,
+        features: int = FEATURES,
+        protocol_features: ProtocolFeature = PROTOCOL_FEATURES,
+        memory: SharedMemory | None = None,
+        memory_one_by_one: bool | None = None,
+        alignment: int = 4096,
+        timeout: float = 10.0,
+        strict: bool = True,
+    ) -> Self:
+        """Connect to a back-end and set everything up, ready for requests.
+
+        Args:
+            target: path of a listening socket, or a connected socket.
+            queues: how many to use.
+            queue_size: entries of each; a power of two.
+            features, protocol_features: what to use of what is offered.
+            memory: guest memory, owned by the client from now on; None: 32 MiB in one memfd.
+            memory_one_by_one: ADD_MEM_REG (True) or SET_MEM_TABLE (False); None: as negotiated.
+            alignment: of the data of requests, in the guest's address space.
+            timeout: seconds for every wait.
+            strict: refuse to do what the protocols forbid.
+
+        Raises:
+            OSError: nobody listens there.
+            PeerError, SessionError, TimeoutError: the back-end did not play along.
+            StateError: it does not have that many queues.
+        """
+        memory = memory or SharedMemory([32 << 20])
+        try:
+            control = Control(target, timeout=timeout, strict=strict)
+        except BaseException:
+            memory.close()
+            raise
+        client = cls(control, memory, strict=strict)
+        try:
+            client._negotiate(features, protocol_features)
+            client.control.share(memory, one_by_one=memory_one_by_one)
+            client.make_queues(queues, queue_size, alignment=alignment)
+            for index in range(queues):
+                client.start_queue(index)
+        except BaseException:
+            client.abandon()
+            client.close()
+            raise
+        return client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self.abandon()
+        self.close()
+
+    def close(self) -> None:
+        """Stop the queues, disconnect and give everything back. Idempotent, never fails."""
+        for index in sorted(self._started):
+            try:
+                self.stop_queue(index)
+            except (PeerError, TimeoutError, StateError):
+                break
+        self.abandon()
+        for queue in self.queues:
+            queue.close()
+        self.memory.close()
+
+    def abandon(self) -> None:
+        """Vanish: close the connection whatever is in flight. Memory and rings stay as they are."""
+        self._started.clear()
+        self.control.close()
+
+    # ---------------------------------------------------------------- set-up, also step by step
+
+    def _negotiate(self, features: int, protocol_features: ProtocolFeature) -> None:
+        control = self.control
+        self.offered = control.negotiate_protocol(protocol_features)
+        if control.protocol_features & ProtocolFeature.CONFIG:
+            self.read_config()
+        if control.protocol_features & ProtocolFeature.BACKEND_REQ:
+            control.open_channel()
+        control.set_features(features & self.offered if self.strict else features)
+
+    def make_queues(self, count: int, size: int, *, alignment: int = 4096) -> None:
+        """Replace the queues by `count` new ones, not started.
+
+        Raises:
+            StateError: some are started, or the back-end has fewer.
+        """
+        if self._started:
+            raise StateError("queues are started")
+        if self.strict and count > (available := self.control.queue_count()):
+            raise StateError(f"{count} queues wanted, the back-end has {available}")
+        for queue in self.queues:
+            queue.close()
+        self.queues = [
+            ClientQueue(
+                index,
+                self.memory,
+                size,
+                event_idx=bool(self.control.features & Feature.VIRTIO_F_EVENT_IDX),
+                indirect_entries=_INDIRECT_ENTRIES if self._has_indirect else 0,
+                alignment=alignment,
+            )
+            for index in range(count)
+        ]
+
+    @property
+    def _has_indirect(self) -> bool:
+        return bool(self.control.features & Feature.VIRTIO_F_INDIRECT_DESC)
+
+    def start_queue(
+        self, index: int, base: int | None = None, *, kick: bool = True, call: bool = True
+    ) -> None:
+        """Tell the back-end everything about a ring, and start it.
+
+        Args:
+            index: the queue's number.
+            base: next available index; None: where the driver is.
+            kick: False: give no kick fd, the back-end has to poll.
+            call: False: give no call fd, `wait` polls.
+        """
+        queue, control = self.queues[index], self.control
+        driver = queue.driver
+        desc, avail, used = (
+            self.memory.uva(driver.gpa + offset)
+            for offset in (driver.desc_offset, driver.avail_offset, driver.used_offset)
+        )
+        frontend = control.frontend
+        control.ask(frontend.set_vring_num(index, driver.size))
+        control.ask(frontend.set_vring_base(index, driver.avail_idx if base is None else base))
+        control.ask(frontend.set_vring_addr(index, desc=desc, avail=avail, used=used))
+        control.ask(frontend.set_vring_fd(index, VringFd.ERR, queue.err_fd))
+        control.ask(frontend.set_vring_fd(index, VringFd.CALL, queue.call_fd if call else None))
+        control.ask(frontend.set_vring_fd(index, VringFd.KICK, queue.kick_fd if kick else None))
+        if control.features & Feature.VHOST_USER_F_PROTOCOL_FEATURES:
+            control.ask(frontend.set_vring_enable(index, True))
+        queue.is_polled = not call
+        self._started.add(index)
+
+    def stop_queue(self, index: int) -> int:
+        """Stop a ring; what was in flight is finished afterwards.
+
+        Returns:
+            Its next available index.
+        """
+        base = self.control.vring_base(index)
+        self._started.discard(index)
+        return base
+
+    def reset_device(self) -> None:
+        """Send RESET_DEVICE and the features anew; `make_queues` and `start_queue` must follow."""
+        self.control.ask(self.control.frontend.request(Request.RESET_DEVICE))
+        self._started.clear()
+        self.control.set_features(self.control.features)
+
+    def add_memory(self, size: int) -> SharedRegion:
+        """Give the guest, and the back-end, one more region."""
+        region = self.memory.add_region(size)
+        self.control.add_region(region)
+        return region
+
+    def remove_memory(self, region: SharedRegion) -> None:
+        """Take a region away from the back-end and from the guest."""
+        self.control.remove_region(region)
+        self.memory.remove_region(region)
+
+    # ---------------------------------------------------------------- configuration space
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the disk, as they were read last."""
+        return self.config.capacity * SECTOR
+
+    def read_config(self) -> BlkConfig:
+        """Read the configuration space anew."""
+        self.config = BlkConfig.from_bytes(self.control.get_config(0, CONFIG_BYTES))
+        return self.config
+
+    def set_writeback(self, enabled: bool) -> None:
+        """Choose the cache mode (VIRTIO_BLK_F_CONFIG_WCE)."""
+        offset = BlkConfig(writeback=1).to_bytes().index(1)
+        self.control.set_config(offset, bytes([enabled]))
+
+    def wait_config_change(self, timeout: float | None = None) -> BlkConfig:
+        """Wait until the back-end says that the configuration changed, and read it.
+
+        Raises:
+            TimeoutError: it did not say so.
+        """
+        message = self.control.next_backend_message(timeout)
+        if message.request != BackendRequest.CONFIG_CHANGE_MSG:
+            raise PeerError(f"the back-end sent {message.name(BackendRequest)}")
+        return self.read_config()
+
+    # ---------------------------------------------------------------- requests that wait
+
+    def read(self, offset: int, length: int, *, queue: int = 0) -> bytes:
+        """Read `length` bytes at byte `offset`. Raises: BlockError: the request failed."""
+        return self._run(queue, RequestType.IN, offset, room=length)
+
+    def write(self, offset: int, data: bytes, *, queue: int = 0) -> None:
+        """Write `data` at byte `offset`. Raises: BlockError: the request failed."""
+        self._run(queue, RequestType.OUT, offset, out=data)
+
+    def flush(self, *, queue: int = 0) -> None:
+        """Make completed writes stable. Raises: BlockError: the request failed."""
+        self._run(queue, RequestType.FLUSH)
+
+    def discard(self, *ranges: tuple[int, int], queue: int = 0) -> None:
+        """Discard ranges of (offset, length), bytes. Raises: BlockError: the request failed."""
+        self._run(queue, RequestType.DISCARD, out=segments(ranges))
+
+    def write_zeroes(self, *ranges: tuple[int, int], unmap: bool = False, queue: int = 0) -> None:
+        """Zero ranges of (offset, length), bytes. Raises: BlockError: the request failed."""
+        self._run(queue, RequestType.WRITE_ZEROES, out=segments(ranges, unmap=unmap))
+
+    def get_id(self, *, queue: int = 0) -> str:
+        """Ask for the serial number. Raises: BlockError: the request failed."""
+        answer = self._run(queue, RequestType.GET_ID, room=ID_BYTES)
+        return answer.partition(b"\0")[0].decode("ascii", "backslashreplace")
+
+    def _run(
+        self, queue: int, kind: RequestType, offset: int = 0, *, out: bytes = b"", room: int = 0
+    ) -> bytes:
+        pending = self.submit(kind, offset, out=out, room=room, queue=queue)
+        self.wait([pending])
+        return pending.result()
+
+    # ---------------------------------------------------------------- requests in flight
+
+    def submit(
+        self,
+        kind: int,
+        offset: int = 0,
+        *,
+        out: bytes = b"",
+        room: int = 0,
+        queue: int = 0,
+        framing: Framing | None = None,
+        indirect: bool | None = None,
+        notify: bool = True,
+    ) -> Pending:
+        """Start a request.
+
+        Args:
+            kind: a `RequestType`; any number if not strict.
+            offset: bytes; a multiple of 512.
+            out: what the device reads: data, or segments.
+            room: how much the device may write.
+            queue: which one.
+            framing, indirect: see `ClientQueue.submit`.
+            notify: False: the device does not see it before the queue's next `notify`.
+
+        Raises:
+            StateError: no room in ring or memory, or what a strict client does not do.
+        """
+        if self.strict:
+            self._check(kind, offset, len(out) if kind == RequestType.OUT else room)
+        pending = self.queues[queue].submit(
+            kind, offset // SECTOR, out=out, room=room, framing=framing, indirect=indirect
+        )
+        if notify:
+            self.queues[queue].notify()
+        return pending
+
+    def _check(self, kind: int, offset: int, length: int) -> None:
+        """VIRTIO 1.2 §5.2.6.1: what a driver MUST NOT ask."""
+        needed = _NEEDED.get(RequestType(kind), 0)
+        if needed & ~self.control.features:
+            raise StateError(f"{RequestType(kind).name} needs a feature that is not negotiated")
+        if kind in (RequestType.IN, RequestType.OUT):
+            if offset % SECTOR or length % SECTOR:
+                raise StateError(f"[{offset}, +{length}) is not made of sectors")
+            if self.config.capacity and offset + length > self.capacity:
+                raise StateError(f"[{offset}, +{length}) is beyond {self.capacity}")
+
+    def wait(self, pending: Collection[Pending], timeout: float | None = None) -> list[Pending]:
+        """Wait until all of `pending` are finished, successfully or not.
+
+        Returns:
+            Everything that finished meanwhile, also what was not waited for.
+
+        Raises:
+            TimeoutError: they are not finished in time.
+            SessionError: the back-end is gone.
+            PeerError: it declared a queue broken, or broke the ring's rules.
+        """
+        return self.wait_until(lambda: all(p.is_done for p in pending), timeout)
+
+    def wait_any(self, timeout: float | None = None) -> list[Pending]:
+        """Wait until at least one request finishes; as `wait`."""
+        before = sum(queue.driver.in_flight for queue in self.queues)
+        return self.wait_until(
+            lambda: sum(queue.driver.in_flight for queue in self.queues) < before, timeout
+        )
+
+    def wait_until(
+        self, condition: Callable[[], bool], timeout: float | None = None
+    ) -> list[Pending]:
+        """Take what finishes until `condition` holds; as `wait`."""
+        connection = self.control.connection.fileno()
+        return waiter.wait_until(condition, self.queues, connection, self._seconds(timeout))
+
+    def poll(self) -> list[Pending]:
+        """Take what has finished, without waiting."""
+        return waiter.poll(self.queues)
+
+    def wait_broken(self, queue: int = 0, timeout: float | None = None) -> None:
+        """Wait until the back-end declares a queue broken through its error fd.
+
+        Raises:
+            TimeoutError: it did not.
+        """
+        waiter.wait_broken(self.queues[queue], self._seconds(timeout))
+
+    def _seconds(self, timeout: float | None) -> float:
+        return self.control.connection.timeout if timeout is None else timeout
+
+
+def segments(ranges: Sequence[tuple[int, int]], *, unmap: bool = False, flags: int = 0) -> bytes:
+    """Encode ranges of (offset, length), bytes, as the data of DISCARD or WRITE_ZEROES."""
+    flags |= SEGMENT_F_UNMAP if unmap else 0
+    return b"".join(
+        SEGMENT.pack(offset // SECTOR, length // SECTOR, flags) for offset, length in ranges
+    )
