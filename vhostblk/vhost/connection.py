@@ -74,8 +74,12 @@ class _Stream:
         """One step of reading: whether the stream goes on, and a message if one is complete."""
         try:
             data, fds = _receive(self._socket, self._decoder.wanted)
+        except (BlockingIOError, TimeoutError):
+            raise
         except ConnectionResetError:
             return False, None
+        except OSError as error:
+            raise SessionError(f"cannot receive: {error}") from error
         if not data:
             _close_all(fds)
             if not self._decoder.is_between_messages:

@@ -19,7 +19,8 @@ import fcntl
 import os
 import socket
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from vhostblk.errors import ConfigError, StateError
 from vhostblk.vhost.connection import BackendChannel, BlockingConnection, Connection, wake
@@ -56,6 +57,8 @@ class Listener:
         Raises:
             ConfigError: somebody listens there, it is another kind of file, or it cannot be bound.
         """
+        if not path or "\0" in path:
+            raise ConfigError(f"socket path {path!r}: not a path")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             with _directory_lock(os.path.dirname(path) or "."):
@@ -152,18 +155,20 @@ def _identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-class _directory_lock:  # noqa: N801 (used as a statement)
-    """Keeps two daemons from finding the same stale socket at once, where flock works."""
-
-    def __init__(self, directory: str) -> None:
-        self._fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def __enter__(self) -> None:
+@contextmanager
+def _directory_lock(directory: str) -> Iterator[None]:
+    """Keep two daemons from finding the same stale socket at once, as far as flock works here."""
+    try:
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        yield  # it may be searched but not read, which is enough to bind
+        return
+    try:
         with suppress(OSError):
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _remove_stale(path: str) -> None:
