@@ -1,0 +1,354 @@
+"""The root edge: a node as its user outside the graph sees it (block layer rows B08.9 and B19.15).
+
+An export, and later a job, owns a `BlockBackend`. It holds the permissions, decides about the write
+cache (lower layers are always write-back), refuses what lies outside the disk, and keeps requests
+waiting while the graph is drained.
+
+Knows nothing about virtio or vhost-user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+
+from vhostblk.block import clear, pipeline
+from vhostblk.block.edge import Edge
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import BlockLimits
+from vhostblk.block.node import (
+    BlockNode,
+    BlockSizes,
+    ExtentFlag,
+    FlushTarget,
+    HostExtent,
+    Req,
+    Role,
+)
+from vhostblk.block.permissions import Perm
+from vhostblk.errors import BlockError
+
+log = logging.getLogger(__name__)
+
+Revoke = Callable[[int, int], Awaitable[None]]
+
+_FUA = int(Req.FUA)
+_MAY_UNMAP = int(Req.MAY_UNMAP)
+_MAX_EXTENTS = 256
+
+
+class BlockBackend:
+    """One user's view of a node.
+
+    Args:
+        name: who uses it, for messages (`export 'disk0'`).
+        writable: ask for the write permission.
+        write_cache: False makes every write durable when it completes.
+        resize: ask for the resize permission too.
+        shared: what other users may do meanwhile.
+
+    Raises: ConfigError: the permissions are not to be had: the node is read-only, or another user
+        or process excludes this.
+
+    Context: the control loop.
+    Owns: its edge, and with it the permissions and file locks, until `close()`.
+    """
+
+    def __init__(
+        self,
+        node: BlockNode,
+        name: str,
+        *,
+        writable: bool,
+        write_cache: bool = True,
+        resize: bool = False,
+        shared: Perm = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
+    ) -> None:
+        self.node = node
+        self.name = name
+        self.writable = writable
+        self.write_cache = write_cache
+        self.in_flight = 0
+        self._quiesced = 0
+        self._epoch = 0  # counts revocations
+        self._idle: list[asyncio.Future[None]] = []
+        self._queued: list[asyncio.Future[None]] = []
+        self._revoke: Revoke | None = None
+        self._resized: Callable[[int], None] | None = None
+        self._external_writes: Callable[[], int] | None = None
+        perm = Perm.CONSISTENT_READ
+        if writable:
+            perm |= Perm.WRITE | Perm.WRITE_UNCHANGED
+        if resize:
+            perm |= Perm.RESIZE
+        self._edge = Edge(self, node, "root", Role.FILTERED | Role.PRIMARY, perm, shared)
+        self._edge.attach()
+        self._closed = False
+
+    # ------------------------------------------------------------------ what it is
+
+    @property
+    def length(self) -> int:
+        """Bytes, a multiple of 512."""
+        return self.node.length
+
+    @property
+    def limits(self) -> BlockLimits:
+        """What one request may be; larger ones are split, so this is advice."""
+        return self.node.limits
+
+    @property
+    def block_sizes(self) -> BlockSizes:
+        """What the disk reports of itself."""
+        return self.node.block_sizes
+
+    @property
+    def can_discard(self) -> bool:
+        """Whether a discard reaches the storage: `discard=unmap`, a driver that can, and writable."""
+        return self.writable and self.node.unmap and self.node.can_discard()
+
+    def attach(
+        self,
+        *,
+        revoke: Revoke | None = None,
+        resized: Callable[[int], None] | None = None,
+        external_writes: Callable[[], int] | None = None,
+    ) -> None:
+        """Say who is to be told.
+
+        Args: revoke: awaited with (offset, length) before the graph does something that extents
+            would not see; when it returns, nobody uses an extent that touches the range. resized:
+            called with the new length. external_writes: how many writes were completed through
+            extents; only grows. Without it a flush after such writes might be skipped.
+        """
+        self._revoke = revoke
+        self._resized = resized
+        self._external_writes = external_writes
+
+    # ------------------------------------------------------------------ requests
+
+    async def preadv(self, offset: int, iov: IoVec) -> None:
+        """Read `iov` full.
+
+        Raises:
+            BlockError: EIO outside the disk, else the driver's errno.
+        """
+        if self._quiesced:
+            await self._resume()
+        self._check(offset, iov.length)
+        self.in_flight += 1
+        try:
+            await pipeline.preadv(self.node, offset, iov)
+        finally:
+            self._leave()
+
+    async def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> None:
+        """Write `iov`; durable when this returns if `flags` has `Req.FUA` or there is no write cache.
+
+        Raises:
+            BlockError: EIO outside the disk, EPERM if not writable, else the driver's errno.
+        """
+        if self._quiesced:
+            await self._resume()
+        self._check(offset, iov.length)
+        self._check_writable()
+        self.in_flight += 1
+        try:
+            if not self.write_cache:
+                flags |= _FUA
+            await pipeline.pwritev(self.node, offset, iov, flags)
+        finally:
+            self._leave()
+
+    async def pwrite_zeroes(
+        self, offset: int, length: int, may_unmap: bool = False, flags: int = 0
+    ) -> None:
+        """Make a range read as zeroes; durable as with `pwritev`.
+
+        Args:
+            may_unmap: the range may lose its allocation (only with `discard=unmap`).
+
+        Raises:
+            BlockError: as `pwritev`.
+        """
+        if self._quiesced:
+            await self._resume()
+        self._check(offset, length)
+        self._check_writable()
+        self.in_flight += 1
+        try:
+            if may_unmap:
+                flags |= _MAY_UNMAP
+            if not self.write_cache:
+                flags |= _FUA
+            await clear.pwrite_zeroes(self.node, offset, length, flags)
+        finally:
+            self._leave()
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """The range is not needed any more; does nothing unless the node has `discard=unmap`.
+
+        Raises:
+            BlockError: as `pwritev`.
+        """
+        if self._quiesced:
+            await self._resume()
+        self._check(offset, length)
+        self._check_writable()
+        self.in_flight += 1
+        try:
+            await clear.pdiscard(self.node, offset, length)
+        finally:
+            self._leave()
+
+    async def flush(self) -> None:
+        """Make durable every write that has completed before this call, also through extents.
+
+        Raises:
+            BlockError: the driver's errno.
+        """
+        if self._quiesced:
+            await self._resume()
+        self.in_flight += 1
+        try:
+            await pipeline.flush(self.node)
+        finally:
+            self._leave()
+
+    # ------------------------------------------------------------------ what may be done without
+    # asking
+
+    async def extents(self, offset: int, length: int) -> list[HostExtent]:
+        """What may be done alone in and around a range: the whole runs that touch it, in order.
+
+        The answer holds until `revoke` is called; so use it before the next suspension. It ends
+        where something may not be done alone, and may be empty.
+        """
+        found: list[HostExtent] = []
+        epoch = self._epoch
+        position, end = offset, min(offset + length, self.node.length)
+        while position < end and not self._quiesced and len(found) < _MAX_EXTENTS:
+            extent = await pipeline.host_extent(self.node, position, end - position)
+            if extent is None:
+                break
+            position = extent.end
+            if not self.writable and extent.flags & ExtentFlag.WRITE:
+                extent = extent.without(ExtentFlag.WRITE)
+            found.append(extent)
+        # A driver that had to wait may have been overtaken; the next miss asks again.
+        return found if self._epoch == epoch and not self._quiesced else []
+
+    def flush_target(self) -> int | FlushTarget:
+        """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).
+
+        May change whenever `revoke` was called, and after `flush_failed`.
+        """
+        if self._quiesced:
+            return FlushTarget.ASK
+        return FlushTarget.NOTHING if self.node.read_only else self.node.flush_target()
+
+    def flush_failed(self, error: int) -> None:
+        """Tell the graph that an fdatasync of `flush_target()` failed: later flushes must not succeed by luck.
+
+        Args:
+            error: positive errno.
+        """
+        self.node.flush_failed(error)
+
+    def register_buf(self, host: int, size: int) -> None:
+        """Announce memory that requests come from: address in this process and bytes."""
+        self.node.register_buf(host, size)
+
+    def unregister_buf(self, host: int) -> None:
+        """Undo `register_buf`."""
+        self.node.unregister_buf(host)
+
+    # ------------------------------------------------------------------ life
+
+    async def drain(self) -> None:
+        """Return when nothing is in flight, in the node and below; requests that come meanwhile wait."""
+        await self.node.drained_begin()
+        self.node.drained_end()
+
+    async def close(self) -> None:
+        """Drain, flush, and give up the permissions; errors of the flush are logged. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        await self.drain()
+        if self.writable:
+            try:
+                await pipeline.flush(self.node)
+            except BlockError as error:
+                log.error("%s: flush at close failed: %s", self.name, error)
+        self._edge.detach()
+        self.attach()
+
+    # ------------------------------------------------------------------ what the edge calls
+    # (node.EdgeParent)
+
+    def describe_use(self, edge: Edge) -> str:
+        """Who uses the node."""
+        return self.name
+
+    async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
+        """Nobody uses an extent in this range once this returns."""
+        self._epoch += 1
+        if self._revoke is not None:
+            await self._revoke(offset, length)
+
+    def child_resized(self, edge: Edge) -> None:
+        """The node's length has changed."""
+        if self._resized is not None:
+            self._resized(self.node.length)
+
+    async def child_drained_begin(self, edge: Edge) -> None:
+        """Hold new requests, take back all extents, wait for what runs."""
+        self._quiesced += 1
+        await self.child_revoke(edge, 0, self.node.length)
+        while self.in_flight:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle.append(waiter)
+            await waiter
+
+    def child_drained_end(self, edge: Edge) -> None:
+        """Let requests go on."""
+        self._quiesced -= 1
+        if not self._quiesced:
+            queued, self._queued = self._queued, []
+            for waiter in queued:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def external_writes(self) -> int:
+        """Writes completed through extents."""
+        return self._external_writes() if self._external_writes is not None else 0
+
+    # ------------------------------------------------------------------
+
+    async def _resume(self) -> None:
+        while self._quiesced:
+            waiter = asyncio.get_running_loop().create_future()
+            self._queued.append(waiter)
+            await waiter
+
+    def _leave(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self._idle:
+            idle, self._idle = self._idle, []
+            for waiter in idle:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    def _check(self, offset: int, length: int) -> None:
+        # Row B14.1 leaves the end of the disk to the guest-facing layer.
+        if offset < 0 or length < 0 or offset > self.node.length - length:
+            raise BlockError(
+                errno.EIO, f"{self.name}: {length} bytes at {offset} are outside the disk"
+            )
+
+    def _check_writable(self) -> None:
+        if not self.writable:
+            raise BlockError(errno.EPERM, f"{self.name}: not writable")

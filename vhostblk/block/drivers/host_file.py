@@ -1,0 +1,221 @@
+"""What there is to know about an open file of the host: kind, size, alignments, block sizes.
+
+System calls only, all of them blocking: the file driver runs them in a thread. Knows nothing about
+nodes.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from vhostblk.block.host_io import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from vhostblk.block.limits import SECTOR_SIZE, align_up
+from vhostblk.block.node import BlockSizes
+from vhostblk.errors import BlockError
+
+# linux/fs.h
+_BLKGETSIZE64 = 0x80081272
+_BLKSSZGET = 0x1268
+_BLKIOMIN = 0x1278
+_BLKIOOPT = 0x1279
+_BLKPBSZGET = 0x127B
+BLKDISCARD = 0x1277
+BLKZEROOUT = 0x127F
+
+# linux/magic.h: file systems whose I/O never waits for a device.
+_TMPFS_MAGIC = 0x01021994
+_RAMFS_MAGIC = 0x858458F6
+
+# statx(2): the mask bit, and where struct statx has stx_mask and stx_dio_mem_align,
+# stx_dio_offset_align.
+_STATX_DIOALIGN = 0x2000
+_STATX_DIO_OFFSET = 152
+_AT_EMPTY_PATH = 0x1000
+
+_PROBED = (1, 512, 1024, 2048, 4096)
+_FALLBACK_ALIGNMENT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class HostFile:
+    """Facts about an open file, in bytes.
+
+    Attributes: size: of the content, as the kernel says; any number for a regular file.
+        request_alignment, memory_alignment: what requests and their memory must be aligned to; 1
+        through the page cache. in_memory: its I/O never blocks. can_discard: holes can be punched,
+        or the device takes discards.
+    """
+
+    is_device: bool
+    size: int
+    request_alignment: int
+    memory_alignment: int
+    sizes: BlockSizes
+    in_memory: bool
+    can_discard: bool
+
+
+def inspect(fd: int, *, direct: bool, writable: bool) -> HostFile:
+    """Find out about an open regular file or block device.
+
+    Args:
+        direct: it was opened with O_DIRECT.
+
+    Raises:
+        OSError: the kernel's.
+    """
+    status = os.fstat(fd)
+    is_device = stat.S_ISBLK(status.st_mode)
+    size = file_size(fd)
+    logical = _ioctl_int(fd, _BLKSSZGET) if is_device else SECTOR_SIZE
+    request_alignment = memory_alignment = 1
+    if direct:
+        request_alignment, memory_alignment = _direct_alignment(fd, logical if is_device else 0)
+    if is_device:
+        sizes = BlockSizes(
+            logical,
+            _ioctl_int(fd, _BLKPBSZGET),
+            _ioctl_int(fd, _BLKIOMIN),
+            _ioctl_int(fd, _BLKIOOPT),
+        )
+    else:
+        # A guest's partition table may rely on 512, so what the file prefers is told as the
+        # physical size.
+        physical = max(SECTOR_SIZE, request_alignment, _power_of_two(status.st_blksize))
+        sizes = BlockSizes(SECTOR_SIZE, physical, physical, 0)
+    return HostFile(
+        is_device=is_device,
+        size=size,
+        request_alignment=request_alignment,
+        memory_alignment=memory_alignment,
+        sizes=sizes,
+        in_memory=not is_device and not direct and _is_in_memory(fd),
+        can_discard=writable
+        and (_device_discards(status.st_rdev) if is_device else _can_punch(fd, size)),
+    )
+
+
+def file_size(fd: int) -> int:
+    """Bytes of a regular file or a block device, now.
+
+    Raises:
+        OSError: the kernel's.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_size
+    size = bytearray(8)
+    fcntl.ioctl(fd, _BLKGETSIZE64, size)
+    return int(struct.unpack("Q", size)[0])
+
+
+def device_range(fd: int, request: int, offset: int, length: int) -> None:
+    """BLKDISCARD or BLKZEROOUT on a range of a block device.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    try:
+        fcntl.ioctl(fd, request, struct.pack("QQ", offset, length))
+    except OSError as error:
+        raise BlockError(error.errno or errno.EIO) from None
+
+
+def _ioctl_int(fd: int, request: int) -> int:
+    value = array.array("i", [0])
+    fcntl.ioctl(fd, request, value)
+    return value[0]
+
+
+def _power_of_two(value: int) -> int:
+    return value if value and not value & (value - 1) and value <= 65536 else 4096
+
+
+def _is_in_memory(fd: int) -> bool:
+    """statfs(2), because os.statvfs has no f_type."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    buffer = ctypes.create_string_buffer(256)
+    if libc.fstatfs(fd, buffer) != 0:
+        return False
+    kind = ctypes.c_long.from_buffer(buffer).value & 0xFFFF_FFFF
+    return kind in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+
+
+def _direct_alignment(fd: int, logical: int) -> tuple[int, int]:
+    """Alignment of offsets and lengths, and of memory, for O_DIRECT: asked for, else tried, else assumed.
+
+    Args:
+        logical: the device's logical block size; 0 for a file.
+    """
+    asked = _ask_direct_alignment(fd)
+    if asked is not None:
+        memory, request = asked
+    else:
+        request, memory = _try_direct_alignment(fd)
+    return max(request, logical), memory
+
+
+def _ask_direct_alignment(fd: int) -> tuple[int, int] | None:
+    """STATX_DIOALIGN (Linux 6.1): (memory, offset) alignment, or None where the kernel does not say."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "statx"):
+        return None
+    buffer = ctypes.create_string_buffer(256)
+    if libc.statx(fd, b"", _AT_EMPTY_PATH, _STATX_DIOALIGN, buffer) != 0:
+        return None
+    (mask,) = struct.unpack_from("=I", buffer, 0)
+    memory, offset = struct.unpack_from("=II", buffer, _STATX_DIO_OFFSET)
+    if not mask & _STATX_DIOALIGN or not memory or not offset:
+        return None
+    return memory, offset
+
+
+def _try_direct_alignment(fd: int) -> tuple[int, int]:
+    """(offset, memory) alignment found by reading: the smallest that the kernel does not refuse."""
+    memory = memoryview(mmap.mmap(-1, 2 * _PROBED[-1]))
+
+    def works(length: int, shift: int) -> bool:
+        try:
+            os.preadv(fd, [memory[shift : shift + length]], 0)
+        except OSError as error:
+            # Anything else is not about alignment.
+            return error.errno != errno.EINVAL
+        return True
+
+    request = next((align for align in _PROBED if works(align, 0)), 0)
+    # A read of one byte that succeeds only says that nothing was read: the file is empty, or nobody
+    # checks.
+    if request <= 1:
+        return _FALLBACK_ALIGNMENT, _FALLBACK_ALIGNMENT
+    shift = next((align for align in _PROBED if works(request, align)), 0)
+    return request, shift if shift > 1 else _FALLBACK_ALIGNMENT
+
+
+def _can_punch(fd: int, size: int) -> bool:
+    """Try it where there is nothing to lose: behind the end."""
+    try:
+        start = align_up(size, 1 << 20) + (1 << 20)
+        fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, start, 4096)
+    except BlockError as error:
+        return error.errno == errno.EFBIG
+    return True
+
+
+def _device_discards(device: int) -> bool:
+    """What sysfs says; a partition has its queue in the folder above."""
+    base = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    for queue in (base / "queue", base.resolve().parent / "queue"):
+        try:
+            return int((queue / "discard_max_bytes").read_text()) > 0
+        except (OSError, ValueError):
+            continue
+    return False

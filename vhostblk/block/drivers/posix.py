@@ -1,0 +1,278 @@
+"""A node whose bytes are those of an open host file: requests, zeroes, holes, flushes, extents.
+
+Reads that the page cache can serve, and everything on tmpfs, are done at once in the control loop;
+the rest goes to `host_io.py`. What the file system cannot do (zero-range, holes) is found out by
+trying, and remembered.
+
+The end of a file is where the kernel said it was: `length` is that rounded up to whole sectors, the
+rest of the last sector reads as zeroes, and a read that comes back short before the end means that
+somebody has cut the file: EIO.
+
+Knows nothing about how the file was opened, nor about locks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from vhostblk.block.drivers import host_file
+from vhostblk.block.host_io import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    HostIO,
+    block_error,
+    fallocate,
+    read_all,
+    write_all,
+)
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
+from vhostblk.block.node import BlockNode, ExtentFlag, FlushTarget, HostExtent, Req
+from vhostblk.errors import BlockError
+
+_FUA = int(Req.FUA)
+_MAY_UNMAP = int(Req.MAY_UNMAP)
+
+_PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+_ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
+_ALLOCATE = FALLOC_FL_KEEP_SIZE
+
+# A kernel, file system or device that does not have an operation says one of these.
+_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+# Freeing so much memory at once is not noticed; more is given to a thread.
+_INLINE_FALLOCATE = 1 << 20
+
+
+class PosixNode(BlockNode):
+    """Base of the nodes that are a file. `open()` of the derived class sets `_fd` and `_io`, then calls `_adopt()`.
+
+    Owns: the fd.
+    """
+
+    supported_write_flags = _FUA
+    supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
+
+    _fd = -1
+    _io: HostIO
+    _file: host_file.HostFile
+    _size = 0  # bytes of content, which `length` rounds up
+    _direct = False  # O_DIRECT
+    _pool = False  # aio=threads
+    _inline = False  # nothing ever blocks
+    _nowait = False  # RWF_NOWAIT may find reads in the page cache
+    _has_punch = True
+    _has_zero_range = True
+    _has_allocate = True
+    # After a failed fdatasync the kernel forgets which pages were lost, and the next one succeeds.
+    # Ours must not.
+    _flush_error = 0
+
+    def _adopt(self, file: host_file.HostFile) -> None:
+        """Serve this file, opened as `_fd`."""
+        self._file = file
+        self._size = file.size
+        self.length = align_up(file.size, SECTOR_SIZE)
+        self.block_sizes = file.sizes
+        self._inline = file.in_memory
+        self._nowait = not self._direct and not file.in_memory
+        self._has_punch = file.can_discard
+
+    async def close(self) -> None:
+        """Close the file, which drops the locks."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            await self._io.call(os.close, fd)
+
+    def refresh_limits(self) -> None:
+        """Alignments as probed; devices also want whole blocks for zeroes and discards."""
+        file, limits = self._file, self.limits
+        limits.request_alignment = file.request_alignment
+        limits.min_mem_alignment = file.memory_alignment
+        limits.opt_mem_alignment = max(limits.opt_mem_alignment, file.memory_alignment)
+        if file.is_device:
+            limits.pwrite_zeroes_alignment = file.sizes.logical
+            limits.pdiscard_alignment = file.sizes.logical
+
+    async def refresh_length(self) -> None:
+        """Ask the kernel."""
+        self._size = await self._io.call(host_file.file_size, self._fd)
+        self.set_length(align_up(self._size, SECTOR_SIZE))
+
+    # ------------------------------------------------------------------ requests
+
+    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+        """Read; zeroes behind the end of the content, EIO if the content ends early."""
+        expected = min(length, self._size - offset)
+        got = 0
+        if self._inline:
+            got = read_all(self._fd, offset, iov)
+        else:
+            if self._nowait:
+                got = self._read_cached(offset, iov)
+            if got < expected:
+                rest = iov.slice(got, length - got)
+                got += await self._io.preadv(self._fd, offset + got, rest)
+        if got < expected:
+            raise BlockError(
+                errno.EIO, f"{self.node_name}: the file ends at {offset + got}, not at {self._size}"
+            )
+        if got < length:
+            iov.zero(got, length - got)
+
+    def _read_cached(self, offset: int, iov: IoVec) -> int:
+        """As many bytes as are in the page cache, without waiting for others."""
+        try:
+            return os.preadv(self._fd, iov.views, offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise block_error(error) from None
+            self._nowait = False
+            return 0
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        """Write; FUA is RWF_DSYNC."""
+        dsync = bool(flags & _FUA) and not self.no_flush
+        if self._inline:
+            write_all(self._fd, offset, iov, os.RWF_DSYNC if dsync else 0)
+        else:
+            await self._io.pwritev(self._fd, offset, iov, dsync)
+        self._size = max(self._size, offset + length)
+
+    async def driver_cut_padding(self, end: int) -> None:
+        """O_DIRECT wrote a whole block at the end; the file must not seem to have grown."""
+        if not self._file.is_device and self._size > end:
+            await self._truncate_file(end)
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Holes if they are allowed, else a zero-range, else a hole that is allocated again; else ENOTSUP."""
+        if self._file.is_device:
+            await self._zero_device(offset, length, flags)
+            return
+        if not (flags & _MAY_UNMAP and await self._punch(offset, length)):
+            if self._has_zero_range:
+                self._has_zero_range = await self._fallocate(_ZERO, offset, length)
+            if not self._has_zero_range:
+                if not (self._has_allocate and await self._punch(offset, length)):
+                    raise BlockError(errno.ENOTSUP)
+                self._has_allocate = await self._fallocate(_ALLOCATE, offset, length)
+                if not self._has_allocate:
+                    raise BlockError(errno.ENOTSUP)
+        if offset + length > self._size:
+            await self._truncate_file(offset + length)
+
+    async def _zero_device(self, offset: int, length: int, flags: int) -> None:
+        if (offset | length) % self._file.sizes.logical:
+            raise BlockError(errno.ENOTSUP)
+        # Unlike BLKDISCARD, a hole in a device is one that reads as zeroes.
+        if flags & _MAY_UNMAP and await self._punch(offset, length):
+            return
+        if not self._has_zero_range or not await self._device_range(
+            host_file.BLKZEROOUT, offset, length
+        ):
+            self._has_zero_range = False
+            raise BlockError(errno.ENOTSUP)
+
+    async def driver_pdiscard(self, offset: int, length: int) -> None:
+        """Punch a hole, or tell the device."""
+        if not self._file.is_device:
+            done = await self._punch(offset, length)
+        elif (offset | length) % self._file.sizes.logical:
+            done = False
+        else:
+            done = await self._device_range(host_file.BLKDISCARD, offset, length)
+        if not done:
+            raise BlockError(errno.ENOTSUP)
+
+    def can_discard(self) -> bool:
+        """As probed when the file was opened."""
+        return self._file.can_discard
+
+    async def driver_flush_to_disk(self) -> None:
+        """fdatasync. Once it has failed it fails for ever, unless there is no page cache in between."""
+        if self._flush_error:
+            raise BlockError(
+                self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
+            )
+        try:
+            await self._io.fdatasync(self._fd)
+        except BlockError as error:
+            self.flush_failed(error.errno or errno.EIO)
+            raise
+
+    def flush_failed(self, error: int) -> None:
+        """Somebody's fdatasync failed: see `_flush_error`."""
+        if not self._direct:
+            self._flush_error = error
+
+    async def driver_truncate(self, length: int) -> None:
+        """Change the size of the file; devices have the size they have."""
+        if self._file.is_device:
+            raise BlockError(errno.ENOTSUP, f"{self.node_name}: a device cannot be resized")
+        await self._truncate_file(length)
+
+    async def _truncate_file(self, size: int) -> None:
+        try:
+            await self._io.call(os.ftruncate, self._fd, size)
+        except OSError as error:
+            raise block_error(error) from None
+        self._size = size
+
+    async def _punch(self, offset: int, length: int) -> bool:
+        if self._has_punch:
+            self._has_punch = await self._fallocate(_PUNCH, offset, length)
+        return self._has_punch
+
+    async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
+        """fallocate; False if the file system does not have it."""
+        try:
+            if self._inline and length <= _INLINE_FALLOCATE:
+                fallocate(self._fd, mode, offset, length)
+            else:
+                await self._io.fallocate(self._fd, mode, offset, length)
+        except BlockError as error:
+            if error.errno in _MISSING:
+                return False
+            raise
+        return True
+
+    async def _device_range(self, request: int, offset: int, length: int) -> bool:
+        try:
+            await self._io.call(host_file.device_range, self._fd, request, offset, length)
+        except BlockError as error:
+            if error.errno in _MISSING:
+                return False
+            raise
+        return True
+
+    # ------------------------------------------------------------------ what may be done without
+    # asking
+
+    async def host_extent(self, offset: int, length: int) -> HostExtent | None:
+        """The whole file, except a last block that the file does not fill."""
+        file = self._file
+        block = max(SECTOR_SIZE, file.request_alignment)
+        usable = align_down(min(self._size, self.length), block)
+        if offset >= usable:
+            return None
+        flags = ExtentFlag.READ
+        if not self.read_only:
+            flags |= ExtentFlag.WRITE
+        if file.in_memory:
+            flags |= ExtentFlag.INLINE
+        if self._direct:
+            flags |= ExtentFlag.FIXED
+        if self._pool:
+            flags |= ExtentFlag.POOL
+        return HostExtent(
+            0, usable, self._fd, 0, flags, file.request_alignment, file.memory_alignment
+        )
+
+    def flush_target(self) -> int | FlushTarget:
+        """The file, unless flushes are off, or have failed before."""
+        if self.no_flush:
+            return FlushTarget.NOTHING
+        return FlushTarget.ASK if self._flush_error else self._fd

@@ -1,0 +1,131 @@
+"""`raw`: a child's bytes as they are, or a window of them (`offset`, `size`)."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, replace
+
+from vhostblk.block.edge import Edge
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import SECTOR_SIZE, align_down
+from vhostblk.block.node import BlockNode, FlushTarget, HostExtent, OpenContext, Req, Role
+from vhostblk.block.options import SIZE, option
+from vhostblk.block.pipeline import host_extent
+from vhostblk.errors import BlockError, ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RawOptions:
+    """QEMU's options for raw, besides `file`."""
+
+    offset: int = option(SIZE, 0, about="where the disk begins in the file, in bytes")
+    size: int | None = option(SIZE, None, about="bytes of the disk; the rest of the file if absent")
+
+
+class RawNode(BlockNode):
+    """A window onto its child; the whole of it makes a transparent layer (row B08.4)."""
+
+    driver_name = "raw"
+    options_type = RawOptions
+    options: RawOptions
+    child_keys = ("file",)
+    # The child's pipeline does, or emulates, all of these.
+    supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
+    supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
+    _file: Edge
+
+    async def open(self, context: OpenContext) -> None:
+        """Open the child and check that the window is inside.
+
+        Raises:
+            ConfigError: it is not.
+        """
+        whole = not self.options.offset and self.options.size is None
+        role = Role.PRIMARY | (Role.FILTERED if whole else Role.DATA)
+        self._file = await context.open_child(self, "file", role)
+        child = self._file.node
+        if child.read_only and self.common.auto_read_only:
+            self.read_only = True
+        self.block_sizes = child.block_sizes
+        self.length = self._window(child.length)
+
+    async def refresh_length(self) -> None:
+        """As long as the child allows."""
+        self.child_resized(self._file)
+
+    def _window(self, available: int) -> int:
+        offset, size = self.options.offset, self.options.size
+        if offset > available:
+            raise ConfigError(
+                f"Parameter 'offset': {offset} is greater than the size of the containing file "
+                f"({available})"
+            )
+        if size is None:
+            return align_down(available - offset, SECTOR_SIZE)
+        if size > available - offset:
+            raise ConfigError(
+                f"Parameter 'size': the sum of offset ({offset}) and size ({size}) is greater than "
+                f"the size of the containing file ({available})"
+            )
+        if size % SECTOR_SIZE:
+            raise ConfigError(f"Parameter 'size': {size} is not a multiple of {SECTOR_SIZE}")
+        return size
+
+    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+        """Shifted."""
+        await self._file.preadv(offset + self.options.offset, iov)
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        """Shifted; ENOSPC behind the end of a window of fixed size."""
+        self._check_window(offset + length)
+        await self._file.pwritev(offset + self.options.offset, iov, flags)
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Shifted; ENOSPC behind the end of a window of fixed size."""
+        self._check_window(offset + length)
+        await self._file.pwrite_zeroes(offset + self.options.offset, length, flags)
+
+    async def driver_pdiscard(self, offset: int, length: int) -> None:
+        """Shifted; ENOSPC behind the end of a window of fixed size."""
+        self._check_window(offset + length)
+        await self._file.pdiscard(offset + self.options.offset, length)
+
+    async def driver_truncate(self, length: int) -> None:
+        """The child's end moves; ENOTSUP with a fixed size."""
+        if self.options.size is not None:
+            raise BlockError(errno.ENOTSUP, f"{self.node_name}: the size is fixed by an option")
+        await self._file.truncate(length + self.options.offset)
+
+    def can_discard(self) -> bool:
+        """If the child can, and may."""
+        return self._file.node.unmap and self._file.node.can_discard()
+
+    async def host_extent(self, offset: int, length: int) -> HostExtent | None:
+        """The child's, cut to the window and shifted; none if the shift breaks its alignment."""
+        shift = self.options.offset
+        extent = await host_extent(self._file.node, offset + shift, length)
+        if extent is None or shift % extent.request_alignment:
+            return None
+        extent = extent.cut(shift, shift + self.length)
+        return extent and replace(extent, offset=extent.offset - shift)
+
+    def flush_target(self) -> int | FlushTarget:
+        """The child's: nothing is cached here."""
+        return self._file.node.flush_target()
+
+    async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
+        """The part of the child's range that shows through the window."""
+        start = max(offset - self.options.offset, 0)
+        end = min(offset + length - self.options.offset, self.length)
+        if start < end:
+            await self.revoke(start, end - start)
+
+    def child_resized(self, edge: Edge) -> None:
+        """Follow, if the size is not fixed; a child that no longer holds the window makes requests fail, not us."""
+        if self.options.size is None:
+            available = max(edge.node.length - self.options.offset, 0)
+            self.set_length(align_down(available, SECTOR_SIZE))
+
+    def _check_window(self, end: int) -> None:
+        if self.options.size is not None and end > self.options.size:
+            raise BlockError(errno.ENOSPC, f"{self.node_name}: behind the end of a fixed size")

@@ -1,0 +1,101 @@
+"""An edge of the graph: who uses which node, with which permissions (block layer rows B08 and B09).
+
+All requests of a parent go through its edge, which checks that the parent holds the permission; the
+pipeline of the child does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.block import clear, pipeline
+from vhostblk.block.permissions import Perm, PermissionChange
+
+if TYPE_CHECKING:
+    from vhostblk.block.iov import IoVec
+    from vhostblk.block.node import BlockNode, EdgeParent, Role
+
+_WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED
+
+
+class Edge:
+    """A parent's use of a node. Linked into both ends by `attach()`, taken out by `detach()`.
+
+    Context: the control loop.
+    """
+
+    __slots__ = ("name", "node", "parent", "perm", "role", "shared")
+
+    def __init__(
+        self, parent: EdgeParent, node: BlockNode, name: str, role: Role, perm: Perm, shared: Perm
+    ) -> None:
+        self.parent = parent
+        self.node = node
+        self.name = name
+        self.role = role
+        self.perm = perm
+        self.shared = shared
+
+    def describe(self) -> str:
+        """Who uses the node and as what, for messages."""
+        return self.parent.describe_use(self)
+
+    def attach(self) -> None:
+        """Link into the node's parents, if the permissions allow it.
+
+        Raises:
+            ConfigError: they do not; nothing has changed.
+        """
+        self.node.parents.append(self)
+        change = PermissionChange()
+        try:
+            change.check(self.node)
+        except BaseException:
+            self.node.parents.remove(self)
+            change.abort()
+            raise
+        change.commit()
+
+    def detach(self) -> None:
+        """Unlink; the node keeps counting the writes that went past its pipeline."""
+        self.node.fold_external_writes(self.parent.external_writes())
+        self.node.parents.remove(self)
+        change = PermissionChange()
+        # Asking for less cannot fail, except where it must be possible to leave anyway.
+        change.check(self.node)
+        change.commit()
+
+    def preadv(self, offset: int, iov: IoVec) -> Coroutine[Any, Any, None]:
+        """Read `iov` full; see `pipeline.preadv`."""
+        return pipeline.preadv(self.node, offset, iov)
+
+    def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
+        """Write `iov`; see `pipeline.pwritev`."""
+        self._check_write(offset, iov.length)
+        return pipeline.pwritev(self.node, offset, iov, flags)
+
+    def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> Coroutine[Any, Any, None]:
+        """Make a range read as zeroes; see `clear.pwrite_zeroes`."""
+        self._check_write(offset, length)
+        return clear.pwrite_zeroes(self.node, offset, length, flags)
+
+    def pdiscard(self, offset: int, length: int) -> Coroutine[Any, Any, None]:
+        """Give a range up; see `clear.pdiscard`."""
+        self._check_write(offset, 0)
+        return clear.pdiscard(self.node, offset, length)
+
+    def flush(self) -> Coroutine[Any, Any, None]:
+        """Make completed writes durable; see `pipeline.flush`."""
+        return pipeline.flush(self.node)
+
+    def truncate(self, length: int) -> Coroutine[Any, Any, None]:
+        """Change the node's length; see `pipeline.truncate`."""
+        assert self.perm & Perm.RESIZE or self.node.read_only, f"{self.describe()}: no resize"
+        return pipeline.truncate(self.node, length)
+
+    def _check_write(self, offset: int, length: int) -> None:
+        # Rows B09.9 and B16.6: whoever breaks this has a bug. A read-only node answers EPERM
+        # itself.
+        assert self.perm & _WRITES or self.node.read_only, f"{self.describe()}: no write permission"
+        assert offset + length <= self.node.length or self.perm & Perm.RESIZE or self.node.read_only

@@ -1,0 +1,193 @@
+"""File I/O for nodes: submitted from the control loop, done by the engine's io_uring or by threads.
+
+Two implementations of one interface: `NativeHostIO` uses the C engine (`struct vb_io` in
+native/engine.h), `ThreadHostIO` a pool of Python threads, where the engine is not built. Nobody
+waits in the loop: a coroutine suspends once per request.
+
+A request that is being waited for cannot be cancelled, because the kernel may still be writing into
+its buffers: the cancellation takes effect when the request is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import functools
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future as ThreadFuture
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from vhostblk.block.iov import IoVec
+from vhostblk.errors import BlockError, ConfigError
+
+T = TypeVar("T")
+
+# fallocate(2), from linux/falloc.h.
+FALLOC_FL_KEEP_SIZE = 0x01
+FALLOC_FL_PUNCH_HOLE = 0x02
+FALLOC_FL_ZERO_RANGE = 0x10
+
+_WORKERS = 16
+
+
+class Completion(asyncio.Future[Any]):
+    """A future that cannot be cancelled: see the module's docstring."""
+
+    def cancel(self, msg: Any | None = None) -> bool:
+        """Never: the task that waits is cancelled when the request is over."""
+        return False
+
+
+class HostIO(ABC):
+    """File I/O from the control loop.
+
+    All methods raise BlockError with the kernel's errno.
+
+    Context: the loop that was running when it was made.
+    Owns: threads, and an io_uring.
+    """
+
+    kind: str  # "io_uring" or "threads"
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        # Started when first used, and grown as needed, by the executor itself.
+        self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+
+    @abstractmethod
+    async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
+        """Fill the vector; returns the bytes read, fewer than asked only at the end of the file."""
+
+    @abstractmethod
+    async def pwritev(self, fd: int, offset: int, iov: IoVec, dsync: bool = False) -> None:
+        """Write the whole vector; `dsync`: durable when this returns (RWF_DSYNC)."""
+
+    @abstractmethod
+    async def fdatasync(self, fd: int) -> None:
+        """fdatasync(2)."""
+
+    @abstractmethod
+    async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """fallocate(2)."""
+
+    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Run something that may block in a thread; what it raises is raised here, as it is."""
+        completion = Completion(loop=self._loop)
+        thread_future = self._executor.submit(function, *arguments)
+        thread_future.add_done_callback(functools.partial(self._thread_done, completion))
+        result: T = await completion
+        return result
+
+    def _thread_done(self, completion: Completion, done: ThreadFuture[Any]) -> None:
+        self._loop.call_soon_threadsafe(_settle, completion, done)
+
+    async def close(self) -> None:
+        """Wait for what is in flight and end the threads."""
+        self._executor.shutdown(wait=True)
+
+
+def _settle(completion: Completion, done: ThreadFuture[Any]) -> None:
+    error = done.exception()
+    if error is not None:
+        completion.set_exception(error)
+    else:
+        completion.set_result(done.result())
+
+
+class ThreadHostIO(HostIO):
+    """The fallback: system calls in Python threads."""
+
+    kind = "threads"
+
+    async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
+        """See `HostIO.preadv`."""
+        return await self.call(read_all, fd, offset, iov)
+
+    async def pwritev(self, fd: int, offset: int, iov: IoVec, dsync: bool = False) -> None:
+        """See `HostIO.pwritev`."""
+        await self.call(write_all, fd, offset, iov, os.RWF_DSYNC if dsync else 0)
+
+    async def fdatasync(self, fd: int) -> None:
+        """See `HostIO.fdatasync`."""
+        await self.call(_fdatasync, fd)
+
+    async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """See `HostIO.fallocate`."""
+        await self.call(fallocate, fd, mode, offset, length)
+
+
+# ---------------------------------------------------------------------- the same, blocking
+
+
+def read_all(fd: int, offset: int, iov: IoVec, flags: int = 0) -> int:
+    """preadv2 until the vector is full or the file ends; returns the bytes read.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    done = 0
+    try:
+        while done < iov.length:
+            count = os.preadv(fd, iov.slice(done, iov.length - done).views, offset + done, flags)
+            if count == 0:
+                break
+            done += count
+    except OSError as error:
+        raise block_error(error) from None
+    return done
+
+
+def write_all(fd: int, offset: int, iov: IoVec, flags: int = 0) -> None:
+    """pwritev2 until all is written.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    done = 0
+    try:
+        while done < iov.length:
+            count = os.pwritev(fd, iov.slice(done, iov.length - done).views, offset + done, flags)
+            if count == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            done += count
+    except OSError as error:
+        raise block_error(error) from None
+
+
+def _fdatasync(fd: int) -> None:
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise block_error(error) from None
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2) with its modes, which Python's os module lacks.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    size = ctypes.c_int64
+    if libc.fallocate(fd, mode, size(offset), size(length)) < 0:
+        raise BlockError(ctypes.get_errno())
+
+
+def block_error(error: OSError) -> BlockError:
+    """The same failure as the block layer reports it."""
+    return BlockError(error.errno or errno.EIO)
+
+
+def create_host_io(aio: str | None) -> HostIO:
+    """The file I/O for an `aio` option: "io_uring", "threads", or None for the best there is.
+
+    Raises:
+        ConfigError: io_uring was asked for and does not work here.
+    """
+    if aio == "io_uring":
+        raise ConfigError("Parameter 'aio': io_uring is not available here (allowed: threads)")
+    return ThreadHostIO()

@@ -1,0 +1,135 @@
+"""QEMU's way to write options: `driver=file,node-name=d,filename=a,,b`, dotted keys, or JSON.
+
+`parse_keyval` and `parse_options` give a nested dictionary, `flatten` the flat one with dotted keys
+that `options.py` works on (block layer row B05.3 calls it the flatten step).
+
+Knows nothing about which options exist.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from vhostblk.errors import ConfigError
+
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*\Z")
+
+
+def parse_options(text: str, implied_key: str | None = None) -> dict[str, Any]:
+    """Parse an option argument: JSON if it starts with a brace, `key=value,...` otherwise.
+
+    Args: implied_key: what the first value is for when it comes without a key (`--blockdev
+        file,filename=x`).
+
+    Raises:
+        ConfigError: bad syntax.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            parsed = json.loads(text, object_pairs_hook=_refuse_duplicates)
+        except ValueError as error:
+            raise ConfigError(f"invalid JSON: {error}") from None
+        assert isinstance(parsed, dict)
+        return parsed
+    return parse_keyval(text, implied_key)
+
+
+def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
+    """Parse `key=value,...`; `,,` in a value stands for one comma; values stay strings.
+
+    Dotted keys nest: `file.driver=x` gives `{"file": {"driver": "x"}}`. The last of equal keys
+    wins, as in QEMU.
+
+    Raises:
+        ConfigError: bad syntax, or a key used both as a value and as a prefix.
+    """
+    result: dict[str, Any] = {}
+    if not text:
+        return result
+    for index, item in enumerate(_split(text)):
+        key, separator, value = item.partition("=")
+        if not separator:
+            if index == 0 and implied_key is not None and item:
+                key, value = implied_key, item
+            else:
+                raise ConfigError(f"Expected '=' after parameter '{item}'")
+        if not _KEY.match(key):
+            raise ConfigError(f"Invalid parameter '{key}'")
+        _insert(result, key, value)
+    return result
+
+
+def _split(text: str) -> list[str]:
+    """Cut at single commas; two of them are one literal comma."""
+    items = [""]
+    position = 0
+    while position < len(text):
+        comma = text.find(",", position)
+        if comma < 0:
+            items[-1] += text[position:]
+            break
+        items[-1] += text[position:comma]
+        if text[comma + 1 : comma + 2] == ",":
+            items[-1] += ","
+            position = comma + 2
+        else:
+            items.append("")
+            position = comma + 1
+    # QEMU allows one comma at the very end.
+    if len(items) > 1 and not items[-1]:
+        items.pop()
+    return items
+
+
+def _insert(target: dict[str, Any], key: str, value: str) -> None:
+    *prefixes, last = key.split(".")
+    path = ""
+    for prefix in prefixes:
+        path = f"{path}.{prefix}" if path else prefix
+        target = target.setdefault(prefix, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"Parameters '{path}.*' used inconsistently")
+    if isinstance(target.get(last), dict):
+        raise ConfigError(f"Parameters '{key}.*' used inconsistently")
+    target[last] = value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"duplicate key '{double}'")
+    return result
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested (or already dotted) options as one flat dictionary with dotted keys.
+
+    Raises:
+        ConfigError: a key occurs both nested and dotted, or both as a value and as a prefix.
+    """
+    flat: dict[str, Any] = {}
+    for key, value in options.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found = flatten(value, f"{name}.")
+        elif isinstance(value, list):
+            found = flatten({str(index): item for index, item in enumerate(value)}, f"{name}.")
+        else:
+            found = {name: value}
+        for inner, item in found.items():
+            if inner in flat:
+                raise ConfigError(f"Parameter '{inner}' is given twice")
+            flat[inner] = item
+    if not prefix:
+        for name in flat:
+            parts = name.split(".")
+            for count in range(1, len(parts)):
+                parent = ".".join(parts[:count])
+                if parent in flat:
+                    raise ConfigError(f"Parameters '{parent}.*' used inconsistently")
+    return flat

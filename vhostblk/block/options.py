@@ -1,0 +1,225 @@
+"""Typed options: each is declared once, with its QEMU name, type, default and help.
+
+An option set is a frozen dataclass whose fields are made by `option()`. `consume()` takes from a
+flat dictionary what the set understands and leaves the rest, so that the last stage can name the
+first leftover (block layer rows B05.6, B05.13).
+
+Knows nothing about drivers: they declare their own sets.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from vhostblk.block.keyval import flatten, parse_keyval, parse_options
+from vhostblk.errors import ConfigError
+
+__all__ = [
+    "NodeOptions",
+    "choice",
+    "consume",
+    "describe_options",
+    "flatten",
+    "leftover",
+    "option",
+    "parse_keyval",
+    "parse_options",
+    "to_boolean",
+    "to_integer",
+    "to_size",
+    "to_string",
+]
+
+T = TypeVar("T")
+
+_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]+)?)([bBkKmMgGtTpPeE]?)\Z")
+_SUFFIXES = "BKMGTPE"
+_INT64_MAX = (1 << 63) - 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OptionType:
+    """How a value is read, and what messages and help call it."""
+
+    read: Callable[[str, Any], Any]
+    name: str
+
+
+def to_boolean(name: str, value: Any) -> bool:
+    """`on`/`off` (and yes/no, true/false, y/n) or a JSON boolean."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        word = value.lower()
+        if word in ("on", "yes", "true", "y"):
+            return True
+        if word in ("off", "no", "false", "n"):
+            return False
+    raise ConfigError(f"Parameter '{name}' expects 'on' or 'off', not '{value}'")
+
+
+def to_size(name: str, value: Any) -> int:
+    """Bytes, with an optional suffix K, M, G, T, P or E (powers of 1024), or a JSON number."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT64_MAX:
+        return value
+    if isinstance(value, str) and (match := _SIZE.match(value)):
+        number, suffix = match.groups()
+        scale: int = 1024 ** _SUFFIXES.index(suffix.upper() or "B")
+        if number[:2].lower() == "0x":
+            size = int(number, 16) * scale
+        elif "." in number:
+            whole, fraction = number.split(".")
+            size = int(whole) * scale + int(fraction) * scale // 10 ** len(fraction)
+        else:
+            size = int(number) * scale
+        if size <= _INT64_MAX:
+            return size
+    raise ConfigError(
+        f"Parameter '{name}' expects a size from 0 to {_INT64_MAX}, with an optional suffix "
+        f"k, M, G, T, P or E, not '{value}'"
+    )
+
+
+def to_integer(name: str, value: Any) -> int:
+    """A whole number that is not negative."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit():
+        return int(value)
+    raise ConfigError(f"Parameter '{name}' expects a number that is not negative, not '{value}'")
+
+
+def to_string(name: str, value: Any) -> str:
+    """A string."""
+    if isinstance(value, str):
+        return value
+    raise ConfigError(f"Parameter '{name}' expects a string, not '{value}'")
+
+
+BOOLEAN = OptionType(to_boolean, "on|off")
+SIZE = OptionType(to_size, "size")
+INTEGER = OptionType(to_integer, "number")
+STRING = OptionType(to_string, "string")
+
+
+def choice(*values: str) -> OptionType:
+    """One of several words."""
+
+    def read(name: str, value: Any) -> str:
+        if value in values:
+            return str(value)
+        raise ConfigError(
+            f"Parameter '{name}' does not accept value '{value}' (allowed: {', '.join(values)})"
+        )
+
+    return OptionType(read, "|".join(values))
+
+
+def option(
+    kind: OptionType, default: Any = dataclasses.MISSING, *, about: str, name: str = ""
+) -> Any:
+    """A field of an option set.
+
+    Args:
+        default: without one, the option is required.
+        name: QEMU's name, dots included; by default the field's name with dashes.
+    """
+    return dataclasses.field(default=default, metadata={"type": kind, "about": about, "name": name})
+
+
+def _name(field: dataclasses.Field[Any]) -> str:
+    return str(field.metadata["name"]) or field.name.replace("_", "-")
+
+
+def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
+    """Take from `flat` the options of this set.
+
+    Args:
+        flat: dotted keys; what is understood is removed.
+        where: prefix for names in messages (`file.` for a child's options).
+
+    Raises:
+        ConfigError: a bad value, or a required option that is missing.
+    """
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(options_type):  # type: ignore[arg-type]
+        name = _name(field)
+        if name in flat:
+            values[field.name] = field.metadata["type"].read(f"{where}{name}", flat.pop(name))
+        elif field.default is dataclasses.MISSING:
+            raise ConfigError(f"Parameter '{where}{name}' is missing")
+    return options_type(**values)
+
+
+def leftover(
+    flat: dict[str, Any], driver: str, node_name: str, where: str, options_type: type[Any]
+) -> None:
+    """Refuse what is not in the last option set that is going to be consumed.
+
+    Raises:
+        ConfigError: names the first leftover (row B05.13).
+    """
+    known = {_name(field) for field in dataclasses.fields(options_type)}
+    for name in flat:
+        if name not in known:
+            node = f" (node '{node_name}')" if node_name else ""
+            raise ConfigError(
+                f"Block driver '{driver}'{node} does not support the option '{where}{name}'"
+            )
+
+
+def describe_options(options_type: type[Any]) -> list[tuple[str, str, str]]:
+    """(name, values and default, help) of every option, for `--help` and the manual."""
+    rows = []
+    for field in dataclasses.fields(options_type):
+        values = str(field.metadata["type"].name)
+        if field.default is dataclasses.MISSING:
+            values += " (required)"
+        elif field.default is not None and field.default != "":
+            default = field.default
+            if isinstance(default, bool):
+                default = "on" if default else "off"
+            values += f" (default: {default})"
+        rows.append((_name(field), values, str(field.metadata["about"])))
+    return rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What every node understands, whatever its driver (row B02, "Option keys")."""
+
+    node_name: str | None = option(STRING, None, about="name of the node; generated if absent")
+    read_only: bool = option(BOOLEAN, False, about="refuse writes")
+    auto_read_only: bool = option(
+        BOOLEAN, False, about="open read-only if the file does not allow writing"
+    )
+    discard: str = option(
+        choice("ignore", "unmap", "off", "on"), "ignore", about="whether discards reach the file"
+    )
+    detect_zeroes: str = option(
+        choice("off", "on", "unmap"), "off", about="turn writes of zeroes into zero-writes"
+    )
+    force_share: bool = option(
+        BOOLEAN, False, about="share the image with any other user; read-only nodes only"
+    )
+    cache_direct: bool = option(
+        BOOLEAN, False, about="bypass the host's page cache (O_DIRECT)", name="cache.direct"
+    )
+    cache_no_flush: bool = option(
+        BOOLEAN, False, about="ignore flushes: fast, and unsafe", name="cache.no-flush"
+    )
+
+    def __post_init__(self) -> None:
+        if self.detect_zeroes != "off":
+            raise ConfigError(
+                f"Parameter 'detect-zeroes' does not support value '{self.detect_zeroes}' yet "
+                "(allowed: off)"
+            )
+        if self.force_share and not self.read_only:
+            raise ConfigError("Parameter 'force-share=on' can only be used with 'read-only=on'")
+        # B06.2: on and off are other names.
+        words = {"on": "unmap", "off": "ignore"}
+        object.__setattr__(self, "discard", words.get(self.discard, self.discard))
