@@ -48,7 +48,10 @@ FEATURES = (
 CONFIG_BYTES = 60
 """The configuration space up to WRITE_ZEROES' fields: what every driver of today reads."""
 
-_NEEDED = {
+_NEEDED: dict[int, int] = {
+    RequestType.IN: 0,
+    RequestType.OUT: 0,
+    RequestType.GET_ID: 0,
     RequestType.FLUSH: Feature.VIRTIO_BLK_F_FLUSH,
     RequestType.DISCARD: Feature.VIRTIO_BLK_F_DISCARD,
     RequestType.WRITE_ZEROES: Feature.VIRTIO_BLK_F_WRITE_ZEROES,
@@ -358,9 +361,9 @@ class Client:
 
     def _check(self, kind: int, offset: int, length: int) -> None:
         """VIRTIO 1.2 §5.2.6.1: what a driver MUST NOT ask."""
-        needed = _NEEDED.get(RequestType(kind), 0)
-        if needed & ~self.control.features:
-            raise StateError(f"{RequestType(kind).name} needs a feature that is not negotiated")
+        needed = _NEEDED.get(kind)
+        if needed is None or needed & ~self.control.features:
+            raise StateError(f"request type {kind} is not one of the features negotiated")
         if kind in (RequestType.IN, RequestType.OUT):
             if offset % SECTOR or length % SECTOR:
                 raise StateError(f"[{offset}, +{length}) is not made of sectors")
