@@ -22,7 +22,15 @@ from vhostblk.client.shared_memory import SharedMemory, SharedRegion
 from vhostblk.errors import PeerError, StateError
 from vhostblk.vhost.message import BackendRequest, ProtocolFeature, Request
 from vhostblk.vhost.vring import VringFd
-from vhostblk.virtio.blk import ID_BYTES, SECTOR, SEGMENT, SEGMENT_F_UNMAP, BlkConfig, RequestType
+from vhostblk.virtio.blk import (
+    ID_BYTES,
+    SECTOR,
+    SEGMENT,
+    SEGMENT_F_UNMAP,
+    WRITEBACK_OFFSET,
+    BlkConfig,
+    RequestType,
+)
 from vhostblk.virtio.features import Feature
 
 __all__ = ["CONFIG_BYTES", "FEATURES", "Client", "segments"]
@@ -274,8 +282,7 @@ class Client:
 
     def set_writeback(self, enabled: bool) -> None:
         """Choose the cache mode (VIRTIO_BLK_F_CONFIG_WCE)."""
-        offset = BlkConfig(writeback=1).to_bytes().index(1)
-        self.control.set_config(offset, bytes([enabled]))
+        self.control.set_config(WRITEBACK_OFFSET, bytes([enabled]))
 
     def wait_config_change(self, timeout: float | None = None) -> BlkConfig:
         """Wait until the back-end says that the configuration changed, and read it.

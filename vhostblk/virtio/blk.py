@@ -19,6 +19,7 @@ __all__ = [
     "SECTOR",
     "SEGMENT",
     "SEGMENT_F_UNMAP",
+    "WRITEBACK_OFFSET",
     "BlkConfig",
     "RequestType",
     "Status",
@@ -61,7 +62,8 @@ class Status(enum.IntEnum):
 _CONFIG = struct.Struct("<QII HBB I BBHI BxH III IIB3x III IIIIIB3x")
 CONFIG_SIZE = _CONFIG.size
 """Bytes of the whole configuration space, zoned fields included."""
-_WRITEBACK_OFFSET = 32
+WRITEBACK_OFFSET = 32
+"""Where the one byte is that the driver may write."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class BlkConfig:
         if offset < 0 or offset + len(data) > len(space):
             raise GuestError(f"config write [{offset}, +{len(data)}) is outside the space")
         space[offset : offset + len(data)] = data
-        written = dataclasses.replace(self, writeback=space[_WRITEBACK_OFFSET])
+        written = dataclasses.replace(self, writeback=space[WRITEBACK_OFFSET])
         if written.writeback > 1 or space != written.to_bytes():
             raise GuestError(f"config write [{offset}, +{len(data)}): only writeback is writable")
         return written

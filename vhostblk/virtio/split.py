@@ -106,6 +106,7 @@ class SplitVirtqueue:
         "_desc",
         "_event_idx",
         "_fence",
+        "_has_notified",
         "_in_flight",
         "_indirect",
         "_indirect_max",
@@ -158,6 +159,7 @@ class SplitVirtqueue:
         # The used index survives a restart of the ring only in the ring itself.
         self._used_idx = self._used_words[IDX]
         self._notified_used = self._used_idx
+        self._has_notified = False
         self.next_avail = base & 0xFFFF
         """Free-running index of the next chain to pop; what GET_VRING_BASE asks for."""
         self.broken: Broken | None = None
@@ -233,6 +235,10 @@ class SplitVirtqueue:
         if before == now:
             return False
         self._notified_used = now
+        if not self._has_notified:
+            # Whoever served this ring before may have died between using a chain and saying so.
+            self._has_notified = True
+            return True
         # The driver may have changed its mind just before it looked at the used index.
         self._fence.full()
         if not self._event_idx:
@@ -273,6 +279,7 @@ class SplitVirtqueue:
         table: memoryview | bytes = self._desc
         entries = left = self._size
         index = head
+        saw_writable = False
         while True:
             left -= 1
             if left < 0:
@@ -287,7 +294,8 @@ class SplitVirtqueue:
                 continue
             if flags & DESC_F_WRITE:
                 views = writable
-            elif writable:
+                saw_writable = True
+            elif saw_writable:
                 # VIRTIO 1.2 §2.7.4.2: writable elements come after all readable ones.
                 self._break(Broken.ORDER, f"chain {head}: readable behind writable")
             else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.rings import BASE, RingPair
@@ -242,9 +244,10 @@ def test_queue_breaks_on_a_next_outside_the_table(following: int) -> None:
     assert break_by_pop(pair) == Broken.CHAIN_NEXT
 
 
-def test_queue_breaks_on_a_readable_descriptor_behind_a_writable_one() -> None:
+@pytest.mark.parametrize("length", [0, 1])
+def test_queue_breaks_on_a_readable_descriptor_behind_a_writable_one(length: int) -> None:
     pair = RingPair(8)
-    pair.driver.write_descriptor(0, pair.data_gpa, 1, WRITE | NEXT, 1)
+    pair.driver.write_descriptor(0, pair.data_gpa, length, WRITE | NEXT, 1)
     pair.driver.write_descriptor(1, pair.data_gpa, 1)
     pair.offer(0)
     assert break_by_pop(pair) == Broken.ORDER
@@ -360,8 +363,31 @@ def use(pair: RingPair, count: int) -> None:
         pair.driver.reap()
 
 
+def started(**options: Any) -> RingPair:
+    """A ring whose first notification, which is always due, is over."""
+    pair = RingPair(**options)
+    use(pair, 1)
+    assert pair.device.needs_notification()
+    pair.driver.kick_needed()
+    return pair
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_first_notification_after_a_start_is_always_sent(event_idx: bool) -> None:
+    """Whoever served the ring before may have died between using a chain and saying so."""
+    pair = started(event_idx=event_idx)
+    pair.driver.write_used_event(1000)
+    pair.driver.write_avail_flags(1)
+    use(pair, 1)
+    assert not pair.device.needs_notification()
+    pair.start_device(pair.device.next_avail)
+    assert not pair.device.needs_notification(), "nothing was pushed"
+    use(pair, 1)
+    assert pair.device.needs_notification()
+
+
 def test_device_notifies_unless_no_interrupt_is_set() -> None:
-    pair = RingPair()
+    pair = started()
     assert not pair.device.needs_notification(), "nothing was pushed"
     use(pair, 1)
     assert pair.device.needs_notification()
@@ -400,7 +426,7 @@ def test_enable_notification_reports_work_that_came_without_a_kick() -> None:
 def test_event_idx_notifies_exactly_when_used_event_was_passed(
     start: int, batch: int, event: int
 ) -> None:
-    pair = RingPair(8, event_idx=True, start=start)
+    pair = started(event_idx=True, start=start - 1)
     pair.driver.write_used_event(start + event)
     use(pair, batch)
     assert pair.device.needs_notification() == (0 <= event < batch)
@@ -422,15 +448,15 @@ def test_event_idx_asks_for_exactly_one_kick(start: int, before: int, batch: int
 
 
 def test_event_idx_is_ignored_when_it_was_not_negotiated() -> None:
-    pair = RingPair(8)
+    pair = started()
     pair.driver.write_used_event(1000)
     use(pair, 1)
     assert pair.device.needs_notification()
 
 
 def test_no_interrupt_flag_is_ignored_with_event_idx() -> None:
-    pair = RingPair(8, event_idx=True)
+    pair = started(event_idx=True)
     pair.driver.write_avail_flags(1)
-    pair.driver.write_used_event(0)
+    pair.driver.write_used_event(1)
     use(pair, 1)
     assert pair.device.needs_notification()
