@@ -1,0 +1,112 @@
+"""Build the engine: `setup.py` names `ffibuilder`, cffi runs this file and compiles what it says.
+
+`engine.h` is the C header and the cffi declarations in one, so the two cannot disagree. The files
+are compiled without liburing where it is missing (the engine then does its I/O with a pool of
+threads), and not at all where there is no C compiler: the extension is optional, `vhostblk.native`
+says so, and exports use the data path written in Python.
+
+Environment:
+    VHOSTBLK_WERROR=1: warnings are errors. For us, never for the compilers of users.
+    VHOSTBLK_NO_URING=1: build as if liburing were missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+
+# Python has none since 3.12: what setuptools, which runs this, provides under that name.
+from distutils.ccompiler import new_compiler
+from distutils.errors import CompileError, LinkError
+from distutils.sysconfig import customize_compiler
+from pathlib import Path
+
+import cffi
+
+# cffi executes this file from the directory of setup.py; absolute paths may not go into an sdist.
+HERE = Path("vhostblk/native")
+
+CFLAGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+
+URING_PROBE = """
+#include <liburing.h>
+int main(void)
+{
+	struct io_uring ring;
+	return io_uring_queue_init(1, &ring, 0) || io_uring_register_buffers_sparse(&ring, 1);
+}
+"""
+
+
+def has_liburing() -> bool:
+    """Compile and link a program that uses the newest function the engine needs (liburing 2.2)."""
+    if os.environ.get("VHOSTBLK_NO_URING") == "1":
+        return False
+    compiler = new_compiler()
+    customize_compiler(compiler)
+    with tempfile.TemporaryDirectory() as folder, _silence():
+        source = Path(folder, "probe.c")
+        source.write_text(URING_PROBE)
+        try:
+            objects = compiler.compile([str(source)], output_dir=folder)
+            compiler.link_executable(objects, "probe", output_dir=folder, libraries=["uring"])
+        except (CompileError, LinkError, OSError):
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what the compiler says about the probe from the user, who cannot do anything with it."""
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink:
+            os.dup2(sink.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def declarations(header: Path) -> str:
+    """Give the header as cffi reads it: without includes and pragmas."""
+    lines = header.read_text().splitlines()
+    return "\n".join(line for line in lines if not line.startswith(("#include", "#pragma")))
+
+
+def make() -> cffi.FFI:
+    """Describe the extension."""
+    flags = list(CFLAGS)
+    macros = [("_GNU_SOURCE", "1")]
+    libraries = []
+    if os.environ.get("VHOSTBLK_WERROR") == "1":
+        flags.append("-Werror")
+    if has_liburing():
+        libraries.append("uring")
+    else:
+        macros.append(("VB_NO_URING", "1"))
+        print(
+            "vhostblk: liburing >= 2.2 not found: the engine is built without io_uring",
+            file=sys.stderr,
+        )
+    builder = cffi.FFI()
+    builder.cdef(declarations(HERE / "engine.h"))
+    builder.set_source(
+        "vhostblk.native._engine",
+        '#include "engine.h"',
+        sources=sorted(map(str, HERE.glob("src/*.c"))),
+        depends=[str(HERE / "engine.h"), *sorted(map(str, HERE.glob("src/*.h")))],
+        include_dirs=[str(HERE)],
+        libraries=libraries,
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+    return builder
+
+
+ffibuilder = make()

@@ -1,0 +1,93 @@
+"""The numbers of `engine.h`; a test compares them with what the compiler says.
+
+They are here, and not taken from the extension, because policy needs their names also where the
+extension was not built. Knows nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = [
+    "FLUSH_MISS",
+    "FLUSH_NOTHING",
+    "LATENCY_BUCKETS",
+    "Broken",
+    "ExtentFlag",
+    "IOOp",
+    "MessageType",
+    "QueueFd",
+]
+
+FLUSH_MISS = -1
+"""VB_FLUSH_SET: flushes go to control."""
+FLUSH_NOTHING = -2
+"""VB_FLUSH_SET: there is nothing to flush."""
+
+LATENCY_BUCKETS = 160
+"""Length of a latency histogram."""
+
+
+class MessageType(enum.IntEnum):
+    """`enum vb_message_type`."""
+
+    DISK_ATTACH = 1
+    DISK_DETACH = 2
+    MEMORY_SET = 3
+    FLUSH_SET = 4
+    MAP = 5
+    REVOKE = 6
+    QUEUE_START = 7
+    QUEUE_STOP = 8
+    QUEUE_ENABLE = 9
+    QUEUE_FD = 10
+    COMPLETE = 11
+    RETRY = 12
+    ACK = 64
+    REQUEST = 65
+    QUEUE_BROKEN = 66
+    IO_ERROR = 67
+
+
+class Broken(enum.IntEnum):
+    """`enum vb_broken`: why a queue is broken."""
+
+    AVAIL_IDX = 1
+    HEAD = 2
+    CHAIN_LOOP = 3
+    CHAIN_NEXT = 4
+    INDIRECT = 5
+    ADDRESS = 6
+    ORDER = 7
+    NO_STATUS = 8
+    RING_ADDRESS = 9
+    MEMORY_FAULT = 10
+
+
+class ExtentFlag(enum.IntFlag):
+    """`enum vb_extent_flag`."""
+
+    READ = 1
+    WRITE = 2
+    ZERO = 4
+    NULL = 8
+    INLINE = 16
+    POOL = 32
+    FIXED = 64
+
+
+class QueueFd(enum.IntEnum):
+    """`enum vb_queue_fd`."""
+
+    KICK = 0
+    CALL = 1
+    ERR = 2
+
+
+class IOOp(enum.IntEnum):
+    """`enum vb_io_op`."""
+
+    READ = 0
+    WRITE = 1
+    FDATASYNC = 2
+    FALLOCATE = 3

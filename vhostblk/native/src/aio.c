@@ -1,0 +1,234 @@
+/*
+ * aio.c: chooses between io_uring and the thread pool, and continues short transfers.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <unistd.h>
+#include "aio.h"
+
+struct aio {
+	struct aio_uring *uring; /* NULL: the pool does everything */
+	struct aio_pool *pool;
+	int epoll_fd;
+	/* Operations that found the ring full, in order. */
+	struct aio_op *backlog;
+	struct aio_op **backlog_end;
+};
+
+static int watch(struct aio *aio, int fd)
+{
+	struct epoll_event event = {.events = EPOLLIN};
+
+	return epoll_ctl(aio->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+static int aio_init(struct aio *aio, uint32_t kind, uint32_t depth, uint32_t workers)
+{
+	int error;
+
+	aio->backlog_end = &aio->backlog;
+	aio->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	if (aio->epoll_fd < 0)
+		return -errno;
+	error = aio_pool_create(workers, &aio->pool);
+	if (!error)
+		error = watch(aio, aio_pool_fd(aio->pool));
+	if (error || kind == VB_IO_THREADS)
+		return error;
+	error = aio_uring_create(depth, &aio->uring);
+	if (error)
+		return kind == VB_IO_AUTO ? 0 : error;
+	return watch(aio, aio_uring_fd(aio->uring));
+}
+
+int aio_create(uint32_t kind, uint32_t depth, uint32_t workers, struct aio **ret)
+{
+	struct aio *aio = calloc(1, sizeof(*aio));
+	int error;
+
+	if (!aio)
+		return -ENOMEM;
+	error = aio_init(aio, kind, depth, workers);
+	if (error) {
+		aio_destroy(aio);
+		return error;
+	}
+	*ret = aio;
+	return 0;
+}
+
+void aio_destroy(struct aio *aio)
+{
+	aio_uring_destroy(aio->uring);
+	aio_pool_destroy(aio->pool);
+	if (aio->epoll_fd >= 0)
+		close(aio->epoll_fd);
+	free(aio);
+}
+
+int aio_fd(const struct aio *aio)
+{
+	return aio->epoll_fd;
+}
+
+enum vb_io_kind aio_kind(const struct aio *aio)
+{
+	return aio->uring ? VB_IO_URING : VB_IO_THREADS;
+}
+
+void aio_start(struct aio *aio, struct aio_op *op)
+{
+	/* fallocate always blocks; io_uring would hand it to a worker of its own. */
+	if (!aio->uring || op->flags & AIO_POOL || op->kind == VB_IO_FALLOCATE) {
+		aio_pool_start(aio->pool, op);
+	} else if (aio->backlog || !aio_uring_start(aio->uring, op)) {
+		op->next = NULL;
+		*aio->backlog_end = op;
+		aio->backlog_end = &op->next;
+	}
+}
+
+static void start_backlog(struct aio *aio)
+{
+	while (aio->backlog) {
+		struct aio_op *op = aio->backlog, *next = op->next;
+
+		if (!aio_uring_start(aio->uring, op))
+			return;
+		aio->backlog = next;
+		if (!next)
+			aio->backlog_end = &aio->backlog;
+	}
+}
+
+void aio_flush(struct aio *aio)
+{
+	if (!aio->uring)
+		return;
+	start_backlog(aio);
+	aio_uring_flush(aio->uring);
+}
+
+bool aio_pending(const struct aio *aio)
+{
+	return aio_pool_pending(aio->pool) || (aio->uring && aio_uring_pending(aio->uring));
+}
+
+/* The kernel would rather not do it now, or its ring cannot: a thread that may block can. */
+static bool refused(const struct aio_op *op, int64_t result)
+{
+	return !(op->flags & AIO_POOL) && (result == -EAGAIN || result == -EINTR);
+}
+
+struct aio_op *aio_reap(struct aio *aio)
+{
+	struct aio_op *finished = aio_pool_pending(aio->pool) ? aio_pool_reap(aio->pool) : NULL, *op;
+	int64_t result;
+
+	if (!aio->uring)
+		return finished;
+	while ((op = aio_uring_reap(aio->uring, &result))) {
+		if (refused(op, result)) {
+			op->flags |= AIO_POOL;
+			aio_start(aio, op);
+		} else if (aio_advance(op, result)) {
+			op->next = finished;
+			finished = op;
+		} else {
+			aio_start(aio, op);
+		}
+	}
+	return finished;
+}
+
+/* Give the first piece its original extent again. */
+static void restore_piece(struct aio_op *op)
+{
+	op->iov->iov_base = (char *)op->iov->iov_base - op->trimmed;
+	op->iov->iov_len += op->trimmed;
+	op->trimmed = 0;
+}
+
+/* Go on behind `bytes`; pieces of length 0 are skipped too. */
+static void skip(struct aio_op *op, uint64_t bytes)
+{
+	op->offset += bytes;
+	while (op->pieces && bytes >= op->iov->iov_len) {
+		bytes -= op->iov->iov_len;
+		if (op->trimmed)
+			restore_piece(op);
+		op->iov++;
+		op->pieces--;
+	}
+	if (bytes) {
+		op->iov->iov_base = (char *)op->iov->iov_base + bytes;
+		op->iov->iov_len -= bytes;
+		op->trimmed += bytes;
+	}
+}
+
+bool aio_advance(struct aio_op *op, int64_t result)
+{
+	bool transfer = op->kind == VB_IO_READ || op->kind == VB_IO_WRITE;
+
+	if (result > 0 && transfer) {
+		op->result += result;
+		skip(op, (uint64_t)result);
+		/* What a registered buffer could not do in one go continues as usual. */
+		op->buffer = -1;
+		if (op->pieces)
+			return false;
+	} else if (result < 0) {
+		op->result = result;
+	} else if (op->kind == VB_IO_WRITE && op->pieces) {
+		op->result = -EIO; /* a write that makes no progress never will */
+	}
+	if (op->trimmed)
+		restore_piece(op);
+	return true;
+}
+
+static int64_t run_once(struct aio_op *op)
+{
+	int flags = op->flags & AIO_DSYNC ? RWF_DSYNC : 0;
+	int64_t result;
+
+	switch ((enum vb_io_op)op->kind) {
+	case VB_IO_READ:
+		result = preadv2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, 0);
+		break;
+	case VB_IO_WRITE:
+		result = pwritev2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, flags);
+		break;
+	case VB_IO_FDATASYNC:
+		result = fdatasync(op->fd);
+		break;
+	case VB_IO_FALLOCATE:
+		result = fallocate(op->fd, op->mode, (off_t)op->offset, (off_t)op->length);
+		break;
+	default:
+		return -EINVAL;
+	}
+	return result < 0 ? -errno : result;
+}
+
+void aio_run(struct aio_op *op)
+{
+	int64_t result;
+
+	do {
+		result = run_once(op);
+	} while (result == -EINTR || !aio_advance(op, result));
+}
+
+int aio_register_buffer(struct aio *aio, uint64_t address, uint64_t length)
+{
+	return aio->uring ? aio_uring_register_buffer(aio->uring, address, length) : -EOPNOTSUPP;
+}
+
+void aio_unregister_buffer(struct aio *aio, int number)
+{
+	aio_uring_unregister_buffer(aio->uring, number);
+}

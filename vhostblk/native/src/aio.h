@@ -1,0 +1,91 @@
+/*
+ * Asynchronous file I/O: io_uring where the kernel lets us, a pool of threads elsewhere and for what io_uring would
+ * only hand to its own workers. Used by each engine thread and by vb_io. Knows nothing of guests.
+ *
+ * An operation belongs to aio from aio_start until aio_reap gives it back. Short transfers are continued, so a result
+ * smaller than asked for means the end of the file.
+ */
+#pragma once
+#include <sys/uio.h>
+#include "../engine.h"
+#include "common.h"
+
+enum aio_flag {
+	AIO_DSYNC = 1, /* a write that is durable when it completes */
+	AIO_POOL = 2   /* use the thread pool even where io_uring works */
+};
+
+struct aio_op {
+	struct aio_op *next; /* aio's, and then the list that aio_reap returns */
+	struct iovec *iov;   /* pieces not yet transferred; changed during the operation, as it was afterwards */
+	uint32_t pieces;
+	uint8_t kind;   /* enum vb_io_op */
+	uint8_t flags;  /* enum aio_flag */
+	int16_t buffer; /* number of the registered buffer that has the one piece, or -1 */
+	int32_t fd;
+	int32_t mode;     /* FALLOCATE */
+	uint64_t offset;  /* in the file; advances */
+	uint64_t length;  /* FALLOCATE */
+	int64_t result;   /* bytes transferred so far; at the end that, or -errno */
+	uint64_t trimmed; /* bytes already cut off the front of *iov */
+};
+
+struct aio;
+
+/* kind is an enum vb_io_kind; depth is how many operations io_uring may have at once, the others queue up here. */
+int aio_create(uint32_t kind, uint32_t depth, uint32_t workers, struct aio **ret);
+/* Nothing may be in flight. */
+void aio_destroy(struct aio *aio);
+/* Readable, level-triggered, when aio_reap has something to do. */
+int aio_fd(const struct aio *aio);
+enum vb_io_kind aio_kind(const struct aio *aio);
+
+/* Takes effect at the latest with the next aio_flush. */
+void aio_start(struct aio *aio, struct aio_op *op);
+void aio_flush(struct aio *aio);
+/* Whether aio_reap would return something, without asking the kernel. */
+bool aio_pending(const struct aio *aio);
+/* What has finished, as a list; NULL when nothing has. */
+struct aio_op *aio_reap(struct aio *aio);
+
+/* Do it here and now: result in op->result. Context: any thread. */
+void aio_run(struct aio_op *op);
+
+/* Registered ("fixed") buffers, at most AIO_BUFFER_MAX bytes each: number >= 0 or -errno. */
+#define AIO_BUFFER_MAX (1ull << 30)
+int aio_register_buffer(struct aio *aio, uint64_t address, uint64_t length);
+void aio_unregister_buffer(struct aio *aio, int number);
+
+/* For the parts of aio. */
+
+/* Take note of what one system call or completion said (bytes, or -errno). True: the operation has finished. */
+bool aio_advance(struct aio_op *op, int64_t result);
+
+/* What the next system call may be asked to do. */
+static inline uint32_t aio_batch(const struct aio_op *op)
+{
+	return MIN(op->pieces, 1024u); /* IOV_MAX */
+}
+
+struct aio_uring;
+
+int aio_uring_create(uint32_t depth, struct aio_uring **ret);
+void aio_uring_destroy(struct aio_uring *uring);
+int aio_uring_fd(const struct aio_uring *uring);
+/* False: the ring is full, the operation is still the caller's. */
+bool aio_uring_start(struct aio_uring *uring, struct aio_op *op);
+void aio_uring_flush(struct aio_uring *uring);
+bool aio_uring_pending(const struct aio_uring *uring);
+/* One completion: the operation and what the kernel said; NULL: there is none. */
+struct aio_op *aio_uring_reap(struct aio_uring *uring, int64_t *result);
+int aio_uring_register_buffer(struct aio_uring *uring, uint64_t address, uint64_t length);
+void aio_uring_unregister_buffer(struct aio_uring *uring, int number);
+
+struct aio_pool;
+
+int aio_pool_create(uint32_t workers, struct aio_pool **ret);
+void aio_pool_destroy(struct aio_pool *pool);
+int aio_pool_fd(const struct aio_pool *pool);
+void aio_pool_start(struct aio_pool *pool, struct aio_op *op);
+bool aio_pool_pending(const struct aio_pool *pool);
+struct aio_op *aio_pool_reap(struct aio_pool *pool);

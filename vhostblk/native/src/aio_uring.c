@@ -1,0 +1,226 @@
+/*
+ * aio_uring.c: the io_uring half of aio.
+ */
+#include <errno.h>
+#include <sched.h>
+#include <stdlib.h>
+#include "aio.h"
+
+#ifndef VB_NO_URING
+#include <liburing.h>
+
+/* Registered buffers of one ring; a number each for up to 1 GiB of guest memory. */
+#define BUFFERS 512
+
+struct aio_uring {
+	struct io_uring ring;
+	uint32_t in_flight; /* prepared or submitted, not reaped */
+	uint32_t depth;     /* no more than the completion queue holds */
+	bool has_buffers;
+	bool used[BUFFERS];
+};
+
+int vb_io_uring_error(void)
+{
+	struct io_uring ring;
+	int error = io_uring_queue_init(2, &ring, 0);
+
+	if (!error)
+		io_uring_queue_exit(&ring);
+	return error;
+}
+
+int aio_uring_create(uint32_t depth, struct aio_uring **ret)
+{
+	struct io_uring_params params = {.flags = IORING_SETUP_CLAMP};
+	struct aio_uring *uring = calloc(1, sizeof(*uring));
+	int error;
+
+	if (!uring)
+		return -ENOMEM;
+	error = io_uring_queue_init_params(depth, &uring->ring, &params);
+	if (error) {
+		free(uring);
+		return error;
+	}
+	uring->depth = params.cq_entries;
+	/* Linux 5.19; without it there are no registered buffers. */
+	uring->has_buffers = !io_uring_register_buffers_sparse(&uring->ring, BUFFERS);
+	*ret = uring;
+	return 0;
+}
+
+void aio_uring_destroy(struct aio_uring *uring)
+{
+	if (uring)
+		io_uring_queue_exit(&uring->ring);
+	free(uring);
+}
+
+int aio_uring_fd(const struct aio_uring *uring)
+{
+	return uring->ring.ring_fd;
+}
+
+static void prepare(struct io_uring_sqe *sqe, const struct aio_op *op)
+{
+	unsigned length = (unsigned)op->iov->iov_len;
+
+	if (op->kind == VB_IO_READ && op->buffer >= 0)
+		io_uring_prep_read_fixed(sqe, op->fd, op->iov->iov_base, length, op->offset, op->buffer);
+	else if (op->kind == VB_IO_READ)
+		io_uring_prep_readv(sqe, op->fd, op->iov, aio_batch(op), op->offset);
+	else if (op->buffer >= 0)
+		io_uring_prep_write_fixed(sqe, op->fd, op->iov->iov_base, length, op->offset, op->buffer);
+	else
+		io_uring_prep_writev(sqe, op->fd, op->iov, aio_batch(op), op->offset);
+	if (op->flags & AIO_DSYNC)
+		sqe->rw_flags = RWF_DSYNC;
+}
+
+bool aio_uring_start(struct aio_uring *uring, struct aio_op *op)
+{
+	struct io_uring_sqe *sqe;
+
+	if (uring->in_flight == uring->depth)
+		return false;
+	sqe = io_uring_get_sqe(&uring->ring);
+	if (!sqe) {
+		aio_uring_flush(uring);
+		sqe = io_uring_get_sqe(&uring->ring);
+		if (!sqe)
+			return false;
+	}
+	if (op->kind == VB_IO_FDATASYNC)
+		io_uring_prep_fsync(sqe, op->fd, IORING_FSYNC_DATASYNC);
+	else
+		prepare(sqe, op);
+	io_uring_sqe_set_data(sqe, op);
+	uring->in_flight++;
+	return true;
+}
+
+void aio_uring_flush(struct aio_uring *uring)
+{
+	/* One bad entry ends a submission early, hence the loop. An error (-EAGAIN, -EBUSY) leaves the entries where
+	 * they are: aio_uring_pending() says so, and its caller will be back. */
+	for (int tries = 0; io_uring_sq_ready(&uring->ring) && tries < 100; tries++)
+		if (io_uring_submit(&uring->ring) < 0)
+			sched_yield();
+}
+
+bool aio_uring_pending(const struct aio_uring *uring)
+{
+	return io_uring_cq_ready(&uring->ring) || io_uring_sq_ready(&uring->ring);
+}
+
+struct aio_op *aio_uring_reap(struct aio_uring *uring, int64_t *result)
+{
+	struct io_uring_cqe *cqe;
+	struct aio_op *op;
+
+	if (!io_uring_cq_ready(&uring->ring) || io_uring_peek_cqe(&uring->ring, &cqe))
+		return NULL;
+	op = io_uring_cqe_get_data(cqe);
+	*result = cqe->res;
+	io_uring_cqe_seen(&uring->ring, cqe);
+	uring->in_flight--;
+	return op;
+}
+
+static int update_buffer(struct aio_uring *uring, int number, void *address, uint64_t length)
+{
+	struct iovec iov = {address, length};
+	int updated = io_uring_register_buffers_update_tag(&uring->ring, (unsigned)number, &iov, NULL, 1);
+
+	return updated < 0 ? updated : 0;
+}
+
+int aio_uring_register_buffer(struct aio_uring *uring, uint64_t address, uint64_t length)
+{
+	int number = 0, error;
+
+	if (!uring->has_buffers)
+		return -EOPNOTSUPP;
+	while (number < BUFFERS && uring->used[number])
+		number++;
+	if (number == BUFFERS)
+		return -ENOSPC;
+	error = update_buffer(uring, number, (void *)address, length);
+	if (error)
+		return error;
+	uring->used[number] = true;
+	return number;
+}
+
+void aio_uring_unregister_buffer(struct aio_uring *uring, int number)
+{
+	update_buffer(uring, number, NULL, 0);
+	uring->used[number] = false;
+}
+
+#else /* built without liburing: as on a kernel without io_uring */
+
+int vb_io_uring_error(void)
+{
+	return -ENOTSUP;
+}
+
+int aio_uring_create(uint32_t depth, struct aio_uring **ret)
+{
+	(void)depth;
+	(void)ret;
+	return -ENOTSUP;
+}
+
+void aio_uring_destroy(struct aio_uring *uring)
+{
+	(void)uring;
+}
+
+int aio_uring_fd(const struct aio_uring *uring)
+{
+	(void)uring;
+	return -1;
+}
+
+bool aio_uring_start(struct aio_uring *uring, struct aio_op *op)
+{
+	(void)uring;
+	(void)op;
+	return false;
+}
+
+void aio_uring_flush(struct aio_uring *uring)
+{
+	(void)uring;
+}
+
+bool aio_uring_pending(const struct aio_uring *uring)
+{
+	(void)uring;
+	return false;
+}
+
+struct aio_op *aio_uring_reap(struct aio_uring *uring, int64_t *result)
+{
+	(void)uring;
+	(void)result;
+	return NULL;
+}
+
+int aio_uring_register_buffer(struct aio_uring *uring, uint64_t address, uint64_t length)
+{
+	(void)uring;
+	(void)address;
+	(void)length;
+	return -EOPNOTSUPP;
+}
+
+void aio_uring_unregister_buffer(struct aio_uring *uring, int number)
+{
+	(void)uring;
+	(void)number;
+}
+
+#endif

@@ -1,0 +1,241 @@
+/*
+ * disk.c: disks and their attachments to threads.
+ *
+ * Theory of operation of revocation: every I/O that the engine begins by itself gets a sequence number, and so does
+ * every barrier (VB_REVOKE, VB_FLUSH_SET). A barrier waits for the I/O with smaller numbers that it matches: it counts
+ * them when it comes, and each that ends counts one down. What begins later is not its business, because it has been
+ * let in by an extent that was mapped after the revocation.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include "disk.h"
+#include "thread.h"
+
+struct barrier {
+	struct list link;
+	uint64_t sequence;
+	uint32_t waiting; /* I/O in flight that it waits for */
+	struct vb_message command;
+};
+
+int vb_disk_create(const struct vb_disk_config *config, struct vb_disk **ret)
+{
+	struct vb_disk *disk;
+
+	if (config->capacity % 512)
+		return -EINVAL;
+	disk = aligned_alloc(64, sizeof(*disk));
+	if (!disk)
+		return -ENOMEM;
+	*disk = (struct vb_disk){.refs = 1, .config = *config, .capacity = config->capacity};
+	*ret = disk;
+	return 0;
+}
+
+struct vb_disk *disk_ref(struct vb_disk *disk)
+{
+	__atomic_fetch_add(&disk->refs, 1, __ATOMIC_RELAXED);
+	return disk;
+}
+
+void vb_disk_unref(struct vb_disk *disk)
+{
+	if (disk && !__atomic_sub_fetch(&disk->refs, 1, __ATOMIC_ACQ_REL))
+		free(disk);
+}
+
+void vb_disk_set_capacity(struct vb_disk *disk, uint64_t capacity)
+{
+	store_relaxed(&disk->capacity, capacity);
+}
+
+void vb_disk_set_write_through(struct vb_disk *disk, int write_through)
+{
+	store_relaxed(&disk->write_through, (uint32_t) !!write_through);
+}
+
+uint64_t vb_disk_write_gen(const struct vb_disk *disk)
+{
+	return load_acquire(&disk->write_gen);
+}
+
+struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *disk)
+{
+	struct attachment *a = calloc(1, sizeof(*a));
+
+	if (!a)
+		return NULL;
+	a->thread = thread;
+	a->disk = disk_ref(disk);
+	a->flush_fd = VB_FLUSH_MISS;
+	extent_map_init(&a->map, disk->config.max_extents);
+	list_init(&a->in_flight);
+	list_init(&a->barriers);
+	return a;
+}
+
+static void memory_use_destroy(struct attachment *a, struct memory_use *use)
+{
+	for (uint32_t i = 0; i < use->pieces; i++)
+		aio_unregister_buffer(a->thread->aio, use->fixed[i].number);
+	vb_memory_unref(use->memory);
+	free(use->fixed);
+	free(use);
+}
+
+void attachment_destroy(struct attachment *a)
+{
+	if (a->memory)
+		memory_use_destroy(a, a->memory);
+	extent_map_deinit(&a->map);
+	vb_disk_unref(a->disk);
+	free(a);
+}
+
+static bool barrier_matches(const struct barrier *b, const struct io_track *track)
+{
+	if (track->sequence > b->sequence)
+		return false;
+	if (b->command.type == VB_FLUSH_SET)
+		return track->is_flush;
+	return ranges_overlap(b->command.offset, b->command.length, track->offset, track->length);
+}
+
+void attachment_io_begins(struct attachment *a, struct io_track *track)
+{
+	track->sequence = ++a->sequence;
+	list_append(&a->in_flight, &track->link);
+}
+
+void attachment_io_ended(struct attachment *a, struct io_track *track)
+{
+	list_remove(&track->link);
+	list_for_each (node, following, &a->barriers) {
+		struct barrier *b = container_of(node, struct barrier, link);
+
+		if (!barrier_matches(b, track) || --b->waiting)
+			continue;
+		list_remove(&b->link);
+		thread_ack_owed(a->thread, &b->command, 0, 0);
+		free(b);
+	}
+}
+
+static void raise_barrier(struct attachment *a, const struct vb_message *command)
+{
+	struct barrier candidate = {.sequence = ++a->sequence, .command = *command}, *b;
+
+	if (candidate.command.length > UINT64_MAX - candidate.command.offset)
+		candidate.command.length = UINT64_MAX - candidate.command.offset;
+	list_for_each (node, following, &a->in_flight)
+		candidate.waiting += barrier_matches(&candidate, container_of(node, struct io_track, link));
+	if (!candidate.waiting) {
+		thread_ack(a->thread, command, 0, 0);
+		return;
+	}
+	b = malloc(sizeof(*b));
+	if (!b) {
+		/* The range is revoked, but nobody will say when it is quiet: the caller must know. */
+		thread_ack(a->thread, command, -ENOMEM, 0);
+		return;
+	}
+	*b = candidate;
+	list_append(&a->barriers, &b->link);
+	thread_owe_ack(a->thread);
+}
+
+void attachment_revoke(struct attachment *a, const struct vb_message *command)
+{
+	extent_map_remove(&a->map, command->offset, command->length);
+	raise_barrier(a, command);
+}
+
+void attachment_set_flush(struct attachment *a, const struct vb_message *command)
+{
+	a->flush_fd = command->result;
+	raise_barrier(a, command);
+}
+
+/* io_uring takes at most 1 GiB at a time. What the kernel refuses (locked-memory limit, a truncated file) stays as it
+ * is: registration saves time, nothing else. */
+static void register_pieces(struct attachment *a, struct memory_use *use)
+{
+	uint64_t count = 0;
+
+	for (uint32_t i = 0; i < memory_count(use->memory); i++)
+		count += (memory_region(use->memory, i)->size + AIO_BUFFER_MAX - 1) / AIO_BUFFER_MAX;
+	use->fixed = calloc(MIN(count, 4096u), sizeof(*use->fixed));
+	if (!use->fixed || count > 4096)
+		return;
+	for (uint32_t i = 0; i < memory_count(use->memory); i++) {
+		const struct vb_region *r = memory_region(use->memory, i);
+
+		for (uint64_t done = 0; done < r->size; done += AIO_BUFFER_MAX) {
+			uint64_t length = MIN(r->size - done, AIO_BUFFER_MAX);
+			int number = aio_register_buffer(a->thread->aio, r->hva + done, length);
+
+			if (number < 0)
+				return;
+			use->fixed[use->pieces++] = (struct fixed_piece){r->hva + done, length, number};
+		}
+	}
+}
+
+static struct memory_use *memory_use_create(struct attachment *a, struct vb_memory *memory, bool fixed)
+{
+	struct memory_use *use = calloc(1, sizeof(*use));
+
+	if (!use)
+		return NULL;
+	use->memory = memory_ref(memory);
+	if (fixed)
+		register_pieces(a, use);
+	return use;
+}
+
+void memory_use_put(struct attachment *a, struct memory_use *use)
+{
+	if (--use->users || !use->retired)
+		return;
+	thread_ack_owed(a->thread, &use->ack, 0, use->ack.aux);
+	a->retired--;
+	memory_use_destroy(a, use);
+}
+
+int attachment_set_memory(struct attachment *a, const struct vb_message *command)
+{
+	struct memory_use *old = a->memory, *fresh = NULL;
+	uint32_t registered;
+
+	if (command->pointer) {
+		fresh = memory_use_create(a, (struct vb_memory *)command->pointer, command->flags & 1);
+		if (!fresh)
+			return -ENOMEM;
+	}
+	a->memory = fresh;
+	registered = fresh ? fresh->pieces : 0;
+	if (!old || !old->users) {
+		if (old)
+			memory_use_destroy(a, old);
+		thread_ack(a->thread, command, 0, registered);
+		return 0;
+	}
+	old->retired = true;
+	old->ack = *command;
+	old->ack.aux = registered;
+	a->retired++;
+	thread_owe_ack(a->thread);
+	return 0;
+}
+
+int memory_use_buffer(const struct memory_use *use, const struct iovec *piece)
+{
+	uint64_t address = (uint64_t)piece->iov_base;
+
+	for (uint32_t i = 0; i < use->pieces; i++)
+		if (address >= use->fixed[i].address && address - use->fixed[i].address < use->fixed[i].length)
+			return piece->iov_len <= use->fixed[i].length - (address - use->fixed[i].address)
+				       ? use->fixed[i].number
+				       : -1;
+	return -1;
+}

@@ -1,0 +1,89 @@
+/*
+ * Disks: what all threads share of one (struct vb_disk), and what one thread has of it (struct attachment): extent map,
+ * memory map, I/O in flight, and acknowledgements that wait for it.
+ */
+#pragma once
+#include "../engine.h"
+#include "aio.h"
+#include "common.h"
+#include "extent_map.h"
+#include "memory.h"
+
+struct vb_disk {
+	uint32_t refs;
+	struct vb_disk_config config; /* all but capacity never change */
+	uint64_t capacity;
+	uint32_t write_through;
+	_Alignas(64) uint64_t write_gen; /* written by several threads */
+};
+
+struct vb_disk *disk_ref(struct vb_disk *disk);
+
+struct vb_thread;
+
+/* A piece of guest memory that is registered with io_uring. */
+struct fixed_piece {
+	uint64_t address;
+	uint64_t length;
+	int number;
+};
+
+/* A memory snapshot in use by one attachment. Requests hold it by `users`; after it was replaced it lives until the
+ * last of them is gone, and then the MEMORY_SET that replaced it is acknowledged. */
+struct memory_use {
+	struct vb_memory *memory;
+	uint32_t users;
+	bool retired;
+	bool has_waiter;
+	struct vb_message ack;
+	uint32_t pieces;
+	struct fixed_piece *fixed;
+};
+
+/* An I/O of the engine's, in flight. */
+struct io_track {
+	struct list link;
+	uint64_t sequence;
+	uint64_t offset;
+	uint64_t length;
+	bool is_flush;
+};
+
+struct attachment {
+	struct list link; /* of the thread's list */
+	struct vb_thread *thread;
+	struct vb_disk *disk;
+	struct extent_map map;
+	struct memory_use *memory; /* NULL: none was set */
+	uint32_t retired;          /* memory uses that still have users */
+	int32_t flush_fd;          /* or VB_FLUSH_MISS, VB_FLUSH_NOTHING */
+	uint32_t queues;
+	uint64_t sequence;     /* grows with each I/O that begins and each barrier */
+	struct list in_flight; /* of struct io_track */
+	struct list barriers;  /* of struct barrier */
+};
+
+struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *disk);
+/* Nothing of it may be in use. */
+void attachment_destroy(struct attachment *attachment);
+
+/* An I/O begins, or has ended: then barriers that waited for it are acknowledged. */
+void attachment_io_begins(struct attachment *attachment, struct io_track *track);
+void attachment_io_ended(struct attachment *attachment, struct io_track *track);
+
+/* Acknowledge `command` when no I/O that has begun before touches the range, or, for flushes, none is in flight. */
+void attachment_revoke(struct attachment *attachment, const struct vb_message *command);
+void attachment_set_flush(struct attachment *attachment, const struct vb_message *command);
+
+/* Use another memory map from now on; acknowledges the command when nothing uses the old one. */
+int attachment_set_memory(struct attachment *attachment, const struct vb_message *command);
+
+static inline void memory_use_get(struct memory_use *use)
+{
+	use->users++;
+}
+
+void memory_use_put(struct attachment *attachment, struct memory_use *use);
+
+/* Number of the registered buffer that holds all of the piece, or -1. */
+int memory_use_buffer(const struct memory_use *use, const struct iovec *piece);

@@ -1,0 +1,346 @@
+/*
+ * engine.c: engine threads: the loop, its sleep, and control's handle.
+ *
+ * A turn takes what there is: commands, finished I/O, new chains; submits once; then shows each driver what was
+ * completed and notifies it once. After turns with nothing to do the thread spins for a while (poll_max_ns, adapting as
+ * QEMU's iothreads do) and then sleeps in epoll. Everybody who can have work for it must wake it then; each such
+ * promise is a store, a full fence and a load on both sides: [S1] for commands, [S2] for room in the ring up, [D] for
+ * kicks.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#include "queue.h"
+#include "sigbus.h"
+#include "signals.h"
+#include "thread.h"
+
+#define IO_DEPTH 256
+
+/* A ring without kick fd is looked at so often while it is idle (ns): at first, and in the end. vhost-user,
+ * VHOST_USER_SET_VRING_KICK: "polling will be used instead of waiting for the kick". */
+#define INTERVAL_MIN 50000u
+#define INTERVAL_MAX 1000000u
+
+/* Where adaptive polling starts to grow. */
+#define POLL_START 4000u
+
+#define EVENTS 64
+#define EVENT_WAKE (1ull << 32) /* epoll data: a queue's slot, or one of these */
+#define EVENT_IO (2ull << 32)
+
+/* ---------------------------------------------------------------- messages */
+
+static struct vb_message ack_of(const struct vb_message *command, int result, uint64_t aux)
+{
+	return (struct vb_message){
+		.type = VB_ACK,
+		.queue = command->queue,
+		.cookie = command->cookie,
+		.result = result,
+		.aux = aux,
+	};
+}
+
+void thread_ack(struct vb_thread *thread, const struct vb_message *command, int result, uint64_t aux)
+{
+	struct vb_message ack = ack_of(command, result, aux);
+
+	thread_post(thread, &ack);
+}
+
+void thread_owe_ack(struct vb_thread *thread)
+{
+	thread->owed++;
+}
+
+void thread_ack_owed(struct vb_thread *thread, const struct vb_message *command, int result, uint64_t aux)
+{
+	thread->owed--;
+	thread_ack(thread, command, result, aux);
+}
+
+/* ---------------------------------------------------------------- a turn */
+
+static bool reap(struct vb_thread *thread)
+{
+	struct aio_op *op = aio_pending(thread->aio) ? aio_reap(thread->aio) : NULL;
+	bool any = op;
+
+	while (op) {
+		struct aio_op *next = op->next;
+
+		request_io_done(op);
+		op = next;
+	}
+	return any;
+}
+
+void thread_check_faults(struct vb_thread *thread)
+{
+	thread->faults = sigbus_faults();
+	for (uint32_t i = 0; i < thread->slots; i++)
+		if (thread->queues[i])
+			queue_check_memory(thread->queues[i]);
+}
+
+bool thread_turn(struct vb_thread *thread)
+{
+	bool any;
+
+	thread->now = now_ns();
+	any = thread_run_commands(thread);
+	any |= reap(thread);
+	for (uint32_t i = 0; i < thread->slots; i++)
+		if (thread->queues[i])
+			any |= queue_run(thread->queues[i]);
+	aio_flush(thread->aio);
+	if (thread->faults != sigbus_faults())
+		thread_check_faults(thread);
+	for (uint32_t i = 0; i < thread->slots; i++)
+		if (thread->queues[i])
+			queue_publish(thread->queues[i]);
+	message_ring_publish(&thread->up, thread->up_fd);
+	return any;
+}
+
+/* ---------------------------------------------------------------- sleep */
+
+/* Promise the drivers to wake up by a kick. False: one of them has added something before it knew. */
+static bool ask_for_kicks(struct vb_thread *thread)
+{
+	for (uint32_t i = 0; i < thread->slots; i++) {
+		struct queue *queue = thread->queues[i];
+
+		if (!queue)
+			continue;
+		queue_enable_kicks(queue);
+		if (queue_ready(queue))
+			return false;
+	}
+	return true;
+}
+
+/* When the ring up is too full for commands or chains: have control wake us when it has taken something. */
+static bool wait_for_room(struct vb_thread *thread)
+{
+	if (thread_room(thread) > ROOM_RESERVE)
+		return true;
+	store_relaxed(&thread->starved, 1);
+	full_fence(); /* [S2] */
+	return thread_room(thread) <= ROOM_RESERVE;
+}
+
+static bool may_sleep(struct vb_thread *thread)
+{
+	if (!wait_for_room(thread) || !ask_for_kicks(thread) || aio_pending(thread->aio))
+		return false;
+	if (message_ring_fall_asleep(&thread->down))
+		return true;
+	/* There are commands. If there is no room to answer them, control has to make room first, and wakes us [S2]. */
+	if (thread_room(thread) >= ROOM_PER_COMMAND)
+		return false;
+	store_relaxed(&thread->down.asleep, 1);
+	return true;
+}
+
+static int wait_for_events(struct vb_thread *thread, struct epoll_event *events)
+{
+	uint64_t interval = thread->interval_ns;
+	struct timespec timeout = {.tv_nsec = (long)interval};
+	int count;
+
+	if (!thread->pollers)
+		return epoll_wait(thread->epoll_fd, events, EVENTS, -1);
+	thread->interval_ns = MIN(interval * 2, INTERVAL_MAX);
+	/* Linux 5.11, and container profiles that know it. */
+	count = (int)syscall(SYS_epoll_pwait2, thread->epoll_fd, events, EVENTS, &timeout, NULL, 0);
+	return count < 0 && errno != EINTR ? epoll_wait(thread->epoll_fd, events, EVENTS, 1) : count;
+}
+
+static void handle_event(struct vb_thread *thread, const struct epoll_event *event)
+{
+	eventfd_t ignored;
+	uint64_t what = event->data.u64;
+
+	if (what == EVENT_WAKE)
+		eventfd_read(thread->down_fd, &ignored);
+	else if (what != EVENT_IO && what < thread->slots && thread->queues[what])
+		queue_kicked(thread->queues[what]);
+}
+
+static void sleep_until_event(struct vb_thread *thread)
+{
+	struct epoll_event events[EVENTS];
+	int count = may_sleep(thread) ? wait_for_events(thread, events) : 0;
+
+	message_ring_wake_up(&thread->down);
+	store_relaxed(&thread->starved, 0);
+	for (int i = 0; i < count; i++)
+		handle_event(thread, &events[i]);
+}
+
+/* Learn from how long it took until there was work again, counted from when there was none: spin longer if that would
+ * have caught it, not at all if it was far too long. */
+static void adapt_polling(struct vb_thread *thread, uint64_t idle_ns)
+{
+	if (idle_ns > thread->poll_max_ns)
+		thread->poll_ns = 0;
+	else if (idle_ns > thread->poll_ns)
+		thread->poll_ns = MIN(thread->poll_ns ? thread->poll_ns * 2 : POLL_START, thread->poll_max_ns);
+}
+
+static void *thread_main(void *opaque)
+{
+	struct vb_thread *thread = opaque;
+	uint64_t idle_since = 0;
+
+	while (!load_acquire(&thread->stop)) {
+		if (thread_turn(thread)) {
+			if (idle_since)
+				adapt_polling(thread, thread->now - idle_since);
+			idle_since = 0;
+			thread->interval_ns = INTERVAL_MIN;
+			continue;
+		}
+		if (!idle_since)
+			idle_since = thread->now;
+		if (thread->now - idle_since < thread->poll_ns)
+			cpu_relax();
+		else
+			sleep_until_event(thread);
+	}
+	return NULL;
+}
+
+/* ---------------------------------------------------------------- control's handle */
+
+static int watch(struct vb_thread *thread, int fd, uint64_t what)
+{
+	struct epoll_event event = {.events = EPOLLIN, .data.u64 = what};
+
+	return epoll_ctl(thread->epoll_fd, EPOLL_CTL_ADD, fd, &event) ? -errno : 0;
+}
+
+static int open_fds(struct vb_thread *thread)
+{
+	thread->down_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (thread->down_fd >= 0)
+		thread->up_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (thread->up_fd >= 0)
+		thread->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	return thread->epoll_fd < 0 ? -errno : watch(thread, thread->down_fd, EVENT_WAKE);
+}
+
+int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
+{
+	struct vb_thread *thread = aligned_alloc(64, sizeof(*thread));
+	int error;
+
+	if (!thread)
+		return -ENOMEM;
+	memset(thread, 0, sizeof(*thread));
+	thread->down_fd = thread->up_fd = thread->epoll_fd = -1;
+	thread->up.asleep = 1; /* control waits for the eventfd from the beginning */
+	thread->poll_max_ns = options->poll_max_ns;
+	thread->interval_ns = INTERVAL_MIN;
+	thread->faults = sigbus_faults();
+	strncpy(thread->name, options->name ? options->name : "vhostblk", sizeof(thread->name) - 1);
+	list_init(&thread->attachments);
+	error = open_fds(thread);
+	if (!error)
+		error = aio_create(options->io_kind, IO_DEPTH, options->workers, &thread->aio);
+	if (!error)
+		error = watch(thread, aio_fd(thread->aio), EVENT_IO);
+	if (error) {
+		thread_close(thread);
+		return error;
+	}
+	*ret = thread;
+	return 0;
+}
+
+void thread_close(struct vb_thread *thread)
+{
+	int fds[] = {thread->down_fd, thread->up_fd, thread->epoll_fd};
+
+	if (thread->aio)
+		aio_destroy(thread->aio);
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
+		if (fds[i] >= 0)
+			close(fds[i]);
+	free(thread->queues);
+	free(thread);
+}
+
+int vb_thread_create(const struct vb_thread_options *options, struct vb_thread **ret)
+{
+	struct vb_thread *thread;
+	sigset_t previous;
+	int error = thread_open(options, &thread);
+
+	if (error)
+		return error;
+	block_signals(&previous);
+	error = pthread_create(&thread->pthread, NULL, thread_main, thread);
+	pthread_sigmask(SIG_SETMASK, &previous, NULL);
+	if (error) {
+		thread_close(thread);
+		return -error;
+	}
+	pthread_setname_np(thread->pthread, thread->name);
+	*ret = thread;
+	return 0;
+}
+
+int vb_thread_destroy(struct vb_thread *thread)
+{
+	if (load_acquire(&thread->attached))
+		return -EBUSY;
+	store_release(&thread->stop, 1);
+	eventfd_write(thread->down_fd, 1);
+	pthread_join(thread->pthread, NULL);
+	thread_close(thread);
+	return 0;
+}
+
+int vb_thread_fd(const struct vb_thread *thread)
+{
+	return thread->up_fd;
+}
+
+int vb_thread_send(struct vb_thread *thread, const struct vb_message *messages, uint32_t count)
+{
+	uint32_t taken = MIN(count, message_ring_room(&thread->down));
+
+	for (uint32_t i = 0; i < taken; i++)
+		message_ring_put(&thread->down, &messages[i]);
+	message_ring_publish(&thread->down, thread->down_fd);
+	return (int)taken;
+}
+
+int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max)
+{
+	uint32_t count = message_ring_take(&thread->up, messages, max);
+	eventfd_t ignored;
+
+	if (!count && max) {
+		eventfd_read(thread->up_fd, &ignored);
+		if (message_ring_fall_asleep(&thread->up))
+			return 0;
+		count = message_ring_take(&thread->up, messages, max);
+		/* More may come without the eventfd: it must stay readable until we have said that there is nothing. */
+		eventfd_write(thread->up_fd, 1);
+	}
+	full_fence(); /* [S2] */
+	if (load_relaxed(&thread->starved))
+		eventfd_write(thread->down_fd, 1);
+	return (int)count;
+}
+
+int vb_thread_io_kind(const struct vb_thread *thread)
+{
+	return (int)aio_kind(thread->aio);
+}

@@ -1,0 +1,149 @@
+/*
+ * memory.c: guest memory snapshots and address translation.
+ *
+ * vhost-user, "Memory region description": a region says where a piece of guest physical memory is in the front-end
+ * (uva) and, mapped by control, here (hva). Descriptors hold gpa, SET_VRING_ADDR holds uva.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include "memory.h"
+#include "sigbus.h"
+
+struct vb_memory {
+	uint32_t refs;
+	uint32_t count;
+	uint32_t guarded; /* so many guards are valid */
+	int *guards;
+	struct vb_region regions[]; /* ascending by gpa, disjoint */
+};
+
+static int compare_gpa(const void *a, const void *b)
+{
+	const struct vb_region *left = a, *right = b;
+
+	return left->gpa < right->gpa ? -1 : left->gpa > right->gpa;
+}
+
+static bool wraps(uint64_t start, uint64_t size)
+{
+	return start + size - 1 < start;
+}
+
+static bool regions_valid(const struct vb_region *regions, uint32_t count)
+{
+	for (uint32_t i = 0; i < count; i++) {
+		const struct vb_region *r = &regions[i];
+
+		if (!r->size || !r->hva || wraps(r->gpa, r->size) || wraps(r->uva, r->size) || wraps(r->hva, r->size))
+			return false;
+		if (i && r->gpa <= regions[i - 1].gpa + (regions[i - 1].size - 1))
+			return false;
+	}
+	return true;
+}
+
+static int guard_regions(struct vb_memory *memory)
+{
+	for (; memory->guarded < memory->count; memory->guarded++) {
+		const struct vb_region *r = &memory->regions[memory->guarded];
+		int slot = sigbus_guard_add(r->hva, r->size);
+
+		if (slot < 0)
+			return slot;
+		memory->guards[memory->guarded] = slot;
+	}
+	return 0;
+}
+
+int vb_memory_create(const struct vb_region *regions, uint32_t count, struct vb_memory **ret)
+{
+	struct vb_memory *memory = calloc(1, sizeof(*memory) + count * sizeof(*regions));
+	int error;
+
+	if (!memory)
+		return -ENOMEM;
+	memory->refs = 1;
+	memory->count = count;
+	memory->guards = calloc(count ? count : 1, sizeof(*memory->guards));
+	if (count)
+		memcpy(memory->regions, regions, count * sizeof(*regions));
+	qsort(memory->regions, count, sizeof(*regions), compare_gpa);
+	error = !memory->guards ? -ENOMEM : !regions_valid(memory->regions, count) ? -EINVAL : guard_regions(memory);
+	if (error) {
+		vb_memory_unref(memory);
+		return error;
+	}
+	*ret = memory;
+	return 0;
+}
+
+struct vb_memory *memory_ref(struct vb_memory *memory)
+{
+	__atomic_fetch_add(&memory->refs, 1, __ATOMIC_RELAXED);
+	return memory;
+}
+
+void vb_memory_unref(struct vb_memory *memory)
+{
+	/* Pair [M1]: what others did with the memory comes before the end of the one who frees it. */
+	if (!memory || __atomic_sub_fetch(&memory->refs, 1, __ATOMIC_ACQ_REL))
+		return;
+	while (memory->guarded)
+		sigbus_guard_remove(memory->guards[--memory->guarded]);
+	free(memory->guards);
+	free(memory);
+}
+
+uint32_t vb_memory_refs(const struct vb_memory *memory)
+{
+	return load_acquire(&memory->refs); /* [M1] */
+}
+
+int vb_memory_faulted(const struct vb_memory *memory)
+{
+	for (uint32_t i = 0; i < memory->guarded; i++)
+		if (sigbus_guard_faulted(memory->guards[i]))
+			return 1;
+	return 0;
+}
+
+void *memory_at(const struct vb_memory *memory, uint64_t gpa, uint64_t *length)
+{
+	uint32_t low = 0, high = memory->count;
+
+	while (low < high) {
+		uint32_t middle = (low + high) / 2;
+		const struct vb_region *r = &memory->regions[middle];
+
+		if (gpa < r->gpa) {
+			high = middle;
+		} else if (gpa - r->gpa >= r->size) {
+			low = middle + 1;
+		} else {
+			*length = MIN(*length, r->size - (gpa - r->gpa));
+			return (void *)(r->hva + (gpa - r->gpa));
+		}
+	}
+	return NULL;
+}
+
+void *memory_ring(const struct vb_memory *memory, uint64_t uva, uint64_t length)
+{
+	for (uint32_t i = 0; i < memory->count; i++) {
+		const struct vb_region *r = &memory->regions[i];
+
+		if (uva >= r->uva && uva - r->uva < r->size)
+			return length <= r->size - (uva - r->uva) ? (void *)(r->hva + (uva - r->uva)) : NULL;
+	}
+	return NULL;
+}
+
+uint32_t memory_count(const struct vb_memory *memory)
+{
+	return memory->count;
+}
+
+const struct vb_region *memory_region(const struct vb_memory *memory, uint32_t index)
+{
+	return &memory->regions[index];
+}

@@ -1,0 +1,17 @@
+/* Guest memory: an immutable, counted snapshot of one front-end's memory map. */
+#pragma once
+#include "../engine.h"
+#include "common.h"
+
+struct vb_memory *memory_ref(struct vb_memory *memory);
+
+/* Where the bytes at guest physical address `gpa` are in this process, or NULL. Cuts *length down to what lies in one
+ * piece behind it. */
+void *memory_at(const struct vb_memory *memory, uint64_t gpa, uint64_t *length);
+
+/* A ring area, by its address in the front-end, or NULL unless all of it lies in one region. */
+void *memory_ring(const struct vb_memory *memory, uint64_t uva, uint64_t length);
+
+/* The regions, ascending by gpa. */
+uint32_t memory_count(const struct vb_memory *memory);
+const struct vb_region *memory_region(const struct vb_memory *memory, uint32_t index);

@@ -1,0 +1,467 @@
+/*
+ * queue.c: a virtqueue at work: its fds, its requests, its end.
+ *
+ * Theory of operation: a queue pops while it is enabled, and not stopping, and not broken. Broken is for what the
+ * driver or the front-end did: nothing is popped any more, what was popped is still completed. Where the rings or the
+ * memory are gone it is dead: completions are dropped too. Either way control sends a stop, and a stop ends when the
+ * last request has come back, from the kernel or from control.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/virtio_blk.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+#include "queue.h"
+#include "sigbus.h"
+#include "stats.h"
+
+/* Pieces of unusually long requests that may be allocated per queue (16 bytes each): what a hostile driver can make us
+ * allocate is bounded by this. */
+#define SPILLED_MAX (1u << 20)
+
+/* ---------------------------------------------------------------- notifications */
+
+static bool may_block(int fd)
+{
+	int flags = fd >= 0 ? fcntl(fd, F_GETFL) : 0;
+
+	return flags >= 0 && !(flags & O_NONBLOCK);
+}
+
+/*
+ * Signal an eventfd that the front-end gave us. O_NONBLOCK is a property that both sides share, so it stays as it is,
+ * and where it is not set we look before we write: a counter that is full has been signalled as much as can be. With
+ * O_NONBLOCK the write says the same by EAGAIN.
+ */
+static void signal_fd(int fd, bool look_first)
+{
+	struct pollfd writable = {.fd = fd, .events = POLLOUT};
+	uint64_t one = 1;
+	ssize_t ignored;
+
+	if (look_first && (poll(&writable, 1, 0) != 1 || !(writable.revents & POLLOUT)))
+		return;
+	ignored = write(fd, &one, sizeof(one));
+	(void)ignored;
+}
+
+/*
+ * Kick fds are watched edge-triggered, so one that we cannot clear does not keep us awake. Clearing is for the others
+ * who look at it: QEMU does when a ring stops. It must never block, whatever the fd is, hence RWF_NOWAIT; a kernel that
+ * cannot do that for eventfds (before 5.8) leaves the counter standing.
+ */
+void queue_kicked(struct queue *queue)
+{
+	uint64_t counter;
+	struct iovec iov = {&counter, sizeof(counter)};
+	ssize_t ignored = preadv2(queue->config.kick_fd, &iov, 1, -1, RWF_NOWAIT);
+
+	(void)ignored;
+	stat_add(queue->stats->kicks, 1);
+}
+
+static int watch_kick(struct queue *queue, int fd)
+{
+	struct epoll_event event = {.events = EPOLLIN | EPOLLET, .data.u64 = queue->slot};
+
+	if (fd >= 0 && epoll_ctl(queue->thread->epoll_fd, EPOLL_CTL_ADD, fd, &event))
+		return -errno;
+	queue->thread->pollers += fd < 0;
+	queue->config.kick_fd = fd;
+	return 0;
+}
+
+static void unwatch_kick(struct queue *queue)
+{
+	int fd = queue->config.kick_fd;
+
+	if (fd >= 0)
+		epoll_ctl(queue->thread->epoll_fd, EPOLL_CTL_DEL, fd, NULL);
+	queue->thread->pollers -= fd < 0;
+}
+
+int queue_set_fd(struct queue *queue, enum vb_queue_fd which, int fd)
+{
+	int old = queue->config.kick_fd;
+	int error;
+
+	switch (which) {
+	case VB_QUEUE_KICK:
+		unwatch_kick(queue);
+		error = watch_kick(queue, fd);
+		if (error)
+			watch_kick(queue, old);
+		return error;
+	case VB_QUEUE_CALL:
+		queue->config.call_fd = fd;
+		queue->call_may_block = may_block(fd);
+		/* What was signalled through the old one may have been missed. Spurious calls are legal (§2.7.7.1). */
+		if (fd >= 0)
+			signal_fd(fd, queue->call_may_block);
+		return 0;
+	case VB_QUEUE_ERR:
+		queue->config.err_fd = fd;
+		return 0;
+	default:
+		return -EINVAL;
+	}
+}
+
+void queue_disable_kicks(struct queue *queue)
+{
+	if (queue->kicks_off || queue->dead)
+		return;
+	virtqueue_disable_kicks(&queue->vq);
+	queue->kicks_off = true;
+}
+
+void queue_enable_kicks(struct queue *queue)
+{
+	if (!queue->kicks_off || queue->dead)
+		return;
+	virtqueue_enable_kicks(&queue->vq);
+	queue->kicks_off = false;
+}
+
+/* ---------------------------------------------------------------- start, stop, break */
+
+static void queue_free(struct queue *queue)
+{
+	if (queue->requests)
+		munmap(queue->requests, queue->config.size * sizeof(*queue->requests));
+	virtqueue_deinit(&queue->vq);
+	free(queue->chain);
+	free(queue);
+}
+
+/* A hole among the queues of the thread, or a new slot. */
+static int take_slot(struct vb_thread *thread)
+{
+	struct queue **queues;
+	uint32_t slot = 0;
+
+	while (slot < thread->slots && thread->queues[slot])
+		slot++;
+	if (slot < thread->slots)
+		return (int)slot;
+	if (slot == THREAD_QUEUES)
+		return -ENOSPC;
+	queues = realloc(thread->queues, (slot + 1) * sizeof(struct queue *));
+	if (!queues)
+		return -ENOMEM;
+	queues[slot] = NULL;
+	thread->queues = queues;
+	thread->slots++;
+	return (int)slot;
+}
+
+/* The pool of requests: address space only, until a request is used for the first time. */
+static int allocate(struct queue *queue)
+{
+	void *requests = mmap(NULL, queue->config.size * sizeof(*queue->requests), PROT_READ | PROT_WRITE,
+		MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (requests == MAP_FAILED)
+		return -ENOMEM;
+	queue->requests = requests;
+	queue->chain = virtqueue_new_chain(&queue->vq);
+	return queue->chain ? 0 : -ENOMEM;
+}
+
+static int prepare(struct queue *queue, const struct vb_queue_config *config)
+{
+	int slot = take_slot(queue->thread);
+	int error;
+
+	if (!queue->attachment->memory)
+		return -EFAULT;
+	if (slot < 0)
+		return slot;
+	error = virtqueue_init(&queue->vq, queue->attachment->memory->memory, config);
+	if (error)
+		return error;
+	queue->slot = (uint16_t)slot;
+	error = allocate(queue);
+	return error ? error : watch_kick(queue, config->kick_fd);
+}
+
+int queue_start(struct attachment *attachment, uint32_t key, const struct vb_queue_config *config)
+{
+	struct queue *queue = calloc(1, sizeof(*queue));
+	int error;
+
+	if (!queue)
+		return -ENOMEM;
+	queue->thread = attachment->thread;
+	queue->attachment = attachment;
+	queue->config = *config;
+	queue->stats = config->stats;
+	queue->key = key;
+	queue->enabled = config->enabled;
+	queue->call_may_block = may_block(config->call_fd);
+	queue->kicks_off = true; /* as far as we know */
+	error = prepare(queue, config);
+	if (error) {
+		queue_free(queue);
+		return error;
+	}
+	queue->thread->queues[queue->slot] = queue;
+	queue->thread->owed++; /* VB_QUEUE_BROKEN must always find room */
+	attachment->queues++;
+	return 0;
+}
+
+void queue_stop(struct queue *queue, const struct vb_message *command)
+{
+	queue->stopping = true;
+	queue->stop = *command;
+	thread_owe_ack(queue->thread);
+}
+
+static void finish_stop(struct queue *queue)
+{
+	struct vb_thread *thread = queue->thread;
+
+	/* Leave the ring as whoever starts it next may expect it: asking for kicks. */
+	queue_enable_kicks(queue);
+	unwatch_kick(queue);
+	thread->queues[queue->slot] = NULL;
+	queue->attachment->queues--;
+	thread->owed -= !queue->broken;
+	thread_ack_owed(thread, &queue->stop, 0, queue->vq.next_avail);
+	queue_free(queue);
+}
+
+void queue_break(struct queue *queue, enum vb_broken reason)
+{
+	struct vb_message message = {.type = VB_QUEUE_BROKEN, .queue = queue->key};
+	struct memory_use *use = queue->attachment->memory;
+
+	/* Zeroes where the memory was make no sense, but whatever they look like, this is the reason. */
+	if (use && vb_memory_faulted(use->memory))
+		reason = VB_BROKEN_MEMORY_FAULT;
+	if (reason == VB_BROKEN_MEMORY_FAULT || reason == VB_BROKEN_RING_ADDRESS)
+		queue->dead = true;
+	if (queue->broken)
+		return;
+	queue->broken = true;
+	message.cookie = queue->config.index;
+	message.disk = queue->attachment->disk->config.id;
+	message.result = reason;
+	queue->thread->owed--;
+	thread_post(queue->thread, &message);
+	/* vhost-user, VHOST_USER_SET_VRING_ERR. */
+	if (queue->config.err_fd >= 0)
+		signal_fd(queue->config.err_fd, may_block(queue->config.err_fd));
+}
+
+void queue_move(struct queue *queue)
+{
+	struct memory_use *use = queue->attachment->memory;
+
+	if (!use || virtqueue_move(&queue->vq, use->memory, &queue->config))
+		queue_break(queue, VB_BROKEN_RING_ADDRESS);
+}
+
+void queue_check_memory(struct queue *queue)
+{
+	struct memory_use *use = queue->attachment->memory;
+
+	if (use && vb_memory_faulted(use->memory))
+		queue_break(queue, VB_BROKEN_MEMORY_FAULT);
+}
+
+/* ---------------------------------------------------------------- requests */
+
+struct request *request_find(struct vb_thread *thread, uint64_t cookie)
+{
+	uint16_t slot = (uint16_t)(cookie >> 16), index = (uint16_t)cookie;
+	struct queue *queue = slot < thread->slots ? thread->queues[slot] : NULL;
+	struct request *request = queue && index < queue->fresh ? &queue->requests[index] : NULL;
+
+	return request && request->state == REQUEST_CONTROL && request_cookie(request) == cookie ? request : NULL;
+}
+
+/* There always is one: the virtqueue never lets more chains be in flight than the ring has descriptors. */
+static struct request *request_take(struct queue *queue)
+{
+	struct request *request = queue->free;
+
+	if (request) {
+		queue->free = request->next_free;
+	} else {
+		request = &queue->requests[queue->fresh];
+		request->index = (uint16_t)queue->fresh++;
+		request->queue = queue;
+	}
+	request->generation++;
+	request->state = REQUEST_ENGINE;
+	request->head = queue->chain->head;
+	request->missed = false;
+	request->started_ns = queue->thread->now;
+	request->memory = queue->attachment->memory;
+	memory_use_get(request->memory);
+	queue->in_flight++;
+	stat_add(queue->stats->in_flight, 1);
+	return request;
+}
+
+static void request_release(struct request *request)
+{
+	struct queue *queue = request->queue;
+
+	if (request->spilled) {
+		free(request->spilled);
+		queue->spilled -= request->spilled_pieces;
+		request->spilled = NULL;
+	}
+	memory_use_put(queue->attachment, request->memory);
+	request->state = REQUEST_FREE;
+	request->next_free = queue->free;
+	queue->free = request;
+	queue->in_flight--;
+	stat_add(queue->stats->in_flight, -1);
+}
+
+void request_complete(struct request *request, int status, uint64_t written)
+{
+	struct queue *queue = request->queue;
+	struct blk_request *blk = &request->blk;
+	bool failed = status != VIRTIO_BLK_S_OK;
+
+	if (!queue->dead) {
+		/* Guest memory was written: the data and this byte (for the dirty log of live migration). After a
+		 * failure nothing is vouched for but the status, VIRTIO 1.2 §2.7.8.2. */
+		store_relaxed(blk->status_byte, (uint8_t)status);
+		written = failed ? 1 : MIN(written, blk->length) + 1;
+		virtqueue_push(&queue->vq, request->head, (uint32_t)MIN(written, UINT32_MAX));
+	}
+	if (!request->missed)
+		stat_add(queue->stats->hits, 1);
+	stats_finish(queue->stats, blk->op, blk->length, failed, now_ns() - request->started_ns);
+	request_release(request);
+}
+
+/* Room for `size` bytes: inside the request, or allocated. */
+static void *request_room(struct request *request, uint64_t size)
+{
+	if (size <= sizeof(request->room))
+		return &request->room;
+	request->spilled = malloc(size);
+	if (!request->spilled)
+		return NULL;
+	request->spilled_pieces = (uint32_t)(size / sizeof(struct iovec));
+	request->queue->spilled += request->spilled_pieces;
+	return request->spilled;
+}
+
+/* The chain is scratch: keep what the request needs of it. -1 or a status. */
+static int keep_data(struct request *request)
+{
+	struct blk_request *blk = &request->blk;
+	size_t size = blk->pieces * sizeof(*blk->data);
+	void *room = request_room(request, size);
+
+	if (!room)
+		return VIRTIO_BLK_S_IOERR;
+	if (size)
+		memcpy(room, blk->data, size);
+	blk->data = room;
+	return -1;
+}
+
+static int keep_segments(struct request *request, const struct blk_limits *limits)
+{
+	struct blk_request *blk = &request->blk;
+	uint64_t count = blk->length / sizeof(struct virtio_blk_discard_write_zeroes);
+	void *room = request_room(request, count * sizeof(struct vb_segment));
+	int status = room ? blk_read_segments(blk, limits, room) : VIRTIO_BLK_S_IOERR;
+
+	blk->data = room;
+	blk->pieces = (uint32_t)count;
+	return status;
+}
+
+static struct blk_limits limits_of(const struct vb_disk *disk)
+{
+	return (struct blk_limits){
+		.capacity = load_relaxed(&disk->capacity),
+		.read_only = disk->config.read_only,
+		.max_segments = disk->config.max_segments,
+	};
+}
+
+static void accept_chain(struct queue *queue)
+{
+	struct blk_limits limits = limits_of(queue->attachment->disk);
+	struct request *request;
+	struct blk_request blk;
+	int broken = blk_parse(queue->chain, &limits, &blk);
+
+	if (broken) {
+		queue_break(queue, (enum vb_broken) - broken);
+		return;
+	}
+	request = request_take(queue);
+	request->blk = blk;
+	if (blk.status < 0 && (blk.op == VB_OP_DISCARD || blk.op == VB_OP_WRITE_ZEROES))
+		request->blk.status = keep_segments(request, &limits);
+	else if (blk.status < 0)
+		request->blk.status = keep_data(request);
+	request_serve(request);
+}
+
+/* ---------------------------------------------------------------- a turn */
+
+static bool may_pop(const struct queue *queue)
+{
+	return queue->enabled && !queue->stopping && !queue->broken && queue->spilled < SPILLED_MAX &&
+	       thread_room(queue->thread) > ROOM_RESERVE;
+}
+
+bool queue_ready(const struct queue *queue)
+{
+	return may_pop(queue) && virtqueue_pending(&queue->vq);
+}
+
+bool queue_run(struct queue *queue)
+{
+	int popped = 0;
+
+	while (popped < QUEUE_BATCH && may_pop(queue)) {
+		int result = virtqueue_pop(&queue->vq, queue->attachment->memory->memory, queue->chain);
+
+		if (!result)
+			break;
+		popped++;
+		queue_disable_kicks(queue);
+		if (result < 0)
+			queue_break(queue, (enum vb_broken) - result);
+		else
+			accept_chain(queue);
+	}
+	return popped;
+}
+
+static void notify_driver(struct queue *queue)
+{
+	virtqueue_publish(&queue->vq);
+	if (!virtqueue_should_notify(&queue->vq)) {
+		stat_add(queue->stats->calls_suppressed, 1);
+	} else if (queue->config.call_fd >= 0) {
+		signal_fd(queue->config.call_fd, queue->call_may_block);
+		stat_add(queue->stats->calls, 1);
+	}
+}
+
+void queue_publish(struct queue *queue)
+{
+	if (queue->vq.published != queue->vq.used_idx && !queue->dead)
+		notify_driver(queue);
+	if (queue->stopping && !queue->in_flight)
+		finish_stop(queue);
+}

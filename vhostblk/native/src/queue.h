@@ -1,0 +1,109 @@
+/*
+ * A queue of a disk on a thread: pops chains, serves requests from the extent map or hands them to control, completes
+ * them, notifies the driver.
+ */
+#pragma once
+#include "../engine.h"
+#include "aio.h"
+#include "blk.h"
+#include "common.h"
+#include "disk.h"
+#include "thread.h"
+#include "virtqueue.h"
+
+/* Pieces that a request has room for without allocating: Linux sends at most 128 + header and status. */
+#define REQUEST_PIECES 130
+
+/* Chains popped from one queue before others get their turn. */
+#define QUEUE_BATCH 64
+
+/* Messages that stay free in the ring up while chains are popped, for acknowledgements. */
+#define ROOM_RESERVE 256
+
+enum request_state {
+	REQUEST_FREE,
+	REQUEST_ENGINE, /* being looked at, or in I/O */
+	REQUEST_CONTROL /* VB_REQUEST was sent: VB_COMPLETE or VB_RETRY comes */
+};
+
+struct request {
+	struct queue *queue;
+	struct request *next_free;
+	uint32_t generation; /* so that a stale cookie finds nothing */
+	uint16_t index;      /* in queue->requests */
+	uint16_t head;
+	uint8_t state; /* enum request_state */
+	bool missed;
+	struct memory_use *memory;
+	uint64_t started_ns;
+	struct blk_request blk;
+	struct aio_op op;      /* while an I/O is in flight */
+	struct io_track track; /* the same */
+	void *spilled;         /* what did not fit below, or NULL */
+	uint32_t spilled_pieces;
+	union {
+		struct iovec iov[REQUEST_PIECES];
+		struct vb_segment segments[REQUEST_PIECES * 2 / 3];
+	} room;
+};
+
+struct queue {
+	struct virtqueue vq;
+	struct vb_thread *thread;
+	struct attachment *attachment;
+	struct vb_queue_config config;
+	struct vb_queue_stats *stats;
+	uint32_t key;  /* control's number */
+	uint16_t slot; /* in thread->queues */
+	bool enabled;
+	bool stopping;
+	bool broken;
+	bool dead;              /* broken so that not even the used ring may be touched */
+	bool kicks_off;         /* the driver was told not to kick */
+	bool call_may_block;    /* the call fd is without O_NONBLOCK */
+	struct vb_message stop; /* the VB_QUEUE_STOP, when stopping */
+	uint32_t in_flight;     /* requests that are not free */
+	uint64_t spilled;       /* pieces of all requests that are allocated */
+	struct chain *chain;    /* scratch */
+	struct request *free;
+	uint32_t fresh; /* requests beyond were never used: their memory was never touched */
+	struct request *requests;
+};
+
+/* Called for a VB_QUEUE_START, QUEUE_STOP, QUEUE_FD. 0 or -errno. */
+int queue_start(struct attachment *attachment, uint32_t key, const struct vb_queue_config *config);
+void queue_stop(struct queue *queue, const struct vb_message *command);
+int queue_set_fd(struct queue *queue, enum vb_queue_fd which, int fd);
+/* The disk has another memory map. */
+void queue_move(struct queue *queue);
+/* Some guarded memory was truncated, maybe ours. */
+void queue_check_memory(struct queue *queue);
+
+/* Pop and serve. Whether there was anything. */
+bool queue_run(struct queue *queue);
+/* Whether queue_run would find something. Meant for the last look before a sleep. */
+bool queue_ready(const struct queue *queue);
+/* Show the driver what was completed, notify it if it wants that, and finish a stop: the queue may be gone afterwards.
+ */
+void queue_publish(struct queue *queue);
+void queue_disable_kicks(struct queue *queue);
+void queue_enable_kicks(struct queue *queue);
+/* The kick fd became readable. */
+void queue_kicked(struct queue *queue);
+
+void queue_break(struct queue *queue, enum vb_broken reason);
+
+/* What control calls a request: generation, slot of the queue, index. */
+static inline uint64_t request_cookie(const struct request *request)
+{
+	return (uint64_t)request->generation << 32 | (uint32_t)request->queue->slot << 16 | request->index;
+}
+
+/* By the cookie of a VB_REQUEST that control has, or NULL. */
+struct request *request_find(struct vb_thread *thread, uint64_t cookie);
+void request_complete(struct request *request, int status, uint64_t written);
+
+/* serve.c: answer it, begin its I/O, or hand it to control. */
+void request_serve(struct request *request);
+/* Its I/O has ended. */
+void request_io_done(struct aio_op *op);

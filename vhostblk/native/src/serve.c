@@ -1,0 +1,218 @@
+/*
+ * serve.c: what becomes of a request that passed the checks: served from the extent map, or handed to control.
+ */
+#include <errno.h>
+#include <linux/virtio_blk.h>
+#include "queue.h"
+#include "sigbus.h"
+#include "stats.h"
+
+static void hand_to_control(struct request *request)
+{
+	struct queue *queue = request->queue;
+	struct blk_request *blk = &request->blk;
+	struct vb_message message = {
+		.type = VB_REQUEST,
+		.flags = request->missed,
+		.queue = queue->key,
+		.cookie = request_cookie(request),
+		.disk = queue->attachment->disk->config.id,
+		.offset = blk->offset,
+		.length = blk->length,
+		.pointer = (uint64_t)blk->data,
+		.count = blk->pieces,
+		.aux = blk->type,
+	};
+
+	if (!request->missed)
+		stat_add(queue->stats->misses, 1);
+	request->missed = true;
+	request->state = REQUEST_CONTROL;
+	thread_post(queue->thread, &message);
+}
+
+static void report_failure(struct request *request, int error)
+{
+	struct queue *queue = request->queue;
+	struct vb_message message = {
+		.type = VB_IO_ERROR,
+		.queue = queue->key,
+		.disk = queue->attachment->disk->config.id,
+		.offset = request->blk.offset,
+		.length = request->blk.length,
+		.result = error,
+		.aux = request->blk.type,
+	};
+
+	/* For the log only: never at the cost of a message that matters. */
+	if (thread_room(queue->thread) > ROOM_RESERVE)
+		thread_post(queue->thread, &message);
+}
+
+static void finish_io(struct request *request, int64_t result)
+{
+	struct blk_request *blk = &request->blk;
+	uint64_t expected = blk->op == VB_OP_FLUSH ? 0 : blk->length;
+
+	if (result < 0 || (uint64_t)result != expected) {
+		/* An extent that reaches beyond the end of its file is an error of whoever mapped it. */
+		report_failure(request, result < 0 ? (int)result : -EIO);
+		request_complete(request, VIRTIO_BLK_S_IOERR, 0);
+		return;
+	}
+	/* Before the driver can know: a flush that it sends afterwards must see this write. Pair [W1],
+	 * vb_disk_write_gen. */
+	if (blk->op == VB_OP_WRITE)
+		__atomic_fetch_add(&request->queue->attachment->disk->write_gen, 1, __ATOMIC_RELEASE);
+	request_complete(request, VIRTIO_BLK_S_OK, blk->op == VB_OP_READ ? blk->length : 0);
+}
+
+void request_io_done(struct aio_op *op)
+{
+	struct request *request = container_of(op, struct request, op);
+
+	attachment_io_ended(request->queue->attachment, &request->track);
+	finish_io(request, op->result);
+}
+
+static void begin_io(struct request *request, uint64_t length)
+{
+	struct attachment *attachment = request->queue->attachment;
+
+	request->track.offset = request->blk.offset;
+	request->track.length = length;
+	request->track.is_flush = request->blk.op == VB_OP_FLUSH;
+	attachment_io_begins(attachment, &request->track);
+	aio_start(attachment->thread->aio, &request->op);
+}
+
+static bool is_aligned(const struct blk_request *blk, const struct vb_extent *extent)
+{
+	uint64_t host_offset = extent->host_offset + (blk->offset - extent->offset), bits = 0;
+
+	if ((host_offset | blk->length) & (extent->request_alignment - 1))
+		return false;
+	if (extent->memory_alignment == 1)
+		return true;
+	for (uint32_t i = 0; i < blk->pieces; i++)
+		bits |= (uint64_t)blk->data[i].iov_base | blk->data[i].iov_len;
+	return !(bits & (extent->memory_alignment - 1));
+}
+
+static void serve_zeroes(struct request *request)
+{
+	for (uint32_t i = 0; i < request->blk.pieces; i++)
+		memset(request->blk.data[i].iov_base, 0, request->blk.data[i].iov_len);
+	finish_io(request, (int64_t)request->blk.length);
+}
+
+static void serve_from_file(struct request *request, const struct vb_extent *extent)
+{
+	struct blk_request *blk = &request->blk;
+	bool write = blk->op == VB_OP_WRITE;
+	bool durable = write && load_relaxed(&request->queue->attachment->disk->write_through);
+	bool fixed = extent->flags & VB_EXTENT_FIXED && blk->pieces == 1;
+
+	request->op = (struct aio_op){
+		.iov = blk->data,
+		.pieces = blk->pieces,
+		.kind = write ? VB_IO_WRITE : VB_IO_READ,
+		.flags = (uint8_t)((durable ? AIO_DSYNC : 0) | (extent->flags & VB_EXTENT_POOL ? AIO_POOL : 0)),
+		.buffer = (int16_t)(fixed ? memory_use_buffer(request->memory, blk->data) : -1),
+		.fd = extent->fd,
+		.offset = extent->host_offset + (blk->offset - extent->offset),
+	};
+	if (extent->flags & VB_EXTENT_INLINE) {
+		aio_run(&request->op);
+		finish_io(request, request->op.result);
+	} else {
+		begin_io(request, blk->length);
+	}
+}
+
+static void serve_transfer(struct request *request)
+{
+	struct attachment *attachment = request->queue->attachment;
+	struct blk_request *blk = &request->blk;
+	bool write = blk->op == VB_OP_WRITE;
+	const struct vb_extent *extent =
+		extent_map_find(&attachment->map, blk->offset, blk->length, write ? VB_EXTENT_WRITE : VB_EXTENT_READ);
+
+	if (!blk->length)
+		request_complete(request, VIRTIO_BLK_S_OK, 0);
+	else if (!extent || !is_aligned(blk, extent))
+		hand_to_control(request);
+	else if (extent->flags & VB_EXTENT_NULL)
+		finish_io(request, (int64_t)blk->length);
+	else if (extent->flags & VB_EXTENT_ZERO && write)
+		hand_to_control(request);
+	else if (extent->flags & VB_EXTENT_ZERO)
+		serve_zeroes(request);
+	else
+		serve_from_file(request, extent);
+}
+
+static void serve_flush(struct request *request)
+{
+	int fd = request->queue->attachment->flush_fd;
+
+	if (fd == VB_FLUSH_NOTHING) {
+		request_complete(request, VIRTIO_BLK_S_OK, 0);
+	} else if (fd < 0) {
+		hand_to_control(request);
+	} else {
+		/* Everything the driver may count on (VIRTIO 1.2 §5.2.6.2) has completed, so it is in the file already.
+		 */
+		request->op = (struct aio_op){.kind = VB_IO_FDATASYNC, .buffer = -1, .fd = fd};
+		begin_io(request, 0);
+	}
+}
+
+static void serve_id(struct request *request)
+{
+	const uint8_t *serial = request->queue->attachment->disk->config.serial;
+	uint64_t done = 0;
+
+	for (uint32_t i = 0; i < request->blk.pieces && done < VIRTIO_BLK_ID_BYTES; i++) {
+		struct iovec *piece = &request->blk.data[i];
+		size_t n = MIN(piece->iov_len, VIRTIO_BLK_ID_BYTES - done);
+
+		memcpy(piece->iov_base, serial + done, n);
+		done += n;
+	}
+	request_complete(request, VIRTIO_BLK_S_OK, done);
+}
+
+void request_serve(struct request *request)
+{
+	struct queue *queue = request->queue;
+
+	request->state = REQUEST_ENGINE;
+	/* The data of a write could be the zeroes of memory that was truncated: do not let it reach the disk. */
+	if (queue->thread->faults != sigbus_faults())
+		thread_check_faults(queue->thread);
+	if (queue->dead) {
+		request_complete(request, VIRTIO_BLK_S_IOERR, 0);
+		return;
+	}
+	if (request->blk.status >= 0) {
+		if (request->blk.status == VIRTIO_BLK_S_IOERR)
+			report_failure(request, -EINVAL);
+		request_complete(request, request->blk.status, 0);
+		return;
+	}
+	switch (request->blk.op) {
+	case VB_OP_READ:
+	case VB_OP_WRITE:
+		serve_transfer(request);
+		break;
+	case VB_OP_FLUSH:
+		serve_flush(request);
+		break;
+	case VB_OP_GET_ID:
+		serve_id(request);
+		break;
+	default:
+		hand_to_control(request);
+	}
+}

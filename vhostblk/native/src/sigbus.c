@@ -1,0 +1,163 @@
+/*
+ * sigbus.c: the SIGBUS guard of guest memory.
+ *
+ * A mapping of a file raises SIGBUS where the file has no page: beyond its end after a truncation. The handler puts
+ * anonymous zero pages over the whole guarded range, marks it, and lets the access go on. Whoever uses that memory
+ * looks at the mark and stops. A SIGBUS anywhere else goes to whom it would have gone to without us.
+ *
+ * This is the only process-wide state of the engine, because signal handlers are process-wide. The handler takes no
+ * lock: slots live in a static array, and it looks only at atomics. The range it faulted in cannot leave the table
+ * meanwhile, because the faulting thread holds the snapshot that put it there.
+ */
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+#include "sigbus.h"
+
+#define GUARD_SLOTS 16384
+
+struct guard_slot {
+	uint64_t start;
+	uint64_t end;   /* 0: the slot is free. Pair [G1]: stored last, looked at first and again at the end */
+	uint32_t users; /* under the lock */
+	uint32_t faulted;
+};
+
+static struct guard_slot slots[GUARD_SLOTS];
+static uint32_t slots_used; /* none beyond was ever in use */
+static uint32_t faults;
+static bool installed; /* under the lock */
+static struct sigaction previous;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static struct guard_slot *slot_of(uint64_t address)
+{
+	uint32_t used = load_acquire(&slots_used);
+
+	for (uint32_t i = 0; i < used; i++) {
+		uint64_t end = load_acquire(&slots[i].end); /* [G1] */
+
+		if (address < end && address >= load_acquire(&slots[i].start) && end == load_acquire(&slots[i].end))
+			return &slots[i];
+	}
+	return NULL;
+}
+
+/* Pages of hugetlbfs can only be replaced whole: try the page sizes there are, the smallest first. */
+static bool replace_pages(uint64_t start, uint64_t end)
+{
+	static const uint64_t page_sizes[] = {4096, 65536, 2u << 20, 1u << 30};
+
+	for (size_t i = 0; i < sizeof(page_sizes) / sizeof(page_sizes[0]); i++) {
+		uint64_t first = start & ~(page_sizes[i] - 1);
+		uint64_t last = (end + page_sizes[i] - 1) & ~(page_sizes[i] - 1);
+
+		if (mmap((void *)first, last - first, PROT_READ | PROT_WRITE,
+			    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED)
+			return true;
+	}
+	return false;
+}
+
+/* Mark every slot that holds the address: snapshots may cut the same memory in different ways. */
+static void mark_faulted(uint64_t address)
+{
+	for (uint32_t i = 0; i < load_acquire(&slots_used); i++)
+		if (address < load_acquire(&slots[i].end) && address >= load_acquire(&slots[i].start))
+			store_release(&slots[i].faulted, 1);
+	__atomic_fetch_add(&faults, 1, __ATOMIC_RELEASE);
+}
+
+static void call_previous(int signal, siginfo_t *info, void *context)
+{
+	if (previous.sa_flags & SA_SIGINFO) {
+		previous.sa_sigaction(signal, info, context);
+	} else if (previous.sa_handler == SIG_DFL || (previous.sa_handler == SIG_IGN && info->si_code > 0)) {
+		/* Back to the default: the access faults again, or the signal that was sent comes again, and ends us.
+		 */
+		sigaction(SIGBUS, &(struct sigaction){.sa_handler = SIG_DFL}, NULL);
+		if (info->si_code <= 0)
+			raise(signal);
+	} else if (previous.sa_handler != SIG_IGN) {
+		previous.sa_handler(signal);
+	}
+}
+
+static void on_sigbus(int signal, siginfo_t *info, void *context)
+{
+	uint64_t address = (uint64_t)(uintptr_t)info->si_addr;
+	struct guard_slot *slot = info->si_code > 0 ? slot_of(address) : NULL;
+	int saved = errno;
+
+	if (slot && replace_pages(slot->start, load_acquire(&slot->end)))
+		mark_faulted(address);
+	else
+		call_previous(signal, info, context);
+	errno = saved;
+}
+
+static int install(void)
+{
+	struct sigaction action = {.sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_ONSTACK};
+
+	if (installed)
+		return 0;
+	sigemptyset(&action.sa_mask);
+	if (sigaction(SIGBUS, &action, &previous))
+		return -errno;
+	installed = true;
+	return 0;
+}
+
+static int find_slot(uint64_t start, uint64_t end)
+{
+	int vacant = -ENOSPC;
+
+	for (uint32_t i = 0; i < slots_used; i++) {
+		if (slots[i].users && slots[i].start == start && slots[i].end == end)
+			return (int)i;
+		if (!slots[i].users && vacant < 0)
+			vacant = (int)i;
+	}
+	if (vacant < 0 && slots_used < GUARD_SLOTS)
+		vacant = (int)slots_used;
+	return vacant;
+}
+
+int sigbus_guard_add(uint64_t address, uint64_t size)
+{
+	int slot, error;
+
+	pthread_mutex_lock(&lock);
+	error = install();
+	slot = error ? error : find_slot(address, address + size);
+	if (slot >= 0 && !slots[slot].users++) {
+		store_relaxed(&slots[slot].faulted, 0);
+		store_release(&slots[slot].start, address);
+		store_release(&slots[slot].end, address + size); /* [G1] */
+		if ((uint32_t)slot == slots_used)
+			store_release(&slots_used, slots_used + 1);
+	}
+	pthread_mutex_unlock(&lock);
+	return slot;
+}
+
+void sigbus_guard_remove(int slot)
+{
+	pthread_mutex_lock(&lock);
+	if (!--slots[slot].users)
+		store_release(&slots[slot].end, 0); /* [G1] */
+	pthread_mutex_unlock(&lock);
+}
+
+bool sigbus_guard_faulted(int slot)
+{
+	return load_acquire(&slots[slot].faulted);
+}
+
+uint32_t sigbus_faults(void)
+{
+	return load_acquire(&faults);
+}
