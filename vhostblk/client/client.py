@@ -157,7 +157,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Stop the queues, disconnect and give everything back. Idempotent, never fails."""
+        """Stop the queues, disconnect and give everything back, whatever the back-end does. Idempotent.
+
+        Raises:
+            BufferError: somebody still holds a view of the memory.
+        """
         for index in sorted(self._started):
             try:
                 self.stop_queue(index)

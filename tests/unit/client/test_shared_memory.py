@@ -108,6 +108,16 @@ def test_region_with_buffers_in_it_is_not_removed() -> None:
         memory.close()
 
 
+def test_truncated_region_keeps_its_mapping_and_can_be_closed() -> None:
+    memory = SharedMemory([PAGE, PAGE])
+    region = memory.regions[1]
+    region.truncate(0)
+    assert os.fstat(region.fd).st_size == 0
+    assert len(region.view) == region.size
+    memory.write(memory.regions[0].gpa, b"the other file is whole")
+    memory.close()
+
+
 def test_spread_uses_every_region() -> None:
     memory = SharedMemory([4 * PAGE] * 3, spread=True)
     try:
