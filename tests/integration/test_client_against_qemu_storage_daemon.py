@@ -37,6 +37,7 @@ class StorageDaemon:
     def __init__(self, program: str, folder: Path) -> None:
         self.image = folder / "disk"
         self.socket = folder / "socket"
+        started = folder / "pid"
         with self.image.open("wb") as image:
             image.truncate(CAPACITY)
         self.process = subprocess.Popen(
@@ -47,10 +48,13 @@ class StorageDaemon:
                 "--export",
                 f"type=vhost-user-blk,id=export,addr.type=unix,addr.path={self.socket},"
                 f"node-name=disk,writable=on,num-queues={QUEUES}",
+                # Written when all options are done; the socket's file is there before it listens.
+                "--pidfile",
+                str(started),
             ]
         )
         deadline = time.monotonic() + 10
-        while not self.socket.exists():
+        while not started.exists():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.stop()
                 pytest.fail("qemu-storage-daemon did not start")
