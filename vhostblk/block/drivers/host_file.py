@@ -161,7 +161,9 @@ def _direct_alignment(fd: int, logical: int) -> tuple[int, int]:
         memory, request = asked
     else:
         request, memory = _try_direct_alignment(fd)
-    return max(request, logical), memory
+    request = max(request, logical)
+    # Kernels want the length of every element in whole blocks, whatever they say about addresses.
+    return request, max(memory, request)
 
 
 def _ask_direct_alignment(fd: int) -> tuple[int, int] | None:

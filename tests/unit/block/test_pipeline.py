@@ -1,0 +1,351 @@
+"""One request on one node: validation, padding, splitting, bouncing, bookkeeping (rows B14 to B16)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+
+import pytest
+
+from tests.unit.block.fakes import ArrayNode, put_above, run_now, turns
+from vhostblk.block import clear, pipeline
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import MAX_LENGTH, MAX_REQUEST, BlockLimits
+from vhostblk.block.node import Req
+from vhostblk.block.options import NodeOptions
+from vhostblk.errors import BlockError
+
+FOUR_K = BlockLimits(request_alignment=4096, min_mem_alignment=1)
+
+
+def read(node: ArrayNode, offset: int, length: int) -> bytes:
+    buffer = bytearray(b"\xee" * length)
+    run_now(pipeline.preadv(node, offset, IoVec.of(buffer)))
+    return bytes(buffer)
+
+
+def write(node: ArrayNode, offset: int, content: bytes, flags: int = 0) -> None:
+    run_now(pipeline.pwritev(node, offset, IoVec.of(content), flags))
+
+
+def idle(node: ArrayNode) -> bool:
+    return not node.in_flight and not node.tracker.requests and not node.tracker.serialising
+
+
+# ---------------------------------------------------------------- validation
+
+
+def test_aligned_request_is_one_driver_call_and_never_suspends() -> None:
+    node = ArrayNode()
+    write(node, 512, b"x" * 512)
+    assert read(node, 512, 512) == b"x" * 512
+    assert node.asked.calls == [("write", 512, 512, 0), ("read", 512, 512, 0)]
+    assert idle(node)
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (-512, 512), (MAX_LENGTH, 1)])
+def test_impossible_range_is_eio_and_reaches_nobody(offset: int, length: int) -> None:
+    node = ArrayNode()
+    for coro in (
+        pipeline.preadv(node, offset, IoVec.of(bytearray(length))),
+        pipeline.pwritev(node, offset, IoVec.of(bytes(length))),
+        clear.pwrite_zeroes(node, offset, length),
+        clear.pdiscard(node, offset, length),
+    ):
+        with pytest.raises(BlockError) as caught:
+            run_now(coro)
+        assert caught.value.errno == errno.EIO
+    assert not node.asked.calls
+    assert idle(node)
+
+
+def test_negative_length_is_refused() -> None:
+    for request in (clear.pwrite_zeroes, clear.pdiscard):
+        with pytest.raises(BlockError) as caught:
+            run_now(request(ArrayNode(), 0, -1))
+        assert caught.value.errno == errno.EIO
+
+
+def test_request_above_the_maximum_is_eio() -> None:
+    page = memoryview(mmap.mmap(-1, 1 << 20))
+    iov = IoVec([page] * (MAX_REQUEST // len(page) + 1))
+    node = ArrayNode()
+    with pytest.raises(BlockError) as caught:
+        run_now(pipeline.preadv(node, 0, iov))
+    assert caught.value.errno == errno.EIO
+
+
+def test_read_only_node_refuses_every_change_with_eperm_and_flushes_as_nothing() -> None:
+    node = ArrayNode(common=NodeOptions(read_only=True))
+    for coro in (
+        pipeline.pwritev(node, 0, IoVec.of(b"x")),
+        clear.pwrite_zeroes(node, 0, 512),
+        clear.pdiscard(node, 0, 512),
+    ):
+        with pytest.raises(BlockError) as caught:
+            run_now(coro)
+        assert caught.value.errno == errno.EPERM
+    run_now(pipeline.flush(node))
+    assert not node.asked.calls
+
+
+def test_empty_requests_succeed_and_leave_the_driver_alone() -> None:
+    node = ArrayNode(limits=FOUR_K)
+    write(node, 5, b"")
+    assert read(node, 5, 0) == b""
+    run_now(clear.pwrite_zeroes(node, 5, 0))
+    run_now(clear.pdiscard(node, 5, 0))
+    assert not node.asked.calls
+    assert idle(node)
+
+
+# ---------------------------------------------------------------- reads
+
+
+def test_unaligned_read_reaches_the_driver_as_whole_blocks() -> None:
+    node = ArrayNode(16384, FOUR_K)
+    node.data[:] = bytes(range(256)) * 64
+    assert read(node, 4090, 10) == bytes(node.data[4090:4100])
+    assert node.asked.calls == [("read", 0, 8192, 0)]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 511, 512, 1000, 1023, 1024, 1536, 2000, 5000])
+@pytest.mark.parametrize("length", [1, 511, 512, 513, 1024, 3000])
+def test_what_lies_behind_the_end_reads_as_zeroes(offset: int, length: int) -> None:
+    limits = BlockLimits(request_alignment=1024, min_mem_alignment=1)
+    node = ArrayNode(1536, limits)
+    node.data[:1536] = b"\xab" * 1536
+    node.length = 1536
+    expected = (b"\xab" * 1536 + bytes(16384))[offset : offset + length]
+    assert read(node, offset, length) == expected
+
+
+def test_large_read_is_cut_to_max_transfer() -> None:
+    limits = BlockLimits(request_alignment=512, min_mem_alignment=1, max_transfer=1500)
+    node = ArrayNode(limits=limits)
+    read(node, 0, 3000)
+    assert node.asked.of("read") == [(0, 1024), (1024, 1024), (2048, 1024)]
+
+
+def test_first_error_ends_a_cut_read() -> None:
+    node = ArrayNode(limits=BlockLimits(min_mem_alignment=1, max_transfer=512))
+
+    def fail(kind: str, offset: int, length: int) -> None:
+        if offset == 512:
+            raise BlockError(errno.ENODATA)
+
+    node.fail = fail
+    with pytest.raises(BlockError) as caught:
+        read(node, 0, 2048)
+    assert caught.value.errno == errno.ENODATA
+    assert node.asked.of("read") == [(0, 512), (512, 512)]
+    assert idle(node)
+
+
+def test_memory_the_driver_cannot_take_is_bounced_both_ways() -> None:
+    limits = BlockLimits(request_alignment=512, min_mem_alignment=512)
+    node = ArrayNode(limits=limits)  # asserts the alignment of every vector
+    memory = memoryview(mmap.mmap(-1, 8192))
+    odd = memory[3 : 3 + 1024]
+    odd[:] = b"ab" * 512
+    run_now(pipeline.pwritev(node, 0, IoVec([odd])))
+    odd[:] = bytes(1024)
+    run_now(pipeline.preadv(node, 0, IoVec([odd])))
+    assert bytes(odd) == b"ab" * 512
+    assert memory[3 + 1024] == 0
+
+
+def test_vector_with_too_many_elements_is_coalesced() -> None:
+    node = ArrayNode(limits=BlockLimits(min_mem_alignment=1, max_iov=4))
+    run_now(pipeline.pwritev(node, 10, IoVec.of(*[bytes([n]) for n in range(50)])))
+    buffers = [bytearray(1) for _ in range(50)]
+    run_now(pipeline.preadv(node, 10, IoVec.of(*buffers)))
+    assert b"".join(buffers) == bytes(range(50))
+
+
+def test_bounce_buffers_are_bounded() -> None:
+    limits = BlockLimits(request_alignment=512, min_mem_alignment=512)
+    node = ArrayNode(4 << 20, limits)
+    memory = memoryview(mmap.mmap(-1, (3 << 20) + 4096))
+    run_now(pipeline.pwritev(node, 0, IoVec([memory[1 : 1 + (3 << 20)]])))
+    assert node.asked.of("write") == [(n << 20, 1 << 20) for n in range(3)]
+
+
+# ---------------------------------------------------------------- read-modify-write
+
+
+def test_write_inside_one_block_reads_it_once() -> None:
+    node = ArrayNode(16384, FOUR_K)
+    node.data[:] = b"\x11" * 16384
+    write(node, 5000, b"new")
+    assert node.asked.calls == [("read", 4096, 4096, 0), ("write", 4096, 4096, 0)]
+    assert node.data == b"\x11" * 5000 + b"new" + b"\x11" * (16384 - 5003)
+
+
+def test_write_over_both_edges_reads_first_and_last_block_only() -> None:
+    node = ArrayNode(32768, FOUR_K)
+    node.data[:] = b"\x11" * 32768
+    write(node, 4000, b"n" * 9000)
+    assert node.asked.of("read") == [(0, 4096), (12288, 4096)]
+    assert node.asked.of("write") == [(0, 16384)]
+    assert node.data == b"\x11" * 4000 + b"n" * 9000 + b"\x11" * (32768 - 13000)
+
+
+def test_failed_read_of_a_block_means_nothing_is_written() -> None:
+    node = ArrayNode(16384, FOUR_K)
+
+    def fail(kind: str, offset: int, length: int) -> None:
+        if kind == "read":
+            raise BlockError(errno.EIO)
+
+    node.fail = fail
+    with pytest.raises(BlockError):
+        write(node, 5000, b"new")
+    assert not node.asked.count("write")
+    assert idle(node)
+
+
+def test_unaligned_write_takes_back_extents_before_it_reads() -> None:
+    node = ArrayNode(16384, FOUR_K)
+    above = put_above(node)
+    order: list[object] = []
+
+    class User:
+        async def child_revoke(self, edge: object, offset: int, length: int) -> None:
+            order.append((offset, length))
+            assert not node.mappable(5000, 1)
+            assert not node.mappable(4096, 1)
+            assert node.mappable(0, 4096)
+            assert node.mappable(8192, 4096)
+
+    above.child_revoke = User().child_revoke  # type: ignore[method-assign]
+    node.fail = lambda kind, offset, length: order.append(kind)
+    write(node, 5000, b"new")
+    assert order == [(4096, 4096), "read", "write"]
+    assert node.mappable(5000, 1)
+
+
+def test_aligned_write_takes_nothing_back_unless_it_serialises() -> None:
+    node = ArrayNode(16384, FOUR_K)
+    above = put_above(node)
+    revoked: list[tuple[int, int]] = []
+
+    async def child_revoke(edge: object, offset: int, length: int) -> None:
+        revoked.append((offset, length))
+
+    above.child_revoke = child_revoke  # type: ignore[method-assign]
+    write(node, 4096, bytes(4096))
+    assert not revoked
+    write(node, 4096, bytes(4096), Req.SERIALISING)
+    assert revoked == [(4096, 4096)]
+
+
+def test_no_wait_fails_with_ebusy_when_something_is_in_the_way() -> None:
+    async def scenario() -> None:
+        node = ArrayNode(16384, FOUR_K)
+        node.pause = lambda: turns(3)
+        first = asyncio.create_task(pipeline.pwritev(node, 0, IoVec.of(bytes(4096))))
+        await turns(1)
+        with pytest.raises(BlockError) as caught:
+            await pipeline.pwritev(node, 0, IoVec.of(bytes(4096)), Req.SERIALISING | Req.NO_WAIT)
+        assert caught.value.errno == errno.EBUSY
+        await first
+        assert idle(node)
+
+    asyncio.run(scenario())
+
+
+def test_padding_behind_the_end_is_cut_off_again() -> None:
+    node = ArrayNode(4096 + 512, FOUR_K)
+    cut: list[int] = []
+
+    async def driver_cut_padding(end: int) -> None:
+        cut.append(end)
+
+    node.driver_cut_padding = driver_cut_padding  # type: ignore[method-assign]
+    write(node, 4096, b"x" * 512)
+    assert cut == [4608]
+    assert node.length == 4608
+    write(node, 10, b"x")
+    assert cut == [4608]
+
+
+# ---------------------------------------------------------------- bookkeeping
+
+
+def test_failure_in_the_second_fragment_counts_as_a_write_but_does_not_extend_the_node() -> None:
+    node = ArrayNode(1024, BlockLimits(min_mem_alignment=1, max_transfer=512))
+
+    def fail(kind: str, offset: int, length: int) -> None:
+        if offset == 1024:
+            raise BlockError(errno.ENOSPC)
+
+    node.fail = fail
+    before = node.write_gen
+    with pytest.raises(BlockError):
+        write(node, 512, b"x" * 1024)
+    assert node.write_gen > before
+    assert node.length == 1024
+    assert node.data[512:1024] == b"x" * 512
+
+
+def test_successful_write_past_the_end_extends_the_node_and_tells_its_parents() -> None:
+    node = ArrayNode(1024)
+    above = put_above(node)
+    write(node, 1000, b"x" * 100)
+    assert node.length == above.length == 1536
+
+
+def test_truncate_shrinks_grows_and_reports() -> None:
+    node = ArrayNode(4096)
+    node.data[:] = b"x" * 4096
+    above = put_above(node)
+    revoked: list[tuple[int, int]] = []
+
+    async def child_revoke(edge: object, offset: int, length: int) -> None:
+        revoked.append((offset, length))
+
+    above.child_revoke = child_revoke  # type: ignore[method-assign]
+    run_now(pipeline.truncate(node, 1024))
+    assert revoked == [(1024, 3072)]
+    run_now(pipeline.truncate(node, 2048))
+    assert node.length == above.length == 2048
+    assert read(node, 0, 2048) == b"x" * 1024 + bytes(1024)
+
+
+@pytest.mark.parametrize(("length", "error"), [(-1, errno.EINVAL), (MAX_LENGTH + 1, errno.EFBIG)])
+def test_truncate_refuses_impossible_lengths(length: int, error: int) -> None:
+    with pytest.raises(BlockError) as caught:
+        run_now(pipeline.truncate(ArrayNode(), length))
+    assert caught.value.errno == error
+
+
+def test_truncate_of_a_read_only_node_is_eacces() -> None:
+    with pytest.raises(BlockError) as caught:
+        run_now(pipeline.truncate(ArrayNode(common=NodeOptions(read_only=True)), 0))
+    assert caught.value.errno == errno.EACCES
+
+
+def test_drain_waits_for_what_is_in_flight_below_too() -> None:
+    async def scenario() -> None:
+        node = ArrayNode()
+        above = put_above(node)
+        gate = asyncio.Event()
+
+        async def pause() -> None:
+            await gate.wait()
+
+        node.pause = pause
+        request = asyncio.create_task(pipeline.pwritev(node, 0, IoVec.of(b"x")))
+        drained = asyncio.create_task(above.drained_begin())
+        await turns(5)
+        assert not drained.done()
+        assert not above.mappable(0, 1)
+        gate.set()
+        await drained
+        assert request.done()
+        above.drained_end()
+        assert above.mappable(0, 1)
+
+    asyncio.run(scenario())
