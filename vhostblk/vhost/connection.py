@@ -156,6 +156,8 @@ class Connection(_Stream):
 
     def close(self) -> None:
         """Close the socket; a `receive` or `send` that waits ends. Idempotent."""
+        if self.is_closed:
+            return
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
