@@ -1,0 +1,241 @@
+"""The readable split ring and the engine's come to the same end with the same memory.
+
+Inputs are the fuzzer's, hostile ones for the most part. What a broken ring has done before it broke,
+and why it broke, must be equal: used elements, status bytes, reason. Where writing a status changes
+the rings themselves the outcome depends on how far the device has read ahead, and only has to be one.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from tests.fuzz.test_fuzz_split_ring import AVAIL, BASE, DATA, MEMORY, USED, mutated, seeds
+from vhostblk import native
+from vhostblk.errors import GuestError
+from vhostblk.native import Message, MessageType
+from vhostblk.virtio.blk import RequestType, Status
+from vhostblk.virtio.blk_request import BlkRequest, parse
+from vhostblk.virtio.chain import Broken
+from vhostblk.virtio.memory import FlatMemory
+from vhostblk.virtio.split import SplitVirtqueue
+
+CAPACITY = 1 << 20
+SEGMENTS = 4
+SERIAL = b"twenty bytes or less"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an input wants its queue."""
+
+    size: int
+    event_idx: bool
+    indirect: bool
+    base: int
+    image: bytes
+
+    @classmethod
+    def of(cls, data: bytes) -> Setup:
+        exponent, flags, base = struct.unpack("<BBH", data[:4].ljust(4, b"\0"))
+        image = data[4 : 4 + MEMORY].ljust(MEMORY, b"\0")
+        return cls(1 << exponent % 8, bool(flags & 1), bool(flags & 2), base, image)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is left when a device is done with the memory."""
+
+    broken: Broken | None
+    next_avail: int
+    used: tuple[tuple[int, int], ...]
+    data: bytes
+
+    @classmethod
+    def of(cls, setup: Setup, memory: bytearray, broken: int | None, next_avail: int) -> Outcome:
+        (before,) = struct.unpack_from("<H", setup.image, USED + 2)
+        (after,) = struct.unpack_from("<H", memory, USED + 2)
+        used = [
+            struct.unpack_from("<II", memory, USED + 4 + 8 * (i % setup.size))
+            for i in range(before, before + (after - before & 0xFFFF))
+        ]
+        return cls(
+            None if broken is None else Broken(broken),
+            next_avail,
+            tuple(sorted(used)),
+            bytes(memory[DATA:]),
+        )
+
+
+# ---------------------------------------------------------------- in Python
+
+
+def in_python(setup: Setup, *, ahead: bool) -> Outcome:
+    """Serve a disk that takes and gives nothing, one chain after the other or all at once."""
+    memory = bytearray(setup.image)
+    queue = SplitVirtqueue(
+        FlatMemory(BASE, memory),
+        setup.size,
+        BASE,
+        BASE + AVAIL,
+        BASE + USED,
+        base=setup.base,
+        event_idx=setup.event_idx,
+        indirect=setup.indirect,
+    )
+    waiting: list[BlkRequest] = []
+    while True:
+        try:
+            chain = queue.pop()
+            if chain is None:
+                break
+            waiting.append(parse(chain, capacity=CAPACITY, max_segments=SEGMENTS))
+        except GuestError as error:
+            queue.break_queue(error)
+            break
+        if not ahead:
+            complete(queue, waiting)
+    complete(queue, waiting)
+    return Outcome.of(setup, memory, queue.broken, queue.next_avail)
+
+
+def complete(queue: SplitVirtqueue, requests: list[BlkRequest]) -> None:
+    for request in requests:
+        written = request.length if request.type == RequestType.IN else 0
+        if request.type == RequestType.GET_ID:
+            written = min(request.length, len(SERIAL))
+            done = 0
+            for view in request.data:
+                part = SERIAL[done : min(done + len(view), written)]
+                view[: len(part)] = part
+                done += len(part)
+        status = Status.OK if request.status is None else request.status
+        queue.push(request.head, request.complete(status, written))
+    requests.clear()
+
+
+# ---------------------------------------------------------------- in C
+
+
+@dataclass(frozen=True)
+class Region:
+    gpa: int
+    uva: int
+    size: int
+    hva: int
+
+
+class Engine:
+    """One engine thread with one disk, for one queue after the other."""
+
+    def __init__(self) -> None:
+        self.thread = native.EngineThread("contract")
+        self.disk = native.Disk(disk_id=1, capacity=CAPACITY, max_segments=SEGMENTS, serial=SERIAL)
+        self.stats = native.QueueStats()
+        self.broken: int | None = None
+        flags = native.ExtentFlag.NULL | native.ExtentFlag.READ | native.ExtentFlag.WRITE
+        extents = native.extents([(0, CAPACITY, 0, -1, flags, 1, 1)])
+        self.ask(MessageType.DISK_ATTACH)
+        self.ask(MessageType.FLUSH_SET, result=native.FLUSH_NOTHING)
+        self.ask(MessageType.MAP, pointer=extents.pointer, count=extents.count)
+
+    def close(self) -> None:
+        self.ask(MessageType.DISK_DETACH)
+        self.thread.close()
+        self.disk.close()
+
+    def ask(
+        self, kind: MessageType, *, pointer: int = 0, count: int = 0, result: int = 0
+    ) -> Message:
+        """Send a command; serve what comes until it is acknowledged."""
+        disk = self.disk.pointer
+        assert self.thread.send([(kind, 0, 1, 77, disk, 0, 0, pointer, count, result, 0)]) == 1
+        poller = select.poll()
+        poller.register(self.thread.fd, select.POLLIN)
+        answer = None
+        while True:
+            for message in self.thread.receive():
+                if message[0] == MessageType.ACK:
+                    answer = message
+                else:
+                    self.take(message)
+            if answer is not None:
+                assert answer[9] == 0, f"{kind.name}: {answer[9]}"
+                return answer
+            assert poller.poll(10_000), f"{kind.name} is not acknowledged"
+
+    def take(self, message: Message) -> None:
+        if message[0] == MessageType.QUEUE_BROKEN:
+            self.broken = message[9]
+        elif message[0] == MessageType.REQUEST:
+            cookie = message[3]
+            self.thread.send(
+                [(MessageType.COMPLETE, 0, 1, cookie, self.disk.pointer, 0, 0, 0, 0, 0, 0)]
+            )
+
+    def run(self, setup: Setup) -> Outcome:
+        memory = bytearray(setup.image)
+        snapshot = native.Memory([Region(BASE, BASE, MEMORY, native.address_of(memory))])
+        self.broken = None
+        self.ask(MessageType.MEMORY_SET, pointer=snapshot.pointer)
+        config = native.queue_config(
+            disk=self.disk,
+            stats=self.stats,
+            desc_uva=BASE,
+            avail_uva=BASE + AVAIL,
+            used_uva=BASE + USED,
+            size=setup.size,
+            index=0,
+            base=setup.base,
+            event_idx=setup.event_idx,
+            indirect=setup.indirect,
+        )
+        self.ask(MessageType.QUEUE_START, pointer=config.pointer)
+        # A ring is looked at when it starts; the stop drains what was found.
+        stopped = self.ask(MessageType.QUEUE_STOP)
+        self.ask(MessageType.MEMORY_SET)
+        snapshot.close()
+        return Outcome.of(setup, memory, self.broken, stopped[10] & 0xFFFF)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    if not native.available:
+        pytest.skip("the C engine is not built")
+    running = Engine()
+    yield running
+    running.close()
+
+
+def test_both_have_the_same_names_for_the_reasons() -> None:
+    assert {b.name: b.value for b in native.Broken} == {b.name: b.value for b in Broken}
+
+
+@pytest.mark.parametrize(("name", "data"), [(name, data) for name, data, _ in seeds()])
+def test_corpus_ends_alike(engine: Engine, name: str, data: bytes) -> None:
+    setup = Setup.of(data)
+    expected = in_python(setup, ahead=True)
+    if in_python(setup, ahead=False) == expected:
+        assert engine.run(setup) == expected, name
+    else:
+        engine.run(setup)
+
+
+def test_mutations_end_alike(engine: Engine) -> None:
+    chance = random.Random(21)
+    inputs = [data for _, data, _ in seeds()]
+    compared = set()
+    for _ in range(1000):
+        data = mutated(chance, chance.choice(inputs))
+        setup = Setup.of(data)
+        expected = in_python(setup, ahead=True)
+        outcome = engine.run(setup)
+        if in_python(setup, ahead=False) == expected:
+            assert outcome == expected, f"input: {data.rstrip(bytes(1)).hex()}"
+            compared.add(expected.broken)
+    assert len(compared) >= 8
