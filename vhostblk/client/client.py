@@ -186,7 +186,7 @@ class Client:
             self.read_config()
         if control.protocol_features & ProtocolFeature.BACKEND_REQ:
             control.open_channel()
-        control.set_features(features & self.offered if self.strict else features)
+        control.set_features(features & self.offered)
 
     def make_queues(self, count: int, size: int, *, alignment: int = 4096) -> None:
         """Replace the queues by `count` new ones, not started.
