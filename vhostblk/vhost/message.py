@@ -308,6 +308,7 @@ class Decoder:
         self._buffer = bytearray()
         self._fds: tuple[int, ...] = ()
         self._header: tuple[int, int, int] | None = None
+        self._error: SessionError | None = None
 
     @property
     def wanted(self) -> int:
@@ -328,7 +329,8 @@ class Decoder:
             fds: now owned by the decoder, then by the message.
 
         Raises:
-            SessionError: fds inside a message, a version other than 1, a payload too long.
+            SessionError: fds inside a message, a version other than 1, a payload too long. If
+                messages were complete before that, they are returned, and the next call raises.
         """
         if fds:
             inside = bool(self._buffer)
@@ -337,13 +339,21 @@ class Decoder:
             # they would let a front-end attach hundreds to every byte.
             if inside or not data:
                 raise SessionError("file descriptors in the middle of a message")
-        messages = []
+        if self._error is not None:
+            raise self._error
+        messages: list[Message] = []
         position = 0
         while position < len(data):
             step = self.wanted
             self._buffer += data[position : position + step]
             position += step
-            message = self._advance()
+            try:
+                message = self._advance()
+            except SessionError as error:
+                if not messages:
+                    raise
+                self._error = error
+                break
             if message is not None:
                 messages.append(message)
         return tuple(messages)

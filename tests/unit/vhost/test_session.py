@@ -66,7 +66,7 @@ def test_every_row_of_the_table_has_a_handler_and_no_handler_lacks_a_row() -> No
     assert set(session_module._HANDLERS) == set(FRONTEND_TABLE)
 
 
-@pytest.mark.parametrize("row", FRONTEND_TABLE.values(), ids=lambda row: row.request.name)
+@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
 def test_session_refuses_every_request_with_more_fds_than_its_row_allows(row: Row) -> None:
     pair = SessionPair()
     fds = tuple(pair.fd() for _ in range(row.fds[1] + 1))
@@ -102,7 +102,7 @@ def test_session_refuses_every_request_that_lacks_its_fd(row: Row) -> None:
     assert is_nack(SessionPair().deliver(Message(row.request, NEED_REPLY, payload)))
 
 
-@pytest.mark.parametrize("row", FRONTEND_TABLE.values(), ids=lambda row: row.request.name)
+@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
 def test_session_refuses_every_request_with_a_payload_of_the_wrong_size(row: Row) -> None:
     pair = SessionPair()
     message = Message(row.request, NEED_REPLY, Raw(b"12345"), (pair.fd(),))
@@ -154,7 +154,7 @@ def test_requests_whose_feature_need_only_be_offered_are_served_before_negotiati
     assert (reply is not None) == (row.reply is not None)
 
 
-@pytest.mark.parametrize("row", FRONTEND_TABLE.values(), ids=lambda row: row.request.name)
+@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
 def test_a_reply_in_the_place_of_any_request_ends_the_session(row: Row) -> None:
     pair = SessionPair()
     fd = pair.fd()
@@ -189,7 +189,7 @@ def test_unknown_request_that_asks_for_no_acknowledgement_ends_the_session(
 # ---------------------------------------------------------------------- order and acknowledgements
 
 
-@pytest.mark.parametrize("row", FRONTEND_TABLE.values(), ids=lambda row: row.request.name)
+@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
 def test_acknowledgement_comes_if_asked_for_and_never_beside_another_reply(row: Row) -> None:
     acked, silent = SessionPair(), SessionPair()
     payload = {
