@@ -16,13 +16,16 @@ import errno
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from vhostblk import native
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
+from vhostblk.native import IOOp
 
 T = TypeVar("T")
 
@@ -120,6 +123,84 @@ class ThreadHostIO(HostIO):
         await self.call(fallocate, fd, mode, offset, length)
 
 
+class NativeHostIO(HostIO):
+    """The engine's file I/O (`native.HostIO`), its completions read by the loop.
+
+    Args:
+        kind: "auto", "io_uring" or "threads".
+
+    Raises:
+        ConfigError: the kernel refuses.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        try:
+            self._io = native.HostIO(kind)
+        except OSError as error:
+            raise ConfigError(f"Parameter 'aio': {kind}: {error.strerror}") from None
+        self.kind = self._io.kind
+        self._next_cookie = 0
+        self._waiting: dict[int, Completion] = {}
+        self._backlog: deque[Callable[[], bool]] = deque()  # the engine was full
+        self._loop.add_reader(self._io.fd, self._reap)
+
+    async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
+        """See `HostIO.preadv`."""
+        return await self._submit(IOOp.READ, fd, offset, iov.views)
+
+    async def pwritev(self, fd: int, offset: int, iov: IoVec, dsync: bool = False) -> None:
+        """See `HostIO.pwritev`."""
+        done = await self._submit(IOOp.WRITE, fd, offset, iov.views, flags=int(dsync))
+        if done < iov.length:
+            raise BlockError(errno.ENOSPC)
+
+    async def fdatasync(self, fd: int) -> None:
+        """See `HostIO.fdatasync`."""
+        await self._submit(IOOp.FDATASYNC, fd)
+
+    async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
+        """See `HostIO.fallocate`."""
+        await self._submit(IOOp.FALLOCATE, fd, offset, length=length, flags=mode)
+
+    async def close(self) -> None:
+        """Wait for what is in flight and end the threads."""
+        if self._io.fd >= 0:
+            self._loop.remove_reader(self._io.fd)
+            self._io.close()
+        await super().close()
+
+    async def _submit(
+        self,
+        op: IOOp,
+        fd: int,
+        offset: int = 0,
+        buffers: Sequence[memoryview] = (),
+        *,
+        length: int = 0,
+        flags: int = 0,
+    ) -> int:
+        cookie = self._next_cookie
+        self._next_cookie += 1
+        self._waiting[cookie] = completion = Completion(loop=self._loop)
+
+        def submit() -> bool:
+            return self._io.submit(cookie, op, fd, offset, buffers, length=length, flags=flags)
+
+        if self._backlog or not submit():
+            self._backlog.append(submit)
+        result: int = await completion
+        if result < 0:
+            raise BlockError(-result)
+        return result
+
+    def _reap(self) -> None:
+        for cookie, result in self._io.reap():
+            self._waiting.pop(cookie).set_result(result)
+        while self._backlog and self._backlog[0]():
+            self._backlog.popleft()
+
+
 # ---------------------------------------------------------------------- the same, blocking
 
 
@@ -188,6 +269,17 @@ def create_host_io(aio: str | None) -> HostIO:
     Raises:
         ConfigError: io_uring was asked for and does not work here.
     """
+    if native.available:
+        error = native.io_uring_error()
+        if aio == "io_uring" and error:
+            raise ConfigError(
+                f"Parameter 'aio' does not support value 'io_uring' here: {os.strerror(error)} "
+                "(allowed: threads)"
+            )
+        return NativeHostIO(aio or "auto")
     if aio == "io_uring":
-        raise ConfigError("Parameter 'aio': io_uring is not available here (allowed: threads)")
+        raise ConfigError(
+            "Parameter 'aio' does not support value 'io_uring': the engine is not built "
+            "(allowed: threads)"
+        )
     return ThreadHostIO()

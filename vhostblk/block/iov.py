@@ -14,6 +14,8 @@ import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
+from vhostblk import native
+
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
 _ZEROES = bytes(64 * 1024)
@@ -42,6 +44,8 @@ def address_of(buffer: Buffer) -> int:
 
     The caller keeps the buffer alive for as long as it uses the address.
     """
+    if native.available:
+        return native.address_of(buffer)
     # ctypes' own from_buffer() refuses read-only buffers, so ask the buffer protocol itself.
     view = _PyBuffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(view), 0)

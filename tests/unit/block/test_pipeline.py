@@ -349,3 +349,36 @@ def test_drain_waits_for_what_is_in_flight_below_too() -> None:
         assert above.mappable(0, 1)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("kind", ["read", "write", "zero", "discard"])
+def test_aligned_request_waits_for_a_read_modify_write_of_its_block(kind: str) -> None:
+    async def scenario() -> None:
+        node = ArrayNode(16384, FOUR_K)
+        gate = asyncio.Event()
+
+        async def pause() -> None:
+            await gate.wait()
+
+        node.pause = pause
+        first = asyncio.create_task(pipeline.pwritev(node, 5000, IoVec.of(b"new")))
+        await turns(2)
+        requests = {
+            "read": pipeline.preadv(node, 4096, IoVec.of(bytearray(4096))),
+            "write": pipeline.pwritev(node, 4096, IoVec.of(bytes(4096))),
+            "zero": clear.pwrite_zeroes(node, 4096, 4096),
+            "discard": clear.pdiscard(node, 4096, 4096),
+        }
+        second = asyncio.create_task(requests.pop(kind))
+        for unused in requests.values():
+            unused.close()
+        await turns(5)
+        assert node.asked.calls == [("read", 4096, 4096, 0)]
+        # Elsewhere nobody waits.
+        node.pause = None
+        await pipeline.preadv(node, 8192, IoVec.of(bytearray(4096)))
+        gate.set()
+        await asyncio.gather(first, second)
+        assert [call[:2] for call in node.asked.calls[2:]] == [("write", 4096), (kind, 4096)]
+
+    asyncio.run(scenario())
