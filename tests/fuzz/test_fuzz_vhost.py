@@ -80,6 +80,7 @@ TRANSCRIPTS = HERE.parent / "data"
 FEATURES = int(RECORDED_FEATURES)
 CONFIG_SIZE = 96
 FAIL = 0x80
+CAN_FAIL = (MapMemory, AddRegion, RemoveRegion, StartVring, StopVring, ReadConfig, WriteConfig)
 PAGE = 4096
 
 
@@ -141,16 +142,12 @@ class Checker:
         """Raises: SessionError."""
         result: int | bytes | None = None
         error = None
-        starting = None
         for action in self.session.receive(message):
-            answer = self.perform(action)
-            if isinstance(action, StartVring):
-                starting = action.index
-            result = answer if answer is not None else result
-            if fail and not isinstance(action, CloseFds | SetBackendChannel):
+            if fail and isinstance(action, CAN_FAIL):
                 error = PeerError("failed")
-        if error is not None and starting is not None:
-            del self.running[starting]
+                continue
+            answer = self.perform(action)
+            result = answer if answer is not None else result
         reply = self.session.complete(result, error=error)
         assert self.running.keys() == {v.index for v in self.session.vrings if v.is_started}
         if reply is not None:
@@ -405,7 +402,7 @@ def corpus() -> dict[str, bytes]:
         "unknown_unasked": HELLO + say(4711, Raw(b"?" * 100), 15, flags=1),
         "reply": say(1, U64(0), 1, flags=5),
         "version": chunk(header.pack(1, 2, 0), 1),
-        "too_long": chunk(header.pack(5, 1, MAX_PAYLOAD + 1), 8),
+        "too_long": chunk(header.pack(5, 1, 8 * MAX_PAYLOAD) + bytes(MAX_PAYLOAD + 9), 8),
         "longest": HELLO + say(999, Raw(bytes(MAX_PAYLOAD)), 1),
         "cut_short": HELLO + chunk(header.pack(5, 9, 264) + bytes(100), 8),
         "fds_inside": HELLO + chunk(header.pack(5, 9, 264), 1) + chunk(bytes(264), 1),
