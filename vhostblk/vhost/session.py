@@ -50,7 +50,6 @@ from vhostblk.vhost.message import (
     U64,
     BackendRequest,
     ConfigSpace,
-    Gate,
     MemoryTable,
     Message,
     Payload,
@@ -63,21 +62,11 @@ from vhostblk.vhost.message import (
     VringFile,
     VringState,
 )
+from vhostblk.vhost.negotiation import PROTOCOL_FEATURES, Negotiation
 from vhostblk.vhost.ring_states import RingStates, close_fds
 from vhostblk.vhost.vring import Vring, VringFd
-from vhostblk.virtio.features import Feature, feature_names
 
 __all__ = ["MAX_MEM_SLOTS", "MAX_QUEUES", "PROTOCOL_FEATURES", "Session"]
-
-PROTOCOL_FEATURES = (
-    ProtocolFeature.MQ
-    | ProtocolFeature.REPLY_ACK
-    | ProtocolFeature.BACKEND_REQ
-    | ProtocolFeature.CONFIG
-    | ProtocolFeature.RESET_DEVICE
-    | ProtocolFeature.CONFIGURE_MEM_SLOTS
-)
-"""What this session can serve."""
 
 MAX_MEM_SLOTS = 509
 """What GET_MAX_MEM_SLOTS answers unless told otherwise.
@@ -89,11 +78,6 @@ QEMU's own back-ends answer. A slot costs us one mapping, and an fd before Pytho
 
 MAX_QUEUES = 256
 """SET_VRING_KICK and its sisters have eight bits for the index."""
-
-_PROTOCOL_BIT = int(Feature.VHOST_USER_F_PROTOCOL_FEATURES)
-# QEMU passes on whatever the guest has acknowledged, and for this bit it never asks the back-end:
-# guests that use the legacy interface may set it. It promises nothing that any framing does not.
-_HARMLESS_FEATURES = int(Feature.VIRTIO_F_ANY_LAYOUT)
 
 _MIGRATION = 1  # SET_CONFIG flag: the front-end restores a migrated configuration
 
@@ -128,21 +112,16 @@ class Session:
     ) -> None:
         if not 1 <= num_queues <= MAX_QUEUES:
             raise ValueError(f"{num_queues} vrings: 1 to {MAX_QUEUES} are possible")
-        if protocol_features & ~PROTOCOL_FEATURES:
-            raise ValueError(f"protocol features {protocol_features!r} are not all served")
-        self._offered = device_features | _PROTOCOL_BIT
-        self._offered_protocol = protocol_features
+        self._agreed = Negotiation(device_features, protocol_features)
         self._config_size = config_size
         self._writable_config = writable_config
-        self._acked = 0
-        self._protocol = ProtocolFeature.NONE
         self._has_channel = False
         self._config_change_due = False
         self._exchange: Exchange | None = None
         self._is_over = False
         self._rings = RingStates(num_queues)
         self._constants: Mapping[int, int] = {
-            Request.GET_FEATURES: self._offered,
+            Request.GET_FEATURES: self._agreed.offered,
             Request.GET_PROTOCOL_FEATURES: int(protocol_features),
             Request.GET_QUEUE_NUM: num_queues,
             Request.GET_MAX_MEM_SLOTS: max_mem_slots,
@@ -153,12 +132,12 @@ class Session:
     @property
     def features(self) -> int:
         """VIRTIO features acknowledged, without bit 30."""
-        return self._acked & ~_PROTOCOL_BIT
+        return self._agreed.features
 
     @property
     def protocol_features(self) -> ProtocolFeature:
         """Protocol features negotiated."""
-        return self._protocol
+        return self._agreed.protocol
 
     @property
     def refusal(self) -> PeerError | None:
@@ -205,7 +184,7 @@ class Session:
         exchange, self._exchange = self._exchange, None
         if exchange is None:
             raise StateError("no message to complete")
-        acks = bool(self._protocol & ProtocolFeature.REPLY_ACK)
+        acks = self._agreed.has(ProtocolFeature.REPLY_ACK)
         error = error or exchange.refusal
         if error is not None:
             try:
@@ -228,16 +207,11 @@ class Session:
         drops such messages too; so a change is kept until a ring runs. Ask after
         `config_changed` and after each `complete`.
         """
-        wanted = ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ
-        if (
-            not self._config_change_due
-            or not self._has_channel
-            or self._protocol & wanted != wanted
-            or not self._rings.any_started
-        ):
+        may_tell = self._agreed.has(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
+        if not (may_tell and self._has_channel and self._rings.any_started):
             return None
-        self._config_change_due = False
-        return Message(BackendRequest.CONFIG_CHANGE_MSG)
+        is_due, self._config_change_due = self._config_change_due, False
+        return Message(BackendRequest.CONFIG_CHANGE_MSG) if is_due else None
 
     def close(self) -> tuple[Action, ...]:
         """End the session, as after a disconnect, also while a message is being handled.
@@ -262,14 +236,11 @@ class Session:
         if row is None:
             raise PeerError(f"{message.name()} is not supported")
         row.check_syntax(message)
-        name = message.name()
-        available = self._protocol if row.gate is Gate.NEGOTIATED else self._offered_protocol
-        if row.feature & ~available:
-            raise PeerError(f"{name}: {row.feature.name} is not {row.gate.name.lower()}")
+        self._agreed.check(row)
         if row.ring is not Ring.NONE:
             vring = self._vring(message.payload)
             if row.ring is Ring.STOPPED and vring.is_started:
-                raise PeerError(f"{name}: vring {vring.index} is started")
+                raise PeerError(f"{message.name()}: vring {vring.index} is started")
         return row
 
     def _vring(self, payload: Payload) -> Vring:
@@ -284,27 +255,16 @@ class Session:
         return ()
 
     def _set_features(self, message: Message) -> tuple[Action, ...]:
-        features = _u64(message)
-        unknown = features & ~(self._offered | _HARMLESS_FEATURES)
-        if unknown:
-            raise PeerError(f"SET_FEATURES: not offered: {feature_names(unknown)}")
-        features &= self._offered
-        if (features ^ self._acked) & ~_PROTOCOL_BIT and self._rings.any_started:
-            raise PeerError("SET_FEATURES: other features while a vring is started")
-        self._acked = features
+        self._agreed.set_features(_u64(message), is_running=self._rings.any_started)
         actions: tuple[Action, ...] = (SetFeatures(self.features),)
-        if not features & _PROTOCOL_BIT:
+        if not self._agreed.has_protocol_bit:
             # "Ring states": without F_PROTOCOL_FEATURES all rings are enabled immediately.
             actions += self._rings.enable(self.vrings, True)
         return actions
 
     def _set_protocol_features(self, message: Message) -> tuple[Action, ...]:
-        features = _u64(message)
-        unknown = features & ~int(self._offered_protocol)
-        if unknown:
-            raise PeerError(f"SET_PROTOCOL_FEATURES: not offered: {unknown:#x}")
         # In force at once: this very message is acknowledged if it asks to be.
-        self._protocol = ProtocolFeature(features)
+        self._agreed.set_protocol(_u64(message))
         return ()
 
     def _set_owner(self, message: Message) -> tuple[Action, ...]:
@@ -317,7 +277,7 @@ class Session:
     def _reset_device(self, message: Message) -> tuple[Action, ...]:
         # Memory, the channel, the protocol features and the call and error fds stay: QEMU sends
         # them once per connection, not once per reset.
-        self._acked = 0
+        self._agreed.reset()
         return (ResetDevice(), *self._rings.reset())
 
     def _set_mem_table(self, message: Message) -> tuple[Action, ...]:

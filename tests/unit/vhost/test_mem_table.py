@@ -256,3 +256,28 @@ def test_views_that_are_left_keep_the_mapping_until_they_go(memory: int, empty: 
     del view
     assert mappings(NAME) == 0
     assert os.pread(memory, 1, 0) == b"\5"
+
+
+def test_region_in_a_file_of_huge_blocks_is_mapped_from_the_start_of_its_block(
+    memory: int, empty: MemTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As on hugetlbfs, whose block size is that of its pages, here eight of ours.
+    os.pwrite(memory, b"huge", 11 * PAGE)
+    asked: list[tuple[int, int]] = []
+    real_fstat, real_mmap = os.fstat, mmap.mmap
+
+    def fstat(fd: int) -> os.stat_result:
+        status = real_fstat(fd)
+        return os.stat_result(status[:10], {"st_blksize": 8 * PAGE})
+
+    def spy(fd: int, length: int, flags: int, protection: int, *, offset: int) -> mmap.mmap:
+        asked.append((offset, length))
+        return real_mmap(fd, length, flags, protection, offset=offset)
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr("vhostblk.vhost.mem_table._NO_FD", {})
+    monkeypatch.setattr(mmap, "mmap", spy)
+    table = empty.added(region(0, 2, offset=11 * PAGE), memory)
+    assert asked == [(8 * PAGE, 8 * PAGE)]
+    assert bytes(table.view(0, 4)[0]) == b"huge"
+    table.close()
