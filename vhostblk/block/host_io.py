@@ -213,7 +213,8 @@ def read_all(fd: int, offset: int, iov: IoVec, flags: int = 0) -> int:
     done = 0
     try:
         while done < iov.length:
-            count = os.preadv(fd, iov.slice(done, iov.length - done).views, offset + done, flags)
+            views = iov.slice(done, iov.length - done).views if done else iov.views
+            count = os.preadv(fd, views, offset + done, flags)
             if count == 0:
                 break
             done += count
@@ -231,7 +232,8 @@ def write_all(fd: int, offset: int, iov: IoVec, flags: int = 0) -> None:
     done = 0
     try:
         while done < iov.length:
-            count = os.pwritev(fd, iov.slice(done, iov.length - done).views, offset + done, flags)
+            views = iov.slice(done, iov.length - done).views if done else iov.views
+            count = os.pwritev(fd, views, offset + done, flags)
             if count == 0:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             done += count

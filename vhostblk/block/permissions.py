@@ -38,6 +38,8 @@ PERM_NAMES: tuple[tuple[Perm, str], ...] = (
     (Perm.RESIZE, "resize"),
 )
 
+_CHANGES = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+
 
 def perm_names(perm: Perm) -> str:
     """A readable list, as messages show it (row B09.11)."""
@@ -61,9 +63,10 @@ class PermissionChange:
         Raises: ConfigError: two users exclude each other, the node is read-only, or another process
             has the image.
         """
-        perm, shared = cumulative_permissions(node)
-        if perm & (Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE) and node.read_only:
+        # First, because whatever else is wrong, this is what the user wants to know.
+        if node.read_only and any(edge.perm & _CHANGES for edge in node.parents):
             raise ConfigError(f"Block node '{node.node_name}' is read-only")
+        perm, shared = cumulative_permissions(node)
         self._nodes.append((node, perm, shared))
         node.check_perm(perm, shared)
         for edge in node.children.values():

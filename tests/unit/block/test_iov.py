@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vhostblk import native
 from vhostblk.block.iov import IoVec, address_of, concat
 
 pieces = st.lists(st.binary(max_size=9), max_size=6)
@@ -57,7 +58,13 @@ def test_slice_refuses_what_is_outside(offset: int, length: int) -> None:
         IoVec.of(b"ab", b"cd").slice(offset, length)
 
 
-def test_address_of_read_only_and_writable_buffers_differs_by_their_distance() -> None:
+@pytest.mark.parametrize("engine", [True, False])
+def test_address_of_read_only_and_writable_buffers_differs_by_their_distance(
+    engine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine and not native.available:
+        pytest.skip("the engine is not built")
+    monkeypatch.setattr(native, "available", engine)
     for buffer in (bytes(100), bytearray(100), mmap.mmap(-1, 4096)):
         view = memoryview(buffer)
         assert address_of(view[7:]) - address_of(view) == 7

@@ -48,7 +48,9 @@ class ImageLock:
         self._held: set[int] = set()
 
     def prepare(self, perm: Perm, shared: Perm) -> None:
-        """Take what the new permissions need on top of the old ones, then look for conflicts.
+        """Take what the new permissions need on top of the old ones, then look for conflicts with that.
+
+        Asking for less cannot fail: users must be able to leave.
 
         Raises:
             ConfigError: another user of the file excludes this; what was taken is given back.
@@ -57,7 +59,7 @@ class ImageLock:
             return
         try:
             self._lock(_bytes(perm, shared))
-            self._refuse_conflicts(perm, shared)
+            self._refuse_conflicts(perm & ~self._perm, shared | ~self._shared)
         except OSError as error:
             self.abort()
             if error.errno in _UNSUPPORTED and not self._required:

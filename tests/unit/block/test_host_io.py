@@ -1,0 +1,164 @@
+"""File I/O under the drivers: both implementations, failures, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.unit.block.fakes import turns
+from vhostblk import native
+from vhostblk.block.host_io import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    HostIO,
+    NativeHostIO,
+    ThreadHostIO,
+    create_host_io,
+)
+from vhostblk.block.iov import IoVec
+from vhostblk.errors import BlockError, ConfigError
+
+Scenario = Callable[[HostIO], Awaitable[None]]
+
+
+@pytest.fixture(params=["python", "threads", "io_uring"])
+def run(request: pytest.FixtureRequest) -> Callable[[Scenario], None]:
+    """Run a scenario on one implementation, then close that."""
+    if request.param != "python" and not native.available:
+        pytest.skip("the engine is not built")
+    if request.param == "io_uring" and native.io_uring_error():
+        pytest.skip("io_uring does not work here")
+
+    def run_scenario(scenario: Scenario) -> None:
+        async def everything() -> None:
+            io = ThreadHostIO() if request.param == "python" else NativeHostIO(request.param)
+            assert io.kind == request.param.replace("python", "threads")
+            try:
+                await scenario(io)
+            finally:
+                await io.close()
+
+        asyncio.run(everything())
+
+    return run_scenario
+
+
+@pytest.fixture
+def fd(tmp_path: Path) -> Iterator[int]:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+def test_vectors_are_written_and_read(run: Callable[[Scenario], None], fd: int) -> None:
+    async def scenario(io: HostIO) -> None:
+        for dsync in (False, True):
+            await io.pwritev(fd, 10, IoVec.of(b"ab", b"", b"cdef"), dsync)
+            first, second = bytearray(3), bytearray(3)
+            assert await io.preadv(fd, 10, IoVec.of(first, second)) == 6
+            assert first + second == b"abcdef"
+        await io.fdatasync(fd)
+
+    run(scenario)
+
+
+def test_read_is_short_only_at_the_end(run: Callable[[Scenario], None], fd: int) -> None:
+    async def scenario(io: HostIO) -> None:
+        await io.pwritev(fd, 0, IoVec.of(b"x" * 1000))
+        assert await io.preadv(fd, 900, IoVec.of(bytearray(50), bytearray(500))) == 100
+        assert await io.preadv(fd, 1000, IoVec.of(bytearray(1))) == 0
+
+    run(scenario)
+
+
+def test_fallocate_punches_holes(run: Callable[[Scenario], None], fd: int) -> None:
+    async def scenario(io: HostIO) -> None:
+        await io.pwritev(fd, 0, IoVec.of(b"x" * 12288))
+        await io.fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 4096, 4096)
+        assert os.pread(fd, 12288, 0) == b"x" * 4096 + bytes(4096) + b"x" * 4096
+
+    run(scenario)
+
+
+def test_kernel_errors_keep_their_errno(run: Callable[[Scenario], None], fd: int) -> None:
+    async def scenario(io: HostIO) -> None:
+        reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        closed = os.open("/dev/full", os.O_RDWR)
+        try:
+            for expected, coro in (
+                (errno.EBADF, io.pwritev(reader, 0, IoVec.of(b"x"))),
+                (errno.ENOSPC, io.pwritev(closed, 0, IoVec.of(b"x"))),
+                (errno.EBADF, io.preadv(999, 0, IoVec.of(bytearray(1)))),
+                (errno.EBADF, io.fdatasync(999)),
+                (errno.EBADF, io.fallocate(reader, 0, 0, 1)),
+            ):
+                with pytest.raises(BlockError) as caught:
+                    await coro
+                assert caught.value.errno == expected
+        finally:
+            os.close(reader)
+            os.close(closed)
+
+    run(scenario)
+
+
+def test_many_at_once_all_finish(run: Callable[[Scenario], None], fd: int) -> None:
+    """More than any queue is deep."""
+
+    async def scenario(io: HostIO) -> None:
+        count = 3000
+        await asyncio.gather(*(io.pwritev(fd, n, IoVec.of(bytes([n % 251]))) for n in range(count)))
+        assert os.pread(fd, count, 0) == bytes(n % 251 for n in range(count))
+
+    run(scenario)
+
+
+def test_calls_run_in_another_thread_and_raise_here(run: Callable[[Scenario], None]) -> None:
+    async def scenario(io: HostIO) -> None:
+        assert await io.call(threading.get_ident) != threading.get_ident()
+        with pytest.raises(FileNotFoundError):
+            await io.call(os.stat, "/nonexistent")
+
+    run(scenario)
+
+
+def test_cancelled_waiter_is_released_only_when_the_call_is_over(
+    run: Callable[[Scenario], None],
+) -> None:
+    """Its buffers may be written until then."""
+
+    async def scenario(io: HostIO) -> None:
+        gate = threading.Event()
+        task = asyncio.create_task(io.call(gate.wait, 30))
+        await turns(2)
+        task.cancel()
+        await turns(5)
+        assert not task.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(scenario)
+
+
+def test_io_uring_where_it_is_forbidden_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(native, "available", True)
+        monkeypatch.setattr(native, "io_uring_error", lambda: errno.EPERM)
+        with pytest.raises(ConfigError, match="'io_uring' here: Operation not permitted"):
+            create_host_io("io_uring")
+        monkeypatch.setattr(native, "available", False)
+        with pytest.raises(ConfigError, match="the engine is not built"):
+            create_host_io("io_uring")
+        for aio in ("threads", None):
+            io = create_host_io(aio)
+            assert isinstance(io, ThreadHostIO)
+            await io.close()
+
+    asyncio.run(scenario())
