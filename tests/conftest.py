@@ -1,0 +1,5 @@
+"""Every test is held to the rules of vhostblk's own plugin."""
+
+from __future__ import annotations
+
+pytest_plugins = ["vhostblk.testing.plugin"]
