@@ -28,6 +28,7 @@ from vhostblk.native.constants import (
     IOOp,
     MessageType,
     QueueFd,
+    RequestFlag,
 )
 
 try:
@@ -53,6 +54,7 @@ __all__ = [
     "QueueConfig",
     "QueueFd",
     "QueueStats",
+    "RequestFlag",
     "Region",
     "Extents",
     "address_of",

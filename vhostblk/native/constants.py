@@ -17,6 +17,7 @@ __all__ = [
     "IOOp",
     "MessageType",
     "QueueFd",
+    "RequestFlag",
 ]
 
 FLUSH_MISS = -1
@@ -91,3 +92,10 @@ class IOOp(enum.IntEnum):
     WRITE = 1
     FDATASYNC = 2
     FALLOCATE = 3
+
+
+class RequestFlag(enum.IntFlag):
+    """`enum vb_request_flag`: what VB_REQUEST says of a request."""
+
+    RETRIED = 1
+    UNALIGNED = 2

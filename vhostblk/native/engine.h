@@ -69,7 +69,7 @@ enum vb_extent_flag {
 	VB_EXTENT_READ = 1,    /* reads may use it */
 	VB_EXTENT_WRITE = 2,   /* writes may use it */
 	VB_EXTENT_ZERO = 4,    /* reads as zeroes; no file */
-	VB_EXTENT_NULL = 8,    /* accepts anything, keeps nothing, leaves read buffers alone; no file */
+	VB_EXTENT_NULL = 8,    /* accepts anything, keeps nothing; without ZERO, leaves read buffers alone; no file */
 	VB_EXTENT_INLINE = 16, /* the file never blocks (tmpfs): preadv/pwritev at once */
 	VB_EXTENT_POOL = 32,   /* use the thread pool even where io_uring works (aio=threads) */
 	VB_EXTENT_FIXED = 64   /* io_uring fixed buffers pay here (O_DIRECT) */
@@ -178,7 +178,8 @@ enum vb_message_type {
 	 * their rings over, or break (always, if there is no memory). */
 	VB_MEMORY_SET,
 	/* disk, result = fd that FLUSH may fdatasync, VB_FLUSH_MISS (as after DISK_ATTACH) or VB_FLUSH_NOTHING:
-	 * acknowledged when no flush of the old fd is in flight. */
+	 * acknowledged when no flush of the old fd is in flight. Once an fdatasync has failed, all flushes of this disk
+	 * go to control, whatever is set here. */
 	VB_FLUSH_SET,
 	/* disk, pointer = vb_extent[count]: copied; each replaces what it overlaps. A request is a hit when one extent
 	 * has all of it; extents that continue each other, also in the file, become one. -EINVAL: nothing was mapped.
@@ -209,7 +210,7 @@ enum vb_message_type {
 	VB_ACK = 64,
 	/* A request the engine cannot serve. queue, disk, cookie, aux = VIRTIO_BLK_T_*, offset and length in bytes,
 	 * pointer = vb_iov[count] (IN, OUT) or vb_segment[count] (DISCARD, WRITE_ZEROES; offset is 0 then), valid until
-	 * VB_COMPLETE or VB_RETRY. flags & 1: this one was retried already. */
+	 * VB_COMPLETE or VB_RETRY. flags: enum vb_request_flag. */
 	VB_REQUEST,
 	/* queue, disk, result = enum vb_broken: the err_fd is signalled, the queue waits for a stop. What was popped
 	 * before is still completed, unless the rings are gone (RING_ADDRESS, MEMORY_FAULT). */
@@ -220,6 +221,10 @@ enum vb_message_type {
 };
 
 enum { VB_FLUSH_MISS = -1, VB_FLUSH_NOTHING = -2 };
+enum vb_request_flag {
+	VB_REQUEST_RETRIED = 1,  /* it was given back by VB_RETRY once already */
+	VB_REQUEST_UNALIGNED = 2 /* an extent has its range, but the request is not aligned enough: do not map, serve */
+};
 enum vb_queue_fd { VB_QUEUE_KICK, VB_QUEUE_CALL, VB_QUEUE_ERR };
 
 struct vb_message {

@@ -14,6 +14,7 @@ struct vb_disk {
 	struct vb_disk_config config; /* all but capacity never change */
 	uint64_t capacity;
 	uint32_t write_through;
+	uint32_t flush_failed;           /* an fdatasync did: from then on control answers flushes */
 	_Alignas(64) uint64_t write_gen; /* written by several threads */
 };
 

@@ -7,13 +7,14 @@
 #include "sigbus.h"
 #include "stats.h"
 
-static void hand_to_control(struct request *request)
+/* `flags`: what VB_REQUEST says beyond VB_REQUEST_RETRIED. */
+static void hand_to_control(struct request *request, uint16_t flags)
 {
 	struct queue *queue = request->queue;
 	struct blk_request *blk = &request->blk;
 	struct vb_message message = {
 		.type = VB_REQUEST,
-		.flags = request->missed,
+		.flags = (uint16_t)(flags | (request->missed ? VB_REQUEST_RETRIED : 0)),
 		.queue = queue->key,
 		.cookie = request_cookie(request),
 		.disk = queue->attachment->disk->config.id,
@@ -49,11 +50,22 @@ static void report_failure(struct request *request, int error)
 		thread_post(queue->thread, &message);
 }
 
+/* The kernel reports writes that it lost to one fdatasync, once. After that nothing may flush by luck: control has to
+ * say what is still true (VB_FLUSH_SET). Flushes of other threads that end later fail with it. */
+static int64_t check_flush(struct vb_disk *disk, int64_t result)
+{
+	if (result < 0)
+		store_relaxed(&disk->flush_failed, 1);
+	return load_relaxed(&disk->flush_failed) && !result ? -EIO : result;
+}
+
 static void finish_io(struct request *request, int64_t result)
 {
 	struct blk_request *blk = &request->blk;
 	uint64_t expected = blk->op == VB_OP_FLUSH ? 0 : blk->length;
 
+	if (blk->op == VB_OP_FLUSH)
+		result = check_flush(request->queue->attachment->disk, result);
 	if (result < 0 || (uint64_t)result != expected) {
 		/* An extent that reaches beyond the end of its file is an error of whoever mapped it. */
 		report_failure(request, result < 0 ? (int)result : -EIO);
@@ -140,14 +152,16 @@ static void serve_transfer(struct request *request)
 
 	if (!blk->length)
 		request_complete(request, VIRTIO_BLK_S_OK, 0);
-	else if (!extent || !is_aligned(blk, extent))
-		hand_to_control(request);
+	else if (!extent)
+		hand_to_control(request, 0);
+	else if (!is_aligned(blk, extent))
+		hand_to_control(request, VB_REQUEST_UNALIGNED);
+	else if (extent->flags & VB_EXTENT_ZERO && !write)
+		serve_zeroes(request);
 	else if (extent->flags & VB_EXTENT_NULL)
 		finish_io(request, (int64_t)blk->length);
-	else if (extent->flags & VB_EXTENT_ZERO && write)
-		hand_to_control(request);
 	else if (extent->flags & VB_EXTENT_ZERO)
-		serve_zeroes(request);
+		hand_to_control(request, 0);
 	else
 		serve_from_file(request, extent);
 }
@@ -158,8 +172,8 @@ static void serve_flush(struct request *request)
 
 	if (fd == VB_FLUSH_NOTHING) {
 		request_complete(request, VIRTIO_BLK_S_OK, 0);
-	} else if (fd < 0) {
-		hand_to_control(request);
+	} else if (fd < 0 || load_relaxed(&request->queue->attachment->disk->flush_failed)) {
+		hand_to_control(request, 0);
 	} else {
 		/* Everything the driver may count on (VIRTIO 1.2 §5.2.6.2) has completed, so it is in the file already.
 		 */
@@ -213,6 +227,6 @@ void request_serve(struct request *request)
 		serve_id(request);
 		break;
 	default:
-		hand_to_control(request);
+		hand_to_control(request, 0);
 	}
 }

@@ -1,0 +1,1 @@
+"""The commands: one file per subcommand; `main` puts them together."""

@@ -1,0 +1,108 @@
+"""The `vhostblk` command: parse, set up logging, run a subcommand, turn errors into one line and an exit code.
+
+Exit codes: 0 done, 1 wrong options or a failure that one line explains. No traceback reaches a user unless
+`--log-level debug` asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from vhostblk import __version__
+from vhostblk.cli import serve, storage_daemon
+from vhostblk.errors import VhostBlkError
+
+LOG_LEVELS = ("error", "warning", "info", "debug")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong option is one line and exit code 1 (argparse: usage and 2)."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {message}\n")
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """The options every command has."""
+    parser.add_argument("--version", action="version", version=f"vhostblk {__version__}")
+    parser.add_argument(
+        "--log-level",
+        choices=LOG_LEVELS,
+        default="info",
+        help="how much to say on standard error (default: %(default)s)",
+    )
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(
+        prog="vhostblk",
+        description="Serve disks to virtual machines over vhost-user-blk.",
+        epilog="Start with 'vhostblk serve --help'.",
+    )
+    add_common_options(parser)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in (serve, storage_daemon):
+        command = commands.add_parser(
+            module.NAME,
+            help=module.SUMMARY,
+            description=module.DESCRIPTION,
+            epilog=module.EXAMPLES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_options(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def build_storage_daemon_parser() -> Parser:
+    """`vhostblk-storage-daemon`: the subcommand as a program of its own."""
+    parser = Parser(
+        prog="vhostblk-storage-daemon",
+        description=storage_daemon.DESCRIPTION,
+        epilog=storage_daemon.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common_options(parser)
+    storage_daemon.add_options(parser)
+    parser.set_defaults(run=storage_daemon.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the `vhostblk` command; returns its exit code."""
+    return _run(build_parser(), argv)
+
+
+def storage_daemon_main(argv: Sequence[str] | None = None) -> int:
+    """Run the `vhostblk-storage-daemon` command; returns its exit code."""
+    return _run(build_storage_daemon_parser(), argv)
+
+
+def _run(parser: Parser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, format=f"{parser.prog}: %(levelname)s: %(message)s")
+    logging.getLogger("vhostblk").setLevel(args.log_level.upper())
+    try:
+        args.run(args)
+    except (VhostBlkError, OSError) as exc:
+        if args.log_level == "debug":
+            logging.getLogger(__name__).debug("", exc_info=True)
+        print(f"{parser.prog}: {describe(exc)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def describe(exc: Exception) -> str:
+    """One line for people."""
+    if isinstance(exc, OSError) and not isinstance(exc, VhostBlkError):
+        text = os.strerror(exc.errno) if exc.errno else str(exc)
+        return f"{exc.filename}: {text}" if exc.filename else text
+    return str(exc) or type(exc).__name__

@@ -1,0 +1,52 @@
+"""Run a daemon from a command: in the foreground, or detached."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+
+from vhostblk.daemon import Daemon, DaemonConfig
+
+
+def run_daemon(config: DaemonConfig, *, detach: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Args:
+        detach: go to the background once everything listens; the caller's process ends with 0 then, with 1 (and the
+            reason on standard error) if it did not come that far.
+    """
+    on_ready = _detach() if detach else None
+
+    async def serve() -> None:
+        await Daemon(config, on_ready).run()
+
+    asyncio.run(serve())
+
+
+def _detach() -> Callable[[], None]:
+    """Fork before any thread or loop exists; the parent leaves when the child is ready or dead."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(write_end)
+        if os.read(read_end, 1):
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        os._exit(os.waitstatus_to_exitcode(status) or 1)
+    os.close(read_end)
+    os.setsid()
+
+    def ready() -> None:
+        os.chdir("/")
+        null = os.open(os.devnull, os.O_RDWR)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd in (0, 1, 2):
+            os.dup2(null, fd)
+        os.close(null)
+        os.write(write_end, b"1")
+        os.close(write_end)
+
+    return ready

@@ -1,0 +1,180 @@
+"""`vhostblk serve IMAGE`: one disk, one socket, for people."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from vhostblk.cli.run import run_daemon
+from vhostblk.daemon import DaemonConfig
+from vhostblk.errors import ConfigError
+from vhostblk.export.options import DEFAULT_QUEUES, DEFAULT_SERIAL, ExportConfig
+
+NAME = "serve"
+SUMMARY = "serve one disk image or block device"
+DESCRIPTION = """\
+Serve a raw disk image or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
+SIGHUP looks at the image's size again and tells the guest."""
+EXAMPLES = """\
+Example: a disk for QEMU, which must share the guest's memory:
+
+  truncate -s 10G disk.img
+  vhostblk serve disk.img --socket /tmp/disk.sock &
+  qemu-system-x86_64 -m 1G \\
+    -object memory-backend-memfd,id=mem,size=1G,share=on -numa node,memdev=mem \\
+    -chardev socket,id=c0,path=/tmp/disk.sock -device vhost-user-blk-pci,chardev=c0 ...
+"""
+
+# QEMU's -drive cache= modes: cache.direct, cache.no-flush, write cache (B06.1)
+CACHE_MODES = {
+    "writeback": (False, False, True),
+    "none": (True, False, True),
+    "writethrough": (False, False, False),
+    "directsync": (True, False, False),
+    "unsafe": (False, True, True),
+}
+_SD_LISTEN_FDS_START = 3
+# Formats that a raw image must not be mistaken for.
+_MAGIC = {
+    b"QFI\xfb": "qcow2",
+    b"KDMV": "vmdk",
+    b"vhdxfile": "vhdx",
+    b"QED\0": "qed",
+    b"LUKS\xba\xbe": "luks",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument("image", metavar="IMAGE", help="raw image file or block device")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--socket", metavar="PATH", help="listen on this Unix socket")
+    where.add_argument(
+        "--fd",
+        type=int,
+        metavar="N",
+        help="listen on this inherited file descriptor, a listening Unix socket "
+        "(neither: the socket that systemd passes)",
+    )
+    parser.add_argument("--read-only", action="store_true", help="the guest may not write")
+    parser.add_argument(
+        "--serial",
+        default=DEFAULT_SERIAL,
+        metavar="S",
+        help="at most 20 bytes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--queues",
+        type=int,
+        default=DEFAULT_QUEUES,
+        metavar="N",
+        help="most queues a guest may use; QEMU asks for one per vCPU (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHE_MODES,
+        default="writeback",
+        help="as QEMU's: 'none' and 'directsync' bypass the host's page cache, 'writethrough' and "
+        "'directsync' make every write durable, 'unsafe' never flushes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--discard",
+        choices=("unmap", "ignore"),
+        default="unmap",
+        help="whether discarded blocks are given back to the host (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--aio",
+        choices=("io_uring", "threads"),
+        help="how the host file is accessed (default: io_uring where the kernel allows it)",
+    )
+    parser.add_argument(
+        "--iothreads",
+        type=int,
+        default=1,
+        metavar="N",
+        help="engine threads that share the queues (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("raw",),
+        help="serve the file's bytes as they are, even if they look like an image format",
+    )
+    add_data_path_option(parser)
+    parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
+
+
+def add_data_path_option(parser: argparse.ArgumentParser) -> None:
+    """`--data-path`, which both serving commands have."""
+    parser.add_argument(
+        "--data-path",
+        choices=("auto", "native", "python"),
+        default="auto",
+        help="'python' is the readable reference, slow (default: the engine where it was built)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM.
+
+    Raises:
+        ConfigError, BlockError, OSError: one line explains it.
+    """
+    fd = args.fd
+    if args.socket is None and fd is None:
+        fd = _systemd_socket()
+    direct, no_flush, write_cache = CACHE_MODES[args.cache]
+    if args.format is None:
+        _refuse_other_formats(args.image)
+    blockdev: dict[str, Any] = {
+        "driver": "file",
+        "node-name": "disk",
+        "filename": args.image,
+        "read-only": args.read_only,
+        "discard": args.discard,
+        "cache": {"direct": direct, "no-flush": no_flush},
+    }
+    if args.aio is not None:
+        blockdev["aio"] = args.aio
+    export = ExportConfig(
+        id="disk",
+        node_name="disk",
+        socket_path=args.socket,
+        fd=fd,
+        writable=not args.read_only,
+        write_cache=write_cache,
+        serial=args.serial,
+        num_queues=args.queues,
+        own_threads=args.iothreads,
+    )
+    run_daemon(
+        DaemonConfig(
+            blockdevs=[blockdev],
+            exports=[export],
+            pid_file=args.pidfile,
+            data_path=args.data_path,
+        )
+    )
+
+
+def _refuse_other_formats(path: str) -> None:
+    """A qcow2 file served as raw would show the guest, and let it overwrite, the image's own structure."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, name in _MAGIC.items():
+        if start.startswith(magic):
+            raise ConfigError(
+                f"{path}: looks like a {name} image, which this version cannot open; "
+                "--format raw serves its bytes as they are"
+            )
+
+
+def _systemd_socket() -> int:
+    """The one socket of systemd's socket activation (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        raise ConfigError("one of --socket, --fd, or systemd's socket activation is needed")
+    if os.environ.get("LISTEN_FDS") != "1":
+        raise ConfigError(f"systemd passed {os.environ.get('LISTEN_FDS')} sockets: one is needed")
+    return _SD_LISTEN_FDS_START

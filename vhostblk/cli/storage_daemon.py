@@ -1,0 +1,132 @@
+"""`vhostblk storage-daemon`: qemu-storage-daemon's options and option syntax, so an existing command line works.
+
+What this version does not have yet (`--monitor`, `--chardev`, `--nbd-server`, other export types and objects) is
+refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from vhostblk.block.keyval import flatten, parse_options
+from vhostblk.block.options import to_integer
+from vhostblk.cli.run import run_daemon
+from vhostblk.cli.serve import add_data_path_option
+from vhostblk.daemon import DaemonConfig, IOThreadConfig
+from vhostblk.errors import ConfigError
+from vhostblk.export.options import ExportConfig, parse_export
+
+NAME = "storage-daemon"
+SUMMARY = "serve block nodes, with qemu-storage-daemon's options"
+DESCRIPTION = """\
+Serve block nodes to virtual machines over vhost-user-blk. Takes qemu-storage-daemon's options, in its
+syntax: key=value lists with dotted keys (',,' stands for a comma in a value) or JSON."""
+EXAMPLES = """\
+Example: two disks of one daemon, the second one read-only:
+
+  vhostblk-storage-daemon \\
+    --blockdev driver=file,node-name=disk0,filename=a.img,cache.direct=on \\
+    --blockdev driver=raw,node-name=disk1,file.driver=file,file.filename=b.img,read-only=on \\
+    --object iothread,id=io0 \\
+    --export type=vhost-user-blk,id=e0,addr.type=unix,addr.path=/tmp/a.sock,\\
+node-name=disk0,writable=on,iothread=io0 \\
+    --export type=vhost-user-blk,id=e1,addr.type=unix,addr.path=/tmp/b.sock,node-name=disk1
+
+Block drivers: file, host_device, raw, null-co, memory. See docs/storage-daemon.md for their options.
+"""
+
+_NOT_YET = ("chardev", "monitor", "nbd-server")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    parser.add_argument(
+        "--blockdev",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="a block node: driver=…,node-name=…[,…]; repeatable, in order",
+    )
+    parser.add_argument(
+        "--export",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix|fd,addr.path=…|addr.str=…"
+        "[,writable=on|off][,writethrough=on|off][,iothread=…][,logical-block-size=…]"
+        "[,num-queues=…][,serial=…]; repeatable",
+    )
+    parser.add_argument(
+        "--object",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="iothread,id=…[,poll-max-ns=…]; repeatable",
+    )
+    parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
+    parser.add_argument(
+        "--daemonize", action="store_true", help="go to the background when all exports listen"
+    )
+    add_data_path_option(parser)
+    for name in _NOT_YET:
+        parser.add_argument(f"--{name}", action=_NotYet, help=argparse.SUPPRESS)
+
+
+class _NotYet(argparse.Action):
+    """An option of qemu-storage-daemon's that has no counterpart yet."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        parser.error(f"{option_string}: not supported by this version of vhostblk")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM.
+
+    Raises:
+        ConfigError, BlockError, OSError: one line explains it.
+    """
+    config = DaemonConfig(
+        blockdevs=[_parse("--blockdev", text, "driver") for text in args.blockdev],
+        io_threads=[_parse_object(text) for text in args.object],
+        exports=[_parse_export(text) for text in args.export],
+        pid_file=args.pidfile,
+        data_path=args.data_path,
+    )
+    run_daemon(config, detach=args.daemonize)
+
+
+def _parse(option: str, text: str, implied_key: str) -> dict[str, Any]:
+    try:
+        return parse_options(text, implied_key)
+    except ConfigError as exc:
+        raise ConfigError(f"{option}: {exc}") from None
+
+
+def _parse_export(text: str) -> ExportConfig:
+    try:
+        return parse_export(parse_options(text, "type"))
+    except ConfigError as exc:
+        raise ConfigError(f"--export: {exc}") from None
+
+
+def _parse_object(text: str) -> IOThreadConfig:
+    options = flatten(_parse("--object", text, "qom-type"))
+    kind = options.pop("qom-type", None)
+    if kind != "iothread":
+        raise ConfigError(f"--object: type '{kind}' is not supported (allowed: iothread)")
+    try:
+        name = str(options.pop("id"))
+    except KeyError:
+        raise ConfigError("--object iothread: Parameter 'id' is missing") from None
+    poll_max_ns = to_integer("poll-max-ns", options.pop("poll-max-ns", 32768))
+    for left in options:
+        raise ConfigError(f"--object iothread,id={name}: unknown option '{left}'")
+    return IOThreadConfig(name, poll_max_ns)

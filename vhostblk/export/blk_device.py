@@ -1,0 +1,237 @@
+"""The virtio-blk device in front of a block backend: what it offers, its configuration space, its requests.
+
+VIRTIO 1.2 §5.2. Knows neither rings nor sessions: a `BlkRequest` comes in, a status and the number of bytes
+written to the guest come out.
+
+The write cache is the one the guest is told of: `writeback` starts as the backend's mode and follows what the driver
+sets; without VIRTIO_BLK_F_FLUSH every write is durable when it completes (§5.2.6.2). What the driver set outlives the
+connection, because the driver does: a front-end that reconnects does not tell us again. Only a device reset forgets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import ClassVar
+
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.iov import IoVec
+from vhostblk.errors import BlockError, ConfigError
+from vhostblk.export.error_log import ErrorLog
+from vhostblk.virtio.blk import ID_BYTES, SECTOR, BlkConfig, RequestType, Status
+from vhostblk.virtio.blk_request import BlkRequest
+from vhostblk.virtio.chain import copy_to
+from vhostblk.virtio.features import Feature
+
+# QEMU's queues have 128 entries unless told otherwise; two of them are the header and the status.
+SEG_MAX = 126
+# Segments of one DISCARD or WRITE_ZEROES request.
+MAX_SEGMENTS = 32
+# The largest request of the block layer (B02) in sectors: bounds one segment.
+_MAX_SECTORS = 4194303
+
+# status, data bytes written to the guest
+Outcome = tuple[int, int]
+_IOERR: Outcome = (int(Status.IOERR), 0)
+_OK: Outcome = (int(Status.OK), 0)
+
+
+class BlkDevice:
+    """One virtio-blk device.
+
+    Args:
+        backend: the disk; its write permission decides whether the device is read-only.
+        serial: what GET_ID answers, at most 20 bytes of UTF-8.
+        num_queues: virtqueues offered.
+        logical_block_size: bytes; None: the disk's own.
+        errors: where failed requests are counted.
+
+    Raises:
+        ConfigError: the serial is too long, or the logical block size is smaller than the disk's.
+
+    Context: the control loop.
+    """
+
+    def __init__(
+        self,
+        backend: BlockBackend,
+        *,
+        serial: str,
+        num_queues: int,
+        logical_block_size: int | None,
+        errors: ErrorLog,
+    ) -> None:
+        self.backend = backend
+        self.serial = serial.encode()
+        if len(self.serial) > ID_BYTES:
+            raise ConfigError(f"serial '{serial}': at most {ID_BYTES} bytes")
+        sizes = backend.block_sizes
+        if logical_block_size is None:
+            logical_block_size = sizes.logical
+        elif logical_block_size < sizes.logical:
+            raise ConfigError(
+                f"logical-block-size={logical_block_size}: the disk's own is {sizes.logical}"
+            )
+        self._logical_block_size = logical_block_size
+        self._num_queues = num_queues
+        self._errors = errors
+        self._log = logging.getLogger(__name__)
+        self._configured_writeback = backend.write_cache
+        self._writeback = backend.write_cache
+        self.offered_features = self._offer()
+        self.features = 0
+
+    @property
+    def read_only(self) -> bool:
+        """Whether the guest may not write."""
+        return not self.backend.writable
+
+    @property
+    def capacity(self) -> int:
+        """Bytes the guest sees: whole sectors."""
+        return self.backend.length // SECTOR * SECTOR
+
+    def _offer(self) -> int:
+        # SIZE_MAX is not offered: there is no limit that its field could name (field.md L5).
+        offered = (
+            Feature.VIRTIO_F_VERSION_1
+            | Feature.VIRTIO_F_EVENT_IDX
+            | Feature.VIRTIO_F_INDIRECT_DESC
+            | Feature.VIRTIO_BLK_F_SEG_MAX
+            | Feature.VIRTIO_BLK_F_BLK_SIZE
+            | Feature.VIRTIO_BLK_F_TOPOLOGY
+            | Feature.VIRTIO_BLK_F_FLUSH
+            | Feature.VIRTIO_BLK_F_CONFIG_WCE
+            | Feature.VIRTIO_BLK_F_MQ
+        )
+        if self.read_only:
+            offered |= Feature.VIRTIO_BLK_F_RO
+        else:
+            offered |= Feature.VIRTIO_BLK_F_WRITE_ZEROES
+            if self.backend.can_discard:
+                offered |= Feature.VIRTIO_BLK_F_DISCARD
+        return int(offered)
+
+    def config(self) -> BlkConfig:
+        """The configuration space as it is now."""
+        sizes, limits, block = (
+            self.backend.block_sizes,
+            self.backend.limits,
+            self._logical_block_size,
+        )
+        config = BlkConfig(
+            capacity=self.capacity // SECTOR,
+            seg_max=SEG_MAX,
+            blk_size=block,
+            physical_block_exp=max(sizes.physical // block, 1).bit_length() - 1,
+            min_io_size=max(sizes.min_io // block, 1),
+            opt_io_size=sizes.opt_io // block,
+            writeback=int(self._writeback),
+            num_queues=self._num_queues,
+        )
+        if self.offered_features & Feature.VIRTIO_BLK_F_WRITE_ZEROES:
+            config = dataclasses.replace(
+                config,
+                max_write_zeroes_sectors=_sectors(limits.max_pwrite_zeroes),
+                max_write_zeroes_seg=MAX_SEGMENTS,
+                write_zeroes_may_unmap=int(self.backend.can_discard),
+            )
+        if self.offered_features & Feature.VIRTIO_BLK_F_DISCARD:
+            alignment = max(limits.discard_unit, sizes.physical, block)
+            config = dataclasses.replace(
+                config,
+                max_discard_sectors=_sectors(limits.max_pdiscard),
+                max_discard_seg=MAX_SEGMENTS,
+                discard_sector_alignment=alignment // SECTOR,
+            )
+        return config
+
+    @property
+    def write_through(self) -> bool:
+        """Whether every write must be durable when it completes."""
+        return not self._writeback or not self.features & Feature.VIRTIO_BLK_F_FLUSH
+
+    def reset(self) -> None:
+        """Forget what a driver negotiated and set."""
+        self._writeback = self._configured_writeback
+        self.set_features(0)
+
+    def set_features(self, features: int) -> None:
+        """Take what the driver acknowledged; the session has checked that all of it was offered."""
+        self.features = features
+        self.backend.write_cache = not self.write_through
+
+    def write_config(self, offset: int, contents: bytes) -> None:
+        """Take a write to the configuration space.
+
+        If that made `write_through` true, the caller makes what has completed so far durable before it acknowledges.
+
+        Raises:
+            GuestError: it changes anything but `writeback` (VIRTIO 1.2 §5.2.5).
+        """
+        self._writeback = bool(self.config().write(offset, contents).writeback)
+        self.backend.write_cache = not self.write_through
+
+    async def execute(self, request: BlkRequest) -> Outcome:
+        """Do what a request asks; never raises.
+
+        Args:
+            request: one that was not refused; its data is live guest memory.
+
+        Returns:
+            The VIRTIO_BLK_S_* status and the data bytes written to the guest.
+        """
+        if request.status is not None:
+            return int(request.status), 0
+        try:
+            return await self._HANDLERS[request.type](self, request)
+        except BlockError as exc:
+            name = RequestType(request.type).name.lower()
+            self._errors.record_io_error(name, exc.errno or 0, request.offset, request.length)
+        except Exception:
+            self._log.exception("a bug: request %s failed", RequestType(request.type).name)
+        return _IOERR
+
+    async def _read(self, request: BlkRequest) -> Outcome:
+        await self.backend.preadv(request.offset, IoVec(request.data))
+        return int(Status.OK), request.length
+
+    async def _write(self, request: BlkRequest) -> Outcome:
+        await self.backend.pwritev(request.offset, IoVec(request.data))
+        return _OK
+
+    async def _flush(self, _request: BlkRequest) -> Outcome:
+        await self.backend.flush()
+        return _OK
+
+    async def _get_id(self, request: BlkRequest) -> Outcome:
+        return int(Status.OK), copy_to(request.data, self.serial.ljust(ID_BYTES, b"\0"))
+
+    async def _discard(self, request: BlkRequest) -> Outcome:
+        if not self.features & Feature.VIRTIO_BLK_F_DISCARD:
+            return int(Status.UNSUPP), 0
+        for segment in request.segments:
+            await self.backend.pdiscard(segment.offset, segment.length)
+        return _OK
+
+    async def _write_zeroes(self, request: BlkRequest) -> Outcome:
+        for segment in request.segments:
+            await self.backend.pwrite_zeroes(
+                segment.offset, segment.length, may_unmap=segment.unmap
+            )
+        return _OK
+
+    _HANDLERS: ClassVar[Mapping[int, Callable[[BlkDevice, BlkRequest], Awaitable[Outcome]]]] = {
+        RequestType.IN: _read,
+        RequestType.OUT: _write,
+        RequestType.FLUSH: _flush,
+        RequestType.GET_ID: _get_id,
+        RequestType.DISCARD: _discard,
+        RequestType.WRITE_ZEROES: _write_zeroes,
+    }
+
+
+def _sectors(limit: int) -> int:
+    """A limit of the block layer (0: none) in sectors."""
+    return min(limit // SECTOR, _MAX_SECTORS) if limit else _MAX_SECTORS

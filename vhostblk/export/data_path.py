@@ -1,0 +1,74 @@
+"""What both ways of moving data between a guest's queues and a disk have in common.
+
+`NativeDataPath` hands queues to engine threads and serves what they cannot; `PythonDataPath` does everything on the
+control loop and is the reference the engine is measured against. The same contract tests run on both.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from vhostblk.export.statistics import QueueStatistics
+from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.vring import VringFd, VringSnapshot
+
+
+class DataPath(Protocol):
+    """Moves requests. Fds are borrowed: each stays open until the call that replaces it, or the stop, has returned.
+
+    Context: the control loop.
+    """
+
+    async def set_memory(self, memory: MemTable | None) -> None:
+        """Use this map for what comes; returns when nothing in flight uses the one before."""
+
+    async def open(self) -> None:
+        """Get ready; call once, first."""
+
+    async def start_queue(self, vring: VringSnapshot, features: int) -> None:
+        """Begin to process a queue.
+
+        Args:
+            features: what the driver acknowledged.
+
+        Raises:
+            PeerError: its rings are not in guest memory.
+        """
+
+    async def stop_queue(self, index: int) -> int:
+        """Take no more requests, wait for those in flight, give the next available index."""
+
+    async def enable_queue(self, index: int, enabled: bool) -> None:
+        """Whether a started queue takes requests."""
+
+    async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
+        """Exchange a running queue's fd; returns when the old one is out of use."""
+
+    async def set_write_through(self, write_through: bool) -> None:
+        """Whether writes must be durable when they complete; returns when no write is in flight that began under the
+        other rule."""
+
+    def set_capacity(self, capacity: int) -> None:
+        """The disk's length changed, bytes."""
+
+    async def revoke(self, offset: int, length: int) -> None:
+        """Forget what was known about this range of the disk; returns when no I/O based on it is in flight."""
+
+    def external_writes(self) -> int:
+        """How many writes were completed past the block layer; only grows."""
+
+    def statistics(self) -> dict[int, QueueStatistics]:
+        """Per queue index, all that was counted since the export started."""
+
+    async def close(self) -> None:
+        """Let go of everything. All queues are stopped."""
+
+
+class DataPathEvents(Protocol):
+    """What a data path tells the export."""
+
+    def queue_broken(self, index: int, reason: str) -> None:
+        """The driver broke the rules of this queue; it is idle until it is stopped."""
+
+    def memory_faulted(self) -> None:
+        """The front-end truncated memory it shares."""

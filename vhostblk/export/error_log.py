@@ -1,0 +1,54 @@
+"""Failures of one export, each kind logged once and then counted.
+
+A disk that fails fails thousands of times a second; the log must say so once, and how often it was in the end.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections import Counter
+
+
+class ErrorLog:
+    """Args:
+    log: where to; its name or prefix says which export.
+    """
+
+    def __init__(self, log: logging.LoggerAdapter[logging.Logger]) -> None:
+        self._log = log
+        self._seen: Counter[str] = Counter()
+
+    def record(self, kind: str, detail: str = "") -> None:
+        """Count one failure; the first of its kind is logged with its detail.
+
+        Args:
+            kind: what failed and how, without offsets: what makes two failures the same.
+            detail: where it happened, shown the first time only.
+        """
+        self._seen[kind] += 1
+        if self._seen[kind] == 1:
+            self._log.warning(
+                "%s%s (logged once, counted from now on)", kind, f" {detail}" if detail else ""
+            )
+
+    def record_io_error(self, operation: str, error: int, offset: int, length: int) -> None:
+        """Count a request that the block layer or the kernel failed.
+
+        Args:
+            error: positive errno.
+            offset, length: bytes on the disk.
+        """
+        name = errno.errorcode.get(error, str(error))
+        self.record(
+            f"{operation} failed: {os.strerror(error)} ({name})",
+            f"at offset {offset}, {length} bytes",
+        )
+
+    def summarize(self) -> None:
+        """Say how often each repeated kind occurred, and start anew."""
+        for kind, count in self._seen.items():
+            if count > 1:
+                self._log.warning("%s: %d times in all", kind, count)
+        self._seen.clear()

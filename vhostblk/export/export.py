@@ -1,0 +1,214 @@
+"""An export: a block node offered on a socket, to one front-end at a time.
+
+Life: `open` (permissions, locks), `listen`, any number of front-ends one after the other, `stop` (no more clients, the
+one there is drained), `close` (flush, release). A second client is accepted and closed at once, with a log line; a
+client that comes while its predecessor is still being drained waits for that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.node import BlockNode
+from vhostblk.errors import BlockError, StateError
+from vhostblk.export.blk_device import BlkDevice
+from vhostblk.export.data_path import DataPath
+from vhostblk.export.error_log import ErrorLog
+from vhostblk.export.front_end import FrontEnd
+from vhostblk.export.io_thread import IOThread
+from vhostblk.export.native_path import NativeDataPath
+from vhostblk.export.options import ExportConfig
+from vhostblk.export.python_path import PythonDataPath
+from vhostblk.export.statistics import QueueStatistics, describe, total
+from vhostblk.vhost.transport import Listener
+
+# How long to let things be when a client cannot be accepted for want of fds or memory, seconds.
+_ACCEPT_RETRY = 0.2
+
+
+class _Prefix(logging.LoggerAdapter[logging.Logger]):
+    """Log lines say which export they are about."""
+
+    def process(self, msg: Any, kwargs: Any) -> tuple[Any, Any]:
+        return f"export {self.extra['export']}: {msg}" if self.extra else msg, kwargs
+
+
+class Export:
+    """One export; made by `open`.
+
+    Context: the control loop.
+    Owns: the root edge of its node, the data path, the listener and the front-end.
+    """
+
+    def __init__(
+        self, config: ExportConfig, backend: BlockBackend, threads: Sequence[IOThread]
+    ) -> None:
+        self.config = config
+        self.log = _Prefix(logging.getLogger(__name__), {"export": config.id})
+        self._errors = ErrorLog(self.log)
+        self._backend = backend
+        self.device = BlkDevice(
+            backend,
+            serial=config.serial,
+            num_queues=config.num_queues,
+            logical_block_size=config.logical_block_size,
+            errors=self._errors,
+        )
+        self._path: DataPath = (
+            NativeDataPath(self.device, threads, self, self._errors)
+            if threads
+            else PythonDataPath(self.device, self)
+        )
+        self._listener: Listener | None = None
+        self._front_end: FrontEnd | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._resizing: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(
+        cls, config: ExportConfig, node: BlockNode, threads: Sequence[IOThread]
+    ) -> Export:
+        """Take the node's permissions and get ready, without a socket yet.
+
+        Args:
+            threads: the engine threads that serve it; none: the Python data path does.
+
+        Raises:
+            ConfigError: the permissions are taken, or an option does not fit the disk.
+        """
+        backend = BlockBackend(
+            node,
+            f"export '{config.id}'",
+            writable=config.writable,
+            write_cache=config.write_cache,
+        )
+        try:
+            export = cls(config, backend, threads)
+            await export._path.open()
+        except BaseException:
+            await backend.close()
+            raise
+        backend.attach(
+            revoke=export._path.revoke,
+            resized=export._resized,
+            external_writes=export._path.external_writes,
+        )
+        return export
+
+    async def listen(self) -> None:
+        """Open the socket and serve whoever connects.
+
+        Raises:
+            ConfigError: it cannot be listened on.
+        """
+        config = self.config
+        if config.socket_path is not None:
+            self._listener = Listener.bind(config.socket_path)
+        else:
+            assert config.fd is not None
+            self._listener = Listener.adopt(config.fd)
+        self.log.info(
+            "%s, %d bytes, %s, listening on %s",
+            f"node '{config.node_name}'",
+            self.device.capacity,
+            "read-only" if self.device.read_only else "writable",
+            config.socket_path or f"fd {config.fd}",
+        )
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+
+    async def stop(self) -> None:
+        """No more clients; the one there is is hung up on, once what it asked for has completed."""
+        if self._listener is not None:
+            self._listener.close()
+        if self._front_end is not None:
+            self._front_end.disconnect()
+        for task in (self._accepting, self._serving, self._resizing):
+            if task is not None:
+                await task
+
+    async def close(self) -> None:
+        """Stop, make everything durable and let go of the node."""
+        await self.stop()
+        # The backend's last drain and flush still need to know what the data path did.
+        await self._backend.close()
+        await self._path.close()
+        self._errors.summarize()
+        served = self.statistics()
+        if served.requests:
+            for line in describe(served):
+                self.log.info("%s", line)
+
+    def statistics(self) -> QueueStatistics:
+        """What was served so far, all queues together."""
+        return total(self._path.statistics().values())
+
+    def refresh_size(self) -> None:
+        """Look at the size of the disk again; the guest is told if it changed."""
+        if self._resizing is None or self._resizing.done():
+            self._resizing = asyncio.create_task(self._refresh_size())
+
+    async def _refresh_size(self) -> None:
+        try:
+            await self._backend.node.refresh_length()
+        except BlockError as exc:
+            self.log.warning("cannot tell the size of the disk: %s", exc)
+
+    def _resized(self, length: int) -> None:
+        self.log.info("the disk has %d bytes now", self.device.capacity)
+        self._path.set_capacity(self.device.capacity)
+        if self._front_end is not None:
+            self._front_end.config_changed()
+
+    # ------------------------------------------------------------------ front-ends
+
+    async def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                connection = await listener.accept()
+            except StateError:
+                return
+            except OSError as exc:
+                self._errors.record(f"cannot accept a client: {exc.strerror}")
+                await asyncio.sleep(_ACCEPT_RETRY)
+                continue
+            if self._serving is not None and not self._serving.done():
+                assert self._front_end is not None
+                if not self._front_end.is_leaving:
+                    connection.close()
+                    self.log.warning("refused a second front-end: one is connected")
+                    continue
+                await self._serving
+            if listener.fileno() < 0:
+                connection.close()
+                return
+            self._front_end = FrontEnd(
+                connection, self.device, self._path, self.config.num_queues, self.log
+            )
+            self._serving = asyncio.create_task(self._serve(self._front_end))
+
+    async def _serve(self, front_end: FrontEnd) -> None:
+        self.log.info("a front-end has connected")
+        try:
+            await front_end.run()
+        except Exception:
+            self.log.exception("a bug: the session died")
+        finally:
+            self._front_end = None
+        self.log.info("the front-end has left")
+
+    # ------------------------------------------------------------------ DataPathEvents
+
+    def queue_broken(self, index: int, reason: str) -> None:
+        """Log it: the front-end has been told through the queue's error fd."""
+        self.log.warning("queue %d: broken by the guest: %s", index, reason)
+
+    def memory_faulted(self) -> None:
+        """The session cannot go on in memory that is gone."""
+        self.log.warning("the front-end truncated the memory it shares: the session ends")
+        if self._front_end is not None:
+            self._front_end.disconnect()

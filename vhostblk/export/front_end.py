@@ -1,0 +1,229 @@
+"""One connected front-end: its session's actions, performed.
+
+The session (sans-io) says what a message means; here it happens to the device, the data path and the guest memory.
+Messages are handled one after the other, so replies keep their order however long an action takes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar
+
+from vhostblk import native
+from vhostblk.errors import BlockError, GuestError, PeerError, SessionError
+from vhostblk.export.blk_device import BlkDevice
+from vhostblk.export.data_path import DataPath
+from vhostblk.vhost import action
+from vhostblk.vhost.connection import BackendChannel, Connection
+from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.session import MAX_MEM_SLOTS, Session
+from vhostblk.virtio.blk import CONFIG_SIZE, WRITEBACK_OFFSET
+
+Log = logging.LoggerAdapter[logging.Logger]
+Result = int | bytes | None
+
+
+class FrontEnd:
+    """A connection from its first message to its end.
+
+    Args:
+        connection: becomes this object's.
+        device, data_path: the export's; nobody else uses them meanwhile.
+
+    Context: the control loop. Owns: the connection, the session, guest memory, the back-end channel.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        device: BlkDevice,
+        data_path: DataPath,
+        num_queues: int,
+        log: Log,
+    ) -> None:
+        self._connection = connection
+        self._device = device
+        self._path = data_path
+        self._log = log
+        self._session = Session(
+            device_features=device.offered_features,
+            num_queues=num_queues,
+            config_size=CONFIG_SIZE,
+            writable_config=range(WRITEBACK_OFFSET, WRITEBACK_OFFSET + 1),
+        )
+        self._memory = MemTable(native.address_of, MAX_MEM_SLOTS)
+        self._channel: BackendChannel | None = None
+        self._running: set[int] = set()  # queues
+
+    @property
+    def is_leaving(self) -> bool:
+        """Whether the peer has hung up, although its last requests may still be in flight."""
+        return self._connection.is_closed or self._connection.has_hung_up()
+
+    async def run(self) -> None:
+        """Serve until the front-end leaves, breaks the protocol, or `disconnect` is called.
+
+        When this returns nothing of the session is left: queues are drained and stopped, memory is unmapped.
+        """
+        try:
+            while (message := await self._connection.receive()) is not None:
+                await self._handle(message)
+        except SessionError as exc:
+            self._log.warning("the session ends: %s", exc)
+        finally:
+            await self._leave()
+
+    def disconnect(self) -> None:
+        """Hang up; `run` comes to its end."""
+        self._connection.close()
+
+    def config_changed(self) -> None:
+        """Tell the guest to look at the configuration space again, as soon as that is possible."""
+        self._session.config_changed()
+        self._send_pending()
+
+    async def _handle(self, message: Any) -> None:
+        result: Result = None
+        error: PeerError | None = None
+        for step in self._session.receive(message):
+            try:
+                answer = await self._perform(step)
+            except PeerError as exc:
+                error = error or exc
+            else:
+                result = answer if answer is not None else result
+        refusal = error or self._session.refusal
+        if refusal is not None:
+            self._log.warning("refused: %s", refusal)
+        reply = self._session.complete(result, error=error)
+        if reply is not None:
+            await self._connection.send(reply)
+        self._send_pending()
+
+    def _send_pending(self) -> None:
+        message = self._session.take_backend_message()
+        if message is not None and self._channel is not None and not self._channel.send(message):
+            self._log.warning("the front-end does not take messages: %s is lost", message.name())
+
+    async def _leave(self) -> None:
+        self._connection.close()
+        for step in self._session.close():
+            # After a bug of ours the session may believe that a queue runs which does not.
+            if not isinstance(step, action.StopVring) or step.index in self._running:
+                await self._perform(step)
+        await self._use_memory(MemTable(native.address_of, MAX_MEM_SLOTS))
+        if self._channel is not None:
+            self._channel.close()
+
+    # ------------------------------------------------------------------ actions
+
+    async def _perform(self, step: action.Action) -> Result:
+        return await self._ACTIONS[type(step)](self, step)
+
+    async def _set_features(self, step: action.SetFeatures) -> None:
+        self._device.set_features(step.features)
+        await self._path.set_write_through(self._device.write_through)
+
+    async def _map_memory(self, step: action.MapMemory) -> None:
+        await self._use_memory(self._memory.replaced(step.regions, step.fds))
+
+    async def _add_region(self, step: action.AddRegion) -> None:
+        await self._use_memory(self._memory.added(step.region, step.fd))
+
+    async def _remove_region(self, step: action.RemoveRegion) -> None:
+        await self._use_memory(self._memory.removed(step.region))
+
+    async def _use_memory(self, memory: MemTable) -> None:
+        """Announce what is new (B13.3), move the data path over, then let go of what is old."""
+        old = self._memory
+        kept = set(old.regions) & set(memory.regions)
+        backend = self._device.backend
+        for region in memory.regions:
+            if region not in kept:
+                backend.register_buf(region.hva, region.size)
+        await self._path.set_memory(memory if memory.regions else None)
+        self._memory = memory
+        for region in old.regions:
+            if region not in kept:
+                backend.unregister_buf(region.hva)
+        old.close()
+
+    async def _start_vring(self, step: action.StartVring) -> None:
+        await self._path.start_queue(step.vring, self._session.features)
+        self._running.add(step.index)
+        self._log.debug("queue %d: started, size %d", step.index, step.vring.size)
+
+    async def _stop_vring(self, step: action.StopVring) -> int:
+        self._running.discard(step.index)
+        base = await self._path.stop_queue(step.index)
+        self._log.debug("queue %d: stopped at %d", step.index, base)
+        return base
+
+    async def _enable_vring(self, step: action.EnableVring) -> None:
+        await self._path.enable_queue(step.index, step.enabled)
+
+    async def _set_vring_fd(self, step: action.SetVringFd) -> None:
+        await self._path.set_queue_fd(step.index, step.which, step.fd)
+
+    async def _read_config(self, step: action.ReadConfig) -> bytes:
+        return self._device.config().read(step.offset, step.size)
+
+    async def _write_config(self, step: action.WriteConfig) -> None:
+        before = self._device.write_through
+        try:
+            self._device.write_config(step.offset, step.data)
+        except GuestError as exc:
+            raise PeerError(str(exc)) from None
+        after = self._device.write_through
+        if after != before:
+            self._log.info(
+                "the guest made its write cache %s", "write through" if after else "write back"
+            )
+            await self._path.set_write_through(after)
+            if after:
+                await self._make_durable()
+
+    async def _make_durable(self) -> None:
+        """Everything that completed while the guest had a write cache is on the disk when this returns."""
+        try:
+            await self._device.backend.drain()
+            await self._device.backend.flush()
+        except BlockError as exc:
+            raise PeerError(f"the flush that ends write-back failed: {exc}") from None
+
+    async def _set_backend_channel(self, step: action.SetBackendChannel) -> None:
+        channel = BackendChannel(step.fd)
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = channel
+
+    async def _reset_device(self, _step: action.ResetDevice) -> None:
+        for index in sorted(self._running):
+            await self._path.stop_queue(index)
+        self._running.clear()
+        self._device.reset()
+        await self._path.set_write_through(self._device.write_through)
+
+    async def _close_fds(self, step: action.CloseFds) -> None:
+        for fd in step.fds:
+            os.close(fd)
+
+    _ACTIONS: ClassVar[
+        Mapping[type[action.Action], Callable[[FrontEnd, Any], Awaitable[Result]]]
+    ] = {
+        action.SetFeatures: _set_features,
+        action.MapMemory: _map_memory,
+        action.AddRegion: _add_region,
+        action.RemoveRegion: _remove_region,
+        action.StartVring: _start_vring,
+        action.StopVring: _stop_vring,
+        action.EnableVring: _enable_vring,
+        action.SetVringFd: _set_vring_fd,
+        action.ReadConfig: _read_config,
+        action.WriteConfig: _write_config,
+        action.SetBackendChannel: _set_backend_channel,
+        action.ResetDevice: _reset_device,
+        action.CloseFds: _close_fds,
+    }

@@ -1,0 +1,159 @@
+"""An engine thread as the control loop sees it: commands become futures, requests go to the export they belong to.
+
+Theory of operation: everything for the engine goes through one outbox and so keeps its order, which the extent map
+relies on ("map, then retry"). Commands are sent at once. Completions of requests that finished inside a batch of
+received messages are sent together when the batch is done, others at the end of the loop's turn.
+
+Knows nothing about vhost-user, virtio or block nodes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any, Protocol
+
+from vhostblk import native
+from vhostblk.native import Message, MessageType
+
+log = logging.getLogger(__name__)
+
+_REQUEST = int(MessageType.REQUEST)
+_ACK = int(MessageType.ACK)
+_COMPLETE = int(MessageType.COMPLETE)
+_RETRY = int(MessageType.RETRY)
+
+# After so many batches other callbacks of the loop get their turn.
+_BATCHES_PER_TURN = 8
+
+
+class Sink(Protocol):
+    """Who takes what the engine says about one disk."""
+
+    def engine_request(self, thread: IOThread, message: Message) -> None: ...
+
+    def engine_event(self, thread: IOThread, message: Message) -> None: ...
+
+
+class IOThread:
+    """One engine thread, shared by any number of exports.
+
+    Context: the control loop.
+    Owns: the engine thread; its eventfd is watched by the running loop until `close()`.
+    """
+
+    def __init__(
+        self, name: str, *, poll_max_ns: int = 32768, io: str = "auto", workers: int = 0
+    ) -> None:
+        self.name = name
+        self._loop = asyncio.get_running_loop()
+        self._thread = native.EngineThread(name, poll_max_ns=poll_max_ns, io=io, workers=workers)
+        self._sinks: dict[int, Sink] = {}
+        self._outbox: list[Message] = []
+        self._flush_scheduled = False
+        self._receiving = False
+        self._next_cookie = 1
+        self._last_queue_key = 0
+        # cookie -> who waits, and what must stay in memory until the engine has answered
+        self._commands: dict[int, tuple[asyncio.Future[Message], Any]] = {}
+        self._loop.add_reader(self._thread.fd, self._receive)
+
+    @property
+    def io_kind(self) -> str:
+        """`io_uring` or `threads`: what it found it could use."""
+        return self._thread.io_kind
+
+    def new_queue_key(self) -> int:
+        """A name for a queue on this thread."""
+        self._last_queue_key += 1
+        return self._last_queue_key
+
+    def add_sink(self, disk_id: int, sink: Sink) -> None:
+        """From now on `sink` gets what the engine says of the disk with this id."""
+        self._sinks[disk_id] = sink
+
+    def remove_sink(self, disk_id: int) -> None:
+        """Undo `add_sink`. The disk must be detached."""
+        del self._sinks[disk_id]
+
+    def command(
+        self,
+        kind: MessageType,
+        *,
+        disk: int = 0,
+        queue: int = 0,
+        flags: int = 0,
+        offset: int = 0,
+        length: int = 0,
+        pointer: int = 0,
+        count: int = 0,
+        result: int = 0,
+        aux: int = 0,
+        keep: Any = None,
+    ) -> asyncio.Future[Message]:
+        """Send a command; the future gives the engine's acknowledgement, whatever its result.
+
+        Args:
+            keep: what `pointer` points into; held until the acknowledgement.
+        """
+        cookie = self._next_cookie
+        self._next_cookie += 1
+        future: asyncio.Future[Message] = self._loop.create_future()
+        self._commands[cookie] = (future, keep)
+        self._outbox.append(
+            (kind, flags, queue, cookie, disk, offset, length, pointer, count, result, aux)
+        )
+        self._flush()
+        return future
+
+    def complete(self, cookie: int, status: int, written: int) -> None:
+        """Answer a request with its virtio-blk status and the data bytes written to the guest."""
+        self._outbox.append((_COMPLETE, 0, 0, cookie, 0, 0, written, 0, 0, status, 0))
+        self._flush_soon()
+
+    def retry(self, cookie: int) -> None:
+        """Give a request back: the extent map can serve it now."""
+        self._outbox.append((_RETRY, 0, 0, cookie, 0, 0, 0, 0, 0, 0, 0))
+        self._flush_soon()
+
+    def close(self) -> None:
+        """End and join the thread. All disks must be detached."""
+        self._loop.remove_reader(self._thread.fd)
+        self._thread.close()
+
+    def _flush_soon(self) -> None:
+        if not self._receiving and not self._flush_scheduled:
+            self._flush_scheduled = True
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_scheduled = False
+        if self._outbox:
+            taken = self._thread.send(self._outbox)
+            del self._outbox[:taken]
+            if self._outbox:
+                # The ring is full, so the engine has 4096 messages to work on: look again next turn.
+                self._flush_scheduled = True
+                self._loop.call_soon(self._flush)
+
+    def _receive(self) -> None:
+        self._receiving = True
+        try:
+            for _ in range(_BATCHES_PER_TURN):
+                messages = self._thread.receive()
+                if not messages:
+                    return
+                for message in messages:
+                    kind = message[0]
+                    if kind == _REQUEST:
+                        self._sinks[message[4]].engine_request(self, message)
+                    elif kind == _ACK:
+                        future, _ = self._commands.pop(message[3])
+                        if not future.cancelled():
+                            future.set_result(message)
+                    else:
+                        self._sinks[message[4]].engine_event(self, message)
+                self._flush()
+        finally:
+            self._receiving = False
+        self._loop.call_soon(self._receive)

@@ -1,0 +1,318 @@
+"""The fast data path: queues live on engine threads, Python serves what the engine cannot.
+
+Fault, fill, retry: when a request misses the extent map and the graph can map the range, the run around it is
+installed on that thread and the request is given back; otherwise the device executes it here. Messages to a thread
+keep their order, so the retry finds what was installed, and a revocation sent later cannot be overtaken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from vhostblk import native
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.node import ExtentFlag
+from vhostblk.errors import PeerError
+from vhostblk.export import offload
+from vhostblk.export.blk_device import MAX_SEGMENTS, BlkDevice, Outcome
+from vhostblk.export.data_path import DataPathEvents
+from vhostblk.export.eager import run_eagerly
+from vhostblk.export.error_log import ErrorLog
+from vhostblk.export.io_thread import IOThread
+from vhostblk.export.statistics import QueueStatistics
+from vhostblk.native import Message, MessageType
+from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.vring import VringFd, VringSnapshot
+from vhostblk.virtio.blk import RequestType
+from vhostblk.virtio.blk_request import BlkRequest, Segment
+from vhostblk.virtio.features import Feature
+
+_IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
+# It was retried already, or the map has its range but the request is not aligned enough for it.
+_DO_NOT_MAP = int(native.RequestFlag.RETRIED | native.RequestFlag.UNALIGNED)
+_EVERYTHING = 2**63
+_QUEUE_FD = {
+    VringFd.KICK: native.QueueFd.KICK,
+    VringFd.CALL: native.QueueFd.CALL,
+    VringFd.ERR: native.QueueFd.ERR,
+}
+
+
+@dataclass(slots=True)
+class _Queue:
+    index: int
+    thread: IOThread
+    key: int
+    stats: native.QueueStats
+
+
+class NativeDataPath:
+    """See `DataPath`.
+
+    Args:
+        device: what the queues belong to.
+        threads: queue i runs on thread i modulo their number. They may be shared with other exports.
+        events: who hears of broken queues.
+        errors: where requests that the engine failed are counted.
+
+    Context: the control loop.
+    Owns: the engine's disk, its queues and the memory snapshots; not the threads.
+    """
+
+    def __init__(
+        self,
+        device: BlkDevice,
+        threads: Sequence[IOThread],
+        events: DataPathEvents,
+        errors: ErrorLog,
+    ) -> None:
+        self._device = device
+        self._threads = tuple(threads)
+        self._events = events
+        self._errors = errors
+        self._disk = native.Disk(
+            disk_id=id(self),
+            capacity=device.capacity,
+            read_only=device.read_only,
+            max_segments=MAX_SEGMENTS,
+            serial=device.serial,
+        )
+        self._queues: dict[int, _Queue] = {}  # by index, while started
+        self._by_key: dict[tuple[IOThread, int], _Queue] = {}
+        self._stats: dict[int, native.QueueStats] = {}  # by index, for as long as we live
+        self._memory: native.Memory | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Make the disk known to the threads. Call once, before anything else."""
+        for thread in self._threads:
+            thread.add_sink(self._disk.id, self)
+            await self._check(thread.command(MessageType.DISK_ATTACH, disk=self._disk.pointer))
+
+    @property
+    def _backend(self) -> BlockBackend:
+        return self._device.backend
+
+    # ------------------------------------------------------------------ DataPath
+
+    async def set_memory(self, memory: MemTable | None) -> None:
+        """See `DataPath.set_memory`."""
+        fresh = native.Memory(memory.regions) if memory is not None else None
+        flags = int(fresh is not None and await self._uses_fixed_buffers())
+        await asyncio.gather(
+            *(
+                self._check(
+                    thread.command(
+                        MessageType.MEMORY_SET,
+                        disk=self._disk.pointer,
+                        flags=flags,
+                        pointer=fresh.pointer if fresh else 0,
+                        keep=fresh,
+                    )
+                )
+                for thread in self._threads
+            )
+        )
+        if self._memory is not None:
+            self._memory.close()
+        self._memory = fresh
+
+    async def start_queue(self, vring: VringSnapshot, features: int) -> None:
+        """See `DataPath.start_queue`."""
+        thread = self._threads[vring.index % len(self._threads)]
+        stats = self._stats.setdefault(vring.index, native.QueueStats())
+        queue = _Queue(vring.index, thread, thread.new_queue_key(), stats)
+        config = native.queue_config(
+            disk=self._disk,
+            stats=stats,
+            desc_uva=vring.desc,
+            avail_uva=vring.avail,
+            used_uva=vring.used,
+            size=vring.size,
+            index=vring.index,
+            base=vring.base,
+            enabled=vring.enabled,
+            event_idx=bool(features & Feature.VIRTIO_F_EVENT_IDX),
+            indirect=bool(features & Feature.VIRTIO_F_INDIRECT_DESC),
+            kick_fd=_fd(vring.kick_fd),
+            call_fd=_fd(vring.call_fd),
+            err_fd=_fd(vring.err_fd),
+        )
+        self._by_key[thread, queue.key] = queue
+        answer = await thread.command(
+            MessageType.QUEUE_START,
+            disk=self._disk.pointer,
+            queue=queue.key,
+            pointer=config.pointer,
+            keep=config,
+        )
+        if answer[9] < 0:
+            del self._by_key[thread, queue.key]
+            raise PeerError(
+                f"queue {vring.index}: {_WHY_NOT_STARTED.get(-answer[9], os.strerror(-answer[9]))}"
+            )
+        self._queues[vring.index] = queue
+
+    async def stop_queue(self, index: int) -> int:
+        """See `DataPath.stop_queue`."""
+        queue = self._queues.pop(index)
+        answer = await self._check(queue.thread.command(MessageType.QUEUE_STOP, queue=queue.key))
+        del self._by_key[queue.thread, queue.key]
+        return answer[10]
+
+    async def enable_queue(self, index: int, enabled: bool) -> None:
+        """See `DataPath.enable_queue`."""
+        queue = self._queues[index]
+        await self._check(
+            queue.thread.command(MessageType.QUEUE_ENABLE, queue=queue.key, flags=int(enabled))
+        )
+
+    async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
+        """See `DataPath.set_queue_fd`."""
+        queue = self._queues[index]
+        await self._check(
+            queue.thread.command(
+                MessageType.QUEUE_FD, queue=queue.key, aux=_QUEUE_FD[which], result=_fd(fd)
+            )
+        )
+
+    async def set_write_through(self, write_through: bool) -> None:
+        """See `DataPath.set_write_through`."""
+        self._disk.set_write_through(write_through)
+        await self.revoke(0, _EVERYTHING)
+
+    def set_capacity(self, capacity: int) -> None:
+        """See `DataPath.set_capacity`."""
+        self._disk.set_capacity(capacity)
+
+    async def revoke(self, offset: int, length: int) -> None:
+        """See `DataPath.revoke`. A revocation of everything includes the right to flush."""
+        disk = self._disk.pointer
+        commands = [
+            thread.command(MessageType.REVOKE, disk=disk, offset=offset, length=length)
+            for thread in self._threads
+        ]
+        if offset == 0 and length >= self._backend.length:
+            commands += [
+                thread.command(MessageType.FLUSH_SET, disk=disk, result=native.FLUSH_MISS)
+                for thread in self._threads
+            ]
+        await asyncio.gather(*(self._check(command) for command in commands))
+
+    def external_writes(self) -> int:
+        """See `DataPath.external_writes`."""
+        return self._disk.write_gen
+
+    def statistics(self) -> dict[int, QueueStatistics]:
+        """See `DataPath.statistics`."""
+        return {index: stats.read(QueueStatistics) for index, stats in self._stats.items()}
+
+    async def close(self) -> None:
+        """See `DataPath.close`."""
+        await self.set_memory(None)
+        for thread in self._threads:
+            await self._check(thread.command(MessageType.DISK_DETACH, disk=self._disk.pointer))
+            thread.remove_sink(self._disk.id)
+        self._disk.close()
+
+    # ------------------------------------------------------------------ Sink: what the engine says
+
+    def engine_request(self, thread: IOThread, message: Message) -> None:
+        """A request that missed: map its range and give it back, or execute it."""
+        run_eagerly(self._serve(thread, message), partial(_answer, thread, message[3]), self._tasks)
+
+    async def _serve(self, thread: IOThread, message: Message) -> Outcome | None:
+        _, flags, _, _, _, offset, length, pointer, count, _, kind = message
+        request = BlkRequest(head=0, status_byte=_NOWHERE, type=kind)
+        if kind in (_IN, _OUT):
+            if not flags & _DO_NOT_MAP and await self._fault(thread, offset, length, kind == _OUT):
+                return None
+            request.offset, request.length = offset, length
+            request.data = native.iov_views(pointer, count)
+        elif kind == _FLUSH:
+            if not flags & _DO_NOT_MAP and self._allow_flush(thread):
+                return None
+        else:
+            request.segments = [Segment(*segment) for segment in native.segments(pointer, count)]
+        return await self._device.execute(request)
+
+    def engine_event(self, thread: IOThread, message: Message) -> None:
+        """A broken queue, or a request that the engine failed."""
+        kind, _, key, _, _, offset, length, _, _, result, aux = message
+        if kind == MessageType.QUEUE_BROKEN:
+            queue = self._by_key.get((thread, key))
+            if result == native.Broken.MEMORY_FAULT:
+                self._events.memory_faulted()
+            elif queue is not None:
+                self._events.queue_broken(queue.index, native.Broken(result).name.lower())
+        elif kind == MessageType.IO_ERROR:
+            name = RequestType(aux).name.lower()
+            self._errors.record_io_error(name, -result, offset, length)
+            if aux == _FLUSH:
+                # The kernel reports a lost write once: from here on the block layer answers flushes.
+                self._backend.flush_failed(-result)
+
+    async def _fault(self, thread: IOThread, offset: int, length: int, write: bool) -> bool:
+        """Install what the graph can map around a request; says whether that serves it."""
+        extents = await self._backend.extents(offset, length)
+        if not offload.covers(extents, offset, length, write):
+            return False
+        # No wait between the backend's answer and the message: a revocation would come between them.
+        entries = native.extents([offload.entry(extent) for extent in extents])
+        thread.command(
+            MessageType.MAP,
+            disk=self._disk.pointer,
+            pointer=entries.pointer,
+            count=len(extents),
+            keep=entries,
+        )
+        return True
+
+    def _allow_flush(self, thread: IOThread) -> bool:
+        """Let the engine flush by itself, where one fdatasync, or nothing, is a complete flush."""
+        target = offload.flush_target(self._backend)
+        if target == native.FLUSH_MISS:
+            return False
+        thread.command(MessageType.FLUSH_SET, disk=self._disk.pointer, result=target)
+        return True
+
+    async def _uses_fixed_buffers(self) -> bool:
+        extents = await self._backend.extents(0, self._backend.block_sizes.logical)
+        return any(extent.flags & ExtentFlag.FIXED for extent in extents)
+
+    async def _check(self, command: asyncio.Future[Message]) -> Message:
+        """Await a command that only a bug of ours can make fail."""
+        answer = await command
+        if answer[9] < 0:
+            code = errno.errorcode.get(-answer[9], answer[9])
+            raise RuntimeError(f"the engine refused a command: {code}")
+        return answer
+
+
+# What VB_QUEUE_START may be refused for by the front-end's fault, and by the machine's.
+_WHY_NOT_STARTED = {
+    errno.EFAULT: "its rings are not in the memory that was shared",
+    errno.EINVAL: "its size is impossible",
+    errno.EPERM: "nobody can wait for such a kick fd",
+    errno.EEXIST: "another queue has the same kick fd",
+    errno.ENOMEM: "out of memory",
+    errno.ENOSPC: "too many queues",
+}
+# The engine writes the status itself.
+_NOWHERE = memoryview(bytearray(1))
+
+
+def _answer(thread: IOThread, cookie: int, outcome: Outcome | None) -> None:
+    if outcome is None:
+        thread.retry(cookie)
+    else:
+        thread.complete(cookie, *outcome)
+
+
+def _fd(fd: int | None) -> int:
+    return -1 if fd is None else fd

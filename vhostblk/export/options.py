@@ -1,0 +1,109 @@
+"""The options of an export, in QEMU's words.
+
+Sans-io: what the options name (a node, an iothread, a socket) is looked up elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vhostblk.block.keyval import flatten
+from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, choice, consume, option
+from vhostblk.errors import ConfigError
+from vhostblk.vhost.session import MAX_QUEUES
+
+# QEMU asks for one queue per vCPU unless told otherwise.
+DEFAULT_QUEUES = 64
+DEFAULT_SERIAL = "vhostblk"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportConfig:
+    """What an export is told.
+
+    Attributes:
+        socket_path, fd: one of them says where to listen: a path, or an inherited listening socket.
+        io_threads: names of iothread objects; without any, `own_threads` threads of its own.
+        logical_block_size: bytes; None: the disk's own.
+    """
+
+    id: str
+    node_name: str
+    socket_path: str | None = None
+    fd: int | None = None
+    writable: bool = False
+    write_cache: bool = True
+    serial: str = DEFAULT_SERIAL
+    num_queues: int = DEFAULT_QUEUES
+    logical_block_size: int | None = None
+    io_threads: tuple[str, ...] = ()
+    own_threads: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_queues <= MAX_QUEUES:
+            raise ConfigError(f"num-queues={self.num_queues}: must be 1 to {MAX_QUEUES}")
+        if self.own_threads < 1:
+            raise ConfigError(f"iothreads={self.own_threads}: at least 1")
+        size = self.logical_block_size
+        if size is not None and (size < 512 or size > 65536 or size & (size - 1)):
+            raise ConfigError(
+                f"logical-block-size={size}: must be a power of two from 512 to 65536"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """`--export`, as qemu-storage-daemon spells it; `serial` is ours."""
+
+    type: str = option(choice("vhost-user-blk"), about="the protocol")
+    id: str = option(STRING, about="name of the export")
+    node_name: str = option(STRING, about="the block node that is served")
+    addr_type: str = option(choice("unix", "fd"), about="how to listen", name="addr.type")
+    addr_path: str | None = option(STRING, None, about="path of the socket", name="addr.path")
+    addr_str: str | None = option(STRING, None, about="number of the inherited fd", name="addr.str")
+    writable: bool = option(BOOLEAN, False, about="whether the guest may write")
+    writethrough: bool = option(BOOLEAN, False, about="make every write durable")
+    iothread: str | None = option(STRING, None, about="the iothread object that serves the queues")
+    fixed_iothread: bool = option(BOOLEAN, False, about="accepted; exports never change threads")
+    logical_block_size: int | None = option(SIZE, None, about="what the guest is told, bytes")
+    num_queues: int = option(INTEGER, DEFAULT_QUEUES, about="most queues a guest may use")
+    serial: str = option(STRING, DEFAULT_SERIAL, about="at most 20 bytes")
+
+
+def parse_export(options: Mapping[str, Any]) -> ExportConfig:
+    """Understand an `--export`.
+
+    Args:
+        options: nested, as parsed.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    flat = flatten(options)
+    parsed = consume(_Options, flat)
+    for name in flat:
+        raise ConfigError(f"Parameter '{name}' is unexpected")
+    fd = None
+    if parsed.addr_type == "unix":
+        if parsed.addr_path is None:
+            raise ConfigError("Parameter 'addr.path' is missing")
+    elif parsed.addr_str is None:
+        raise ConfigError("Parameter 'addr.str' is missing")
+    elif not parsed.addr_str.isdecimal():
+        raise ConfigError(f"addr.str={parsed.addr_str}: must be the number of an open fd")
+    else:
+        fd = int(parsed.addr_str)
+    return ExportConfig(
+        id=parsed.id,
+        node_name=parsed.node_name,
+        socket_path=parsed.addr_path if parsed.addr_type == "unix" else None,
+        fd=fd,
+        writable=parsed.writable,
+        write_cache=not parsed.writethrough,
+        serial=parsed.serial,
+        num_queues=parsed.num_queues,
+        logical_block_size=parsed.logical_block_size,
+        io_threads=(parsed.iothread,) if parsed.iothread is not None else (),
+    )

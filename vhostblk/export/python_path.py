@@ -1,0 +1,329 @@
+"""The reference data path: every queue is processed on the control loop, in readable Python.
+
+It serves where the engine is not built, it is the oracle that the engine's tests are compared with, and the place to
+read what the engine does. A turn takes what is available up to the queue's size, so that no guest can hold the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from functools import partial
+
+from vhostblk import native
+from vhostblk.errors import GuestError, PeerError
+from vhostblk.export import event_fd
+from vhostblk.export.blk_device import MAX_SEGMENTS, BlkDevice, Outcome
+from vhostblk.export.data_path import DataPathEvents
+from vhostblk.export.eager import run_eagerly
+from vhostblk.export.statistics import OPERATIONS, QueueStatistics
+from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.vring import VringFd, VringSnapshot
+from vhostblk.virtio import blk_request
+from vhostblk.virtio.blk import RequestType
+from vhostblk.virtio.blk_request import BlkRequest
+from vhostblk.virtio.features import Feature
+from vhostblk.virtio.split import SplitVirtqueue
+
+# How long a ring without a kick fd rests between two looks, seconds.
+POLL_INTERVAL = 0.0005
+
+_OPERATION: dict[int, str] = {
+    RequestType.IN: "read",
+    RequestType.OUT: "write",
+    RequestType.FLUSH: "flush",
+    RequestType.DISCARD: "discard",
+    RequestType.WRITE_ZEROES: "write_zeroes",
+    RequestType.GET_ID: "get_id",
+}
+assert set(_OPERATION.values()) < set(OPERATIONS)
+
+
+class PythonDataPath:
+    """See `DataPath`.
+
+    Args:
+        device: what the queues belong to.
+        events: who hears of broken queues.
+
+    Context: the control loop.
+    Owns: the virtqueues, and the guard over the memory snapshot.
+    """
+
+    def __init__(self, device: BlkDevice, events: DataPathEvents) -> None:
+        self._device = device
+        self._events = events
+        self._memory: MemTable | None = None
+        self._guard: native.Memory | None = None
+        self._queues: dict[int, _Queue] = {}
+        self._stats: dict[int, QueueStatistics] = {}
+
+    async def open(self) -> None:
+        """Nothing to prepare."""
+
+    async def set_memory(self, memory: MemTable | None) -> None:
+        """See `DataPath.set_memory`."""
+        for queue in self._queues.values():
+            await queue.pause()
+        guard = native.Memory(memory.regions) if memory is not None and native.available else None
+        old_guard, self._guard, self._memory = self._guard, guard, memory
+        for queue in self._queues.values():
+            queue.resume_with(memory)
+        if old_guard is not None:
+            old_guard.close()
+
+    async def start_queue(self, vring: VringSnapshot, features: int) -> None:
+        """See `DataPath.start_queue`."""
+        if self._memory is None:
+            raise PeerError(f"queue {vring.index}: started before any memory was shared")
+        stats = self._stats.setdefault(vring.index, QueueStatistics())
+        self._queues[vring.index] = _Queue(self, vring, features, self._memory, stats)
+
+    async def stop_queue(self, index: int) -> int:
+        """See `DataPath.stop_queue`."""
+        queue = self._queues[index]
+        await queue.pause()
+        del self._queues[index]
+        return queue.next_avail
+
+    async def enable_queue(self, index: int, enabled: bool) -> None:
+        """See `DataPath.enable_queue`."""
+        self._queues[index].enable(enabled)
+
+    async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
+        """See `DataPath.set_queue_fd`."""
+        self._queues[index].set_fd(which, fd)
+
+    async def set_write_through(self, write_through: bool) -> None:
+        """See `DataPath.set_write_through`: the backend's own requests know their rule when they begin."""
+        for queue in self._queues.values():
+            await queue.pause()
+        for queue in self._queues.values():
+            queue.resume_with(self._memory)
+
+    def set_capacity(self, capacity: int) -> None:
+        """Every request asks the device."""
+
+    async def revoke(self, offset: int, length: int) -> None:
+        """Nothing is remembered here."""
+
+    def external_writes(self) -> int:
+        """All go through the block layer."""
+        return 0
+
+    def statistics(self) -> dict[int, QueueStatistics]:
+        """See `DataPath.statistics`."""
+        return self._stats
+
+    async def close(self) -> None:
+        """See `DataPath.close`."""
+        await self.set_memory(None)
+
+    def memory_faulted(self) -> bool:
+        """Whether an access hit memory that the front-end has truncated away; tells the export, too."""
+        if self._guard is None or not self._guard.faulted:
+            return False
+        self._events.memory_faulted()
+        return True
+
+    def queue_broken(self, index: int, reason: str) -> None:
+        """Pass it on."""
+        self._events.queue_broken(index, reason)
+
+    @property
+    def device(self) -> BlkDevice:
+        """What the queues belong to."""
+        return self._device
+
+
+class _Queue:
+    """One started queue: its virtqueue and its fds."""
+
+    def __init__(
+        self,
+        path: PythonDataPath,
+        vring: VringSnapshot,
+        features: int,
+        memory: MemTable,
+        stats: QueueStatistics,
+    ) -> None:
+        self._path = path
+        self._loop = asyncio.get_running_loop()
+        self._vring = vring
+        self._features = features
+        self._enabled = vring.enabled
+        self._fds = {
+            VringFd.KICK: vring.kick_fd,
+            VringFd.CALL: vring.call_fd,
+            VringFd.ERR: vring.err_fd,
+        }
+        self._stats = stats
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._poll_timer: asyncio.TimerHandle | None = None
+        self._again: asyncio.Handle | None = None
+        self._notify_scheduled = False
+        self._watched: int | None = None
+        try:
+            self._ring: SplitVirtqueue | None = self._make_ring(memory, vring.base)
+        except GuestError as exc:
+            raise PeerError(f"queue {vring.index}: {exc}") from None
+        self._next_avail = vring.base
+        self._watch()
+
+    @property
+    def next_avail(self) -> int:
+        """VRING_BASE."""
+        return self._next_avail
+
+    def _make_ring(self, memory: MemTable, base: int) -> SplitVirtqueue:
+        vring = self._vring
+        return SplitVirtqueue(
+            memory,
+            vring.size,
+            vring.desc,
+            vring.avail,
+            vring.used,
+            base=base,
+            event_idx=bool(self._features & Feature.VIRTIO_F_EVENT_IDX),
+            indirect=bool(self._features & Feature.VIRTIO_F_INDIRECT_DESC),
+        )
+
+    # ------------------------------------------------------------------ control
+
+    async def pause(self) -> None:
+        """Take no more requests and wait for those in flight; lets go of guest memory."""
+        self._unwatch()
+        await self._idle.wait()
+        if self._ring is not None:
+            self._notify()
+            self._next_avail = self._ring.next_avail
+            self._ring = None
+
+    def resume_with(self, memory: MemTable | None) -> None:
+        """Go on in this memory map; without one the queue stays paused."""
+        if memory is None:
+            return
+        try:
+            self._ring = self._make_ring(memory, self._next_avail)
+        except GuestError as exc:
+            self._break(exc)
+            return
+        self._watch()
+
+    def enable(self, enabled: bool) -> None:
+        """Whether requests are taken."""
+        self._enabled = enabled
+        if enabled:
+            self._process_soon()
+
+    def set_fd(self, which: VringFd, fd: int | None) -> None:
+        """Exchange an fd."""
+        self._unwatch()
+        self._fds[which] = fd
+        if self._ring is not None:
+            self._watch()
+
+    def _watch(self) -> None:
+        kick = self._fds[VringFd.KICK]
+        if kick is not None:
+            self._loop.add_reader(kick, self._kicked)
+            self._watched = kick
+        self._process_soon()
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._loop.remove_reader(self._watched)
+            self._watched = None
+        for handle in (self._poll_timer, self._again):
+            if handle is not None:
+                handle.cancel()
+        self._poll_timer = self._again = None
+
+    # ------------------------------------------------------------------ requests
+
+    def _process_soon(self) -> None:
+        if self._again is None:
+            self._again = self._loop.call_soon(self._process)
+
+    def _kicked(self) -> None:
+        self._stats.kicks += 1
+        assert self._watched is not None
+        event_fd.clear(self._watched)
+        self._process()
+
+    def _process(self) -> None:
+        self._again = None
+        ring = self._ring
+        if ring is None or not self._enabled:
+            return
+        ring.disable_notification()
+        try:
+            for _ in range(self._vring.size):
+                chain = ring.pop()
+                if chain is None:
+                    break
+                device = self._path.device
+                request = blk_request.parse(
+                    chain,
+                    capacity=device.capacity,
+                    read_only=device.read_only,
+                    max_segments=MAX_SEGMENTS,
+                )
+                self._in_flight += 1
+                self._stats.misses += 1
+                self._idle.clear()
+                run_eagerly(
+                    device.execute(request),
+                    partial(self._executed, request, time.monotonic_ns()),
+                    self._tasks,
+                )
+            pending = ring.enable_notification()
+        except GuestError as exc:
+            ring.break_queue(exc)
+            self._break(exc)
+            return
+        if self._path.memory_faulted():
+            self._unwatch()
+        elif pending:
+            self._process_soon()
+        elif self._fds[VringFd.KICK] is None:
+            self._poll_timer = self._loop.call_later(POLL_INTERVAL, self._process)
+
+    def _executed(self, request: BlkRequest, began: int, outcome: Outcome) -> None:
+        status, written = outcome
+        ring = self._ring
+        assert ring is not None
+        ring.push(request.head, request.complete(status, written))
+        length = request.length or sum(segment.length for segment in request.segments)
+        self._stats.operations[_OPERATION.get(request.type, "other")].record(
+            length, status != 0, time.monotonic_ns() - began
+        )
+        self._in_flight -= 1
+        if not self._in_flight:
+            self._idle.set()
+        if not self._notify_scheduled:
+            self._notify_scheduled = True
+            self._loop.call_soon(self._notify)
+
+    def _notify(self) -> None:
+        if not self._notify_scheduled:
+            return  # a pause has done it
+        self._notify_scheduled = False
+        assert self._ring is not None
+        if self._ring.needs_notification():
+            call_fd = self._fds[VringFd.CALL]
+            if call_fd is not None:
+                self._stats.calls += 1
+                event_fd.signal(call_fd)
+        else:
+            self._stats.calls_suppressed += 1
+
+    def _break(self, error: GuestError) -> None:
+        self._unwatch()
+        error_fd = self._fds[VringFd.ERR]
+        if error_fd is not None:
+            event_fd.signal(error_fd)
+        self._path.queue_broken(self._vring.index, str(error))
