@@ -46,6 +46,7 @@ class DaemonConfig:
     exports: Sequence[ExportConfig] = ()
     pid_file: Path | None = None
     data_path: str = "auto"  # auto, native or python
+    blockdev_option: str = ""  # what the user calls `blockdevs`, for messages
 
 
 @dataclass(slots=True)
@@ -91,7 +92,7 @@ class Daemon:
             self._handle_signals(stack)
             stack.push_async_callback(self.graph.close_all)
             for options in self._config.blockdevs:
-                await self.graph.add(options)
+                await self._open_node(options)
             if use_native:
                 stack.callback(self._close_threads)
             for config in self._config.exports:
@@ -105,6 +106,13 @@ class Daemon:
             await self._stop.wait()
             log.info("stopping")
             await asyncio.gather(*(export.stop() for export in self.exports.values()))
+
+    async def _open_node(self, options: dict[str, Any]) -> None:
+        try:
+            await self.graph.add(options)
+        except ConfigError as exc:
+            option = self._config.blockdev_option
+            raise ConfigError(f"{option}: {exc}" if option else str(exc)) from None
 
     def _choose_data_path(self) -> bool:
         wanted = self._config.data_path

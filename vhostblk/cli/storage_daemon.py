@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
         exports=[_parse_export(text) for text in args.export],
         pid_file=args.pidfile,
         data_path=args.data_path,
+        blockdev_option="--blockdev",
     )
     run_daemon(config, detach=args.daemonize)
 
