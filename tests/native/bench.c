@@ -1,0 +1,89 @@
+/* bench.c: how fast the engine is by itself. Not run by the tests: `build.sh bench -O2 && ./bench bench_inline_tmpfs`.
+ */
+#include <pthread.h>
+#include "harness.h"
+
+#define SIZE (256u << 20)
+
+static uint32_t measure(
+	struct driver_config config, enum vb_io_kind kind, uint32_t flags, uint64_t poll_ns, uint32_t depth)
+{
+	struct engine *engine = engine_new(kind, poll_ns);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver driver;
+	struct guest guest;
+	int fd = file_new(false, SIZE), token;
+	uint64_t begin, done = 0;
+
+	for (uint64_t at = 0; at < SIZE; at += 4096)
+		CHECK_EQUAL(pwrite(fd, "x", 1, (off_t)at), 1);
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(fd, SIZE, flags | VB_EXTENT_READ | VB_EXTENT_WRITE));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	begin = now_ns();
+	for (uint16_t i = 0; i < depth; i++)
+		driver_add(&driver, i, VIRTIO_BLK_T_IN, random_below(SIZE / 4096) * 8, 4096);
+	driver_publish(&driver);
+	while (now_ns() - begin < 2000000000ull) {
+		int reaped = 0;
+
+		while ((token = driver_reap(&driver, NULL)) >= 0) {
+			driver_add(&driver, (uint16_t)token, VIRTIO_BLK_T_IN, random_below(SIZE / 4096) * 8, 4096);
+			reaped++;
+		}
+		done += (uint64_t)reaped;
+		if (reaped)
+			driver_publish(&driver);
+		else if (poll_ns)
+			cpu_relax();
+		else
+			driver_wait(&driver, 1000);
+	}
+	begin = now_ns() - begin;
+	engine->on_message = NULL;
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	guest_deinit(&guest);
+	printf("depth %2u: %7.0f requests/s, %llu kicks, %llu calls\n", depth, (double)done * 1e9 / (double)begin,
+		(unsigned long long)driver.stats->kicks, (unsigned long long)driver.stats->calls);
+	driver_deinit(&driver);
+	close(fd);
+	return (uint32_t)done;
+}
+
+static void all(enum vb_io_kind kind, uint32_t flags)
+{
+	struct driver_config config = {
+		.size = 128, .data_bytes = 4096, .indirect = true, .event_idx = true, .alignment = 4096};
+
+	for (uint32_t depth = 1; depth <= 32; depth += 31) {
+		printf("both sides polling,  ");
+		measure(config, kind, flags, 1000000, depth);
+		printf("both sides sleeping, ");
+		measure(config, kind, flags, 0, depth);
+	}
+}
+
+TEST(bench_inline_tmpfs)
+{
+	all(VB_IO_AUTO, VB_EXTENT_INLINE);
+}
+
+TEST(bench_null)
+{
+	all(VB_IO_AUTO, VB_EXTENT_NULL);
+}
+
+TEST(bench_uring_tmpfs)
+{
+	all(VB_IO_AUTO, 0);
+}
+
+TEST(bench_threads_tmpfs)
+{
+	all(VB_IO_THREADS, 0);
+}

@@ -1,0 +1,522 @@
+/* test_data.c: what guests write is what they read, however the engine does it. */
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/uio.h>
+#include "harness.h"
+
+#define RANGE (64u << 10) /* of the disk, per token: nobody else writes there */
+#define SECTORS (RANGE / 512)
+#define RW (VB_EXTENT_READ | VB_EXTENT_WRITE)
+
+/* A guest's thread: random reads and writes on a queue, each verified. */
+struct worker {
+	pthread_t pthread;
+	struct driver *driver;
+	uint64_t first_sector;
+	uint32_t requests;
+	uint32_t alignment; /* of requests, in sectors */
+	uint32_t done;      /* atomic */
+	uint8_t (*shadow)[SECTORS];
+	struct {
+		uint32_t sector, sectors;
+		bool write;
+	} * request;
+};
+
+static void fill(uint8_t *data, uint64_t sector, uint8_t version)
+{
+	for (int i = 0; i < 512; i++)
+		data[i] = version ? (uint8_t)(sector * 7 + version * 31 + i) : 0;
+}
+
+/* Never 0, which means "not written yet". */
+static uint8_t next_version(struct worker *w, uint16_t token, uint32_t sector)
+{
+	uint8_t *version = &w->shadow[token][sector];
+
+	*version = (uint8_t)(*version % 255 + 1);
+	return *version;
+}
+
+static void begin(struct worker *w, uint16_t token)
+{
+	uint64_t base = w->first_sector + (uint64_t)token * SECTORS;
+	uint32_t grains = SECTORS / w->alignment;
+	uint32_t first = random_below(grains),
+		 most = MIN(grains - first, w->driver->config.data_bytes / 512 / w->alignment);
+	uint32_t sector = first * w->alignment, sectors = (1 + random_below(most)) * w->alignment;
+	bool write = random_below(2);
+
+	w->request[token].sector = sector;
+	w->request[token].sectors = sectors;
+	w->request[token].write = write;
+	for (uint32_t i = 0; i < sectors && write; i++)
+		fill(driver_data(w->driver, token) + 512 * i, base + sector + i, next_version(w, token, sector + i));
+	if (!write)
+		memset(driver_data(w->driver, token), 0xaa, 512 * sectors);
+	driver_add(w->driver, token, write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, base + sector, 512 * sectors);
+}
+
+static void verify(struct worker *w, uint16_t token, uint32_t written)
+{
+	uint64_t base = w->first_sector + (uint64_t)token * SECTORS;
+	uint32_t sector = w->request[token].sector, sectors = w->request[token].sectors;
+	uint8_t expected[512];
+
+	CHECK_EQUAL(*driver_status(w->driver, token), VIRTIO_BLK_S_OK);
+	CHECK_EQUAL(written, w->request[token].write ? 1 : 512 * sectors + 1);
+	for (uint32_t i = 0; i < sectors && !w->request[token].write; i++) {
+		fill(expected, base + sector + i, w->shadow[token][sector + i]);
+		CHECK(!memcmp(expected, driver_data(w->driver, token) + 512 * i, 512));
+	}
+}
+
+static void *work(void *opaque)
+{
+	struct worker *w = opaque;
+	uint32_t started = 0, in_flight = 0, written, finished = 0;
+	uint64_t end = now_ns() + DEADLINE;
+	int token;
+
+	for (uint16_t i = 0; i < w->driver->tokens && started < w->requests; i++, started++, in_flight++)
+		begin(w, i);
+	driver_publish(w->driver);
+	while (in_flight) {
+		CHECK(now_ns() < end);
+		while ((token = driver_reap(w->driver, &written)) >= 0) {
+			verify(w, (uint16_t)token, written);
+			in_flight--;
+			store_release(&w->done, ++finished);
+			if (started < w->requests) {
+				begin(w, (uint16_t)token);
+				started++;
+				in_flight++;
+			}
+		}
+		if (w->driver->published != w->driver->avail_idx)
+			driver_publish(w->driver);
+		else if (in_flight && w->driver->call_fd >= 0)
+			CHECK(driver_wait(w->driver, 10000));
+		else
+			sched_yield();
+	}
+	return NULL;
+}
+
+static void worker_start(struct worker *w, struct driver *driver, uint64_t first_sector, uint32_t requests)
+{
+	*w = (struct worker){.driver = driver, .first_sector = first_sector, .requests = requests, .alignment = 1};
+	w->shadow = calloc(driver->tokens, sizeof(*w->shadow));
+	w->request = calloc(driver->tokens, sizeof(*w->request));
+}
+
+static void worker_go(struct worker *w)
+{
+	CHECK_EQUAL(pthread_create(&w->pthread, NULL, work, w), 0);
+}
+
+static void worker_join(struct worker *w)
+{
+	pthread_join(w->pthread, NULL);
+	free(w->shadow);
+	free(w->request);
+}
+
+static bool worker_finished(struct worker *w)
+{
+	return load_acquire(&w->done) == w->requests;
+}
+
+/* ---------------------------------------------------------------- one queue, every way to do I/O */
+
+struct way {
+	enum vb_io_kind kind;
+	bool on_disk;
+	uint32_t flags;
+	struct driver_config config;
+	uint32_t register_memory;
+	bool direct;
+	uint64_t poll_ns;
+};
+
+static void run_way(const struct way *way)
+{
+	struct engine *engine = engine_new(way->kind, way->poll_ns);
+	struct guest guest;
+	struct driver driver;
+	struct worker worker;
+	uint64_t size = 64u * RANGE;
+	int fd = file_new(way->on_disk, size);
+	struct vb_disk *disk = disk_new(1, size);
+	struct vb_extent extent = whole_file(fd, size, RW | way->flags);
+	struct vb_message set;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	driver_init(&driver, &guest, &way->config);
+	set = (struct vb_message){
+		.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)disk, .pointer = (uint64_t)guest.memory};
+	if (way->register_memory && engine_command(engine, set).aux < way->register_memory)
+		printf("registered buffers degraded\n");
+	worker_start(&worker, &driver, 0, 3000);
+	if (way->direct) {
+		if (fcntl(fd, F_SETFL, O_DIRECT))
+			skip("no O_DIRECT here");
+		extent.request_alignment = extent.memory_alignment = 4096;
+		worker.alignment = 8;
+	}
+	disk_map(engine, disk, extent);
+	CHECK(driver.tokens <= 64);
+	driver_start(&driver, engine, disk, 5);
+	worker_go(&worker);
+	engine_until(engine, worker_finished(&worker));
+	worker_join(&worker);
+	CHECK_EQUAL(driver_stop(&driver), (uint16_t)(way->config.start + 3000));
+	CHECK_EQUAL(driver.stats->hits, 3000);
+	CHECK_EQUAL(driver.stats->misses, 0);
+	CHECK_EQUAL(driver.stats->in_flight, 0);
+	CHECK_EQUAL(driver.stats->op[VB_OP_READ].requests + driver.stats->op[VB_OP_WRITE].requests, 3000);
+	CHECK_EQUAL(vb_disk_write_gen(disk), driver.stats->op[VB_OP_WRITE].requests);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(fd);
+}
+
+#define CONFIG(...)                                                                                                    \
+	{                                                                                                              \
+		.size = 64, .data_bytes = 32768, .start = 65500, __VA_ARGS__                                           \
+	}
+
+TEST(data_inline_tmpfs_event_idx)
+{
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE, .config = CONFIG(.event_idx = true)});
+}
+
+TEST(data_inline_tmpfs_indirect_many_pieces)
+{
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE, .poll_ns = 100000,
+		.config = CONFIG(.indirect = true, .pieces = 40, .event_idx = true)});
+}
+
+TEST(data_inline_small_queue_with_long_indirect_tables)
+{
+	struct driver_config config = CONFIG(.indirect = true, .pieces = 64);
+
+	config.size = 16;
+	config.data_bytes = 65536;
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE, .config = config});
+}
+
+TEST(data_threads_tmpfs)
+{
+	run_way(&(struct way){VB_IO_THREADS, .config = CONFIG(.event_idx = true)});
+}
+
+TEST(data_threads_disk_direct_chains)
+{
+	run_way(&(struct way){VB_IO_THREADS, .on_disk = true, .config = CONFIG(.pieces = 4)});
+}
+
+TEST(data_uring_tmpfs)
+{
+	if (vb_io_uring_error())
+		skip("io_uring is forbidden here");
+	run_way(&(struct way){VB_IO_URING, .config = CONFIG(.event_idx = true, .indirect = true, .pieces = 3)});
+}
+
+TEST(data_uring_disk_polling_engine)
+{
+	if (vb_io_uring_error())
+		skip("io_uring is forbidden here");
+	run_way(&(struct way){VB_IO_URING, .on_disk = true, .poll_ns = 200000, .config = CONFIG(.pieces = 2)});
+}
+
+TEST(data_uring_fixed_buffers_o_direct)
+{
+	if (vb_io_uring_error())
+		skip("io_uring is forbidden here");
+	run_way(&(struct way){VB_IO_URING, .on_disk = true, .direct = true, .flags = VB_EXTENT_FIXED,
+		.register_memory = 2, .config = CONFIG(.event_idx = true, .alignment = 4096)});
+}
+
+TEST(data_pool_beside_uring)
+{
+	run_way(&(struct way){
+		VB_IO_AUTO, .on_disk = true, .flags = VB_EXTENT_POOL, .config = CONFIG(.event_idx = true)});
+}
+
+TEST(data_without_kick_fd)
+{
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE, .config = CONFIG(.no_kick_fd = true)});
+}
+
+TEST(data_without_any_fd)
+{
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE,
+		.config = CONFIG(.no_kick_fd = true, .no_call_fd = true, .event_idx = true)});
+}
+
+/* ---------------------------------------------------------------- several queues, two threads, one disk */
+
+static void serve_from(struct engine *engine, const struct vb_message *m)
+{
+	int fd = *(int *)engine->opaque;
+	const struct iovec *iov = (const struct iovec *)m->pointer;
+	struct vb_message answer = {.type = VB_COMPLETE, .cookie = m->cookie, .length = m->length};
+	ssize_t n = -1;
+
+	CHECK_EQUAL(m->type, VB_REQUEST);
+	CHECK_EQUAL(m->disk, 1);
+	if (m->aux == VIRTIO_BLK_T_IN)
+		n = preadv(fd, iov, (int)m->count, (off_t)m->offset);
+	else if (m->aux == VIRTIO_BLK_T_OUT)
+		n = pwritev(fd, iov, (int)m->count, (off_t)m->offset);
+	CHECK_EQUAL(n, m->length);
+	if (m->aux != VIRTIO_BLK_T_IN)
+		answer.length = 0;
+	engine_tell(engine, answer);
+}
+
+TEST(data_four_queues_on_two_threads_half_missing)
+{
+	struct engine *engines[2] = {engine_new(VB_IO_AUTO, 0), engine_new(VB_IO_THREADS, 50000)};
+	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2);
+	uint64_t size = 4u * 16 * RANGE;
+	int fd = file_new(false, size), done = 0;
+	struct vb_disk *disk = disk_new(1, size);
+	struct guest guest;
+	struct driver drivers[4];
+	struct worker workers[4];
+
+	guest_init(&guest);
+	for (int i = 0; i < 2; i++) {
+		engines[i]->on_message = serve_from;
+		engines[i]->opaque = &fd;
+		disk_attach(engines[i], disk, guest.memory);
+		/* Every other range: requests of odd tokens miss. */
+		for (uint64_t at = 0; at < size; at += 2 * RANGE) {
+			struct vb_extent extent = whole_file(fd, RANGE, RW | (i ? 0 : VB_EXTENT_INLINE));
+
+			extent.offset = extent.host_offset = at;
+			disk_map(engines[i], disk, extent);
+		}
+	}
+	for (int i = 0; i < 4; i++) {
+		driver_init(&drivers[i], &guest, &config);
+		driver_start(&drivers[i], engines[i % 2], disk, (uint32_t)i + 10);
+		worker_start(&workers[i], &drivers[i], (uint64_t)i * 16 * SECTORS, 2000);
+		worker_go(&workers[i]);
+	}
+	for (uint64_t end = now_ns() + DEADLINE; done < 4;) {
+		CHECK(now_ns() < end);
+		engine_pump(engines[0], 1);
+		engine_pump(engines[1], 1);
+		done = 0;
+		for (int i = 0; i < 4; i++)
+			done += worker_finished(&workers[i]);
+	}
+	for (int i = 0; i < 4; i++) {
+		worker_join(&workers[i]);
+		CHECK_EQUAL(driver_stop(&drivers[i]), (uint16_t)(65500 + 2000));
+		CHECK_EQUAL(drivers[i].stats->hits + drivers[i].stats->misses, 2000);
+		CHECK(drivers[i].stats->misses > 500);
+		CHECK(drivers[i].stats->hits > 500);
+		driver_deinit(&drivers[i]);
+	}
+	for (int i = 0; i < 2; i++) {
+		disk_detach(engines[i], disk);
+		engine_delete(engines[i]);
+	}
+	vb_disk_unref(disk);
+	guest_deinit(&guest);
+	close(fd);
+}
+
+/* ---------------------------------------------------------------- the graph changes under load */
+
+/* Where the data of each range is at the moment: in one of two files. */
+struct moving {
+	int fds[2];
+	uint32_t flags;
+	struct vb_disk *disk;
+	uint8_t where[64];
+	bool busy[64]; /* being moved: misses wait */
+	struct {
+		uint64_t cookie, range;
+	} waiting[64];
+	int waiters;
+};
+
+static void map_range(struct engine *engine, struct moving *m, uint64_t range)
+{
+	struct vb_extent extent = whole_file(m->fds[m->where[range]], RANGE, RW | m->flags);
+
+	extent.offset = extent.host_offset = range * RANGE;
+	disk_map(engine, m->disk, extent);
+}
+
+static void map_and_retry(struct engine *engine, const struct vb_message *message)
+{
+	static struct vb_extent keep[65536];
+	static uint16_t next;
+	struct moving *m = engine->opaque;
+	uint64_t range = message->offset / RANGE;
+	struct vb_extent extent = whole_file(m->fds[m->where[range]], RANGE, RW | m->flags);
+
+	CHECK_EQUAL(message->type, VB_REQUEST);
+	if (m->busy[range]) {
+		m->waiting[m->waiters].cookie = message->cookie;
+		m->waiting[m->waiters++].range = range;
+		return;
+	}
+	CHECK(!(message->flags & 1)); /* a retry behind its MAP always hits */
+	extent.offset = extent.host_offset = range * RANGE;
+	/* Must live until the acknowledgement, for which nobody waits here. */
+	keep[next] = extent;
+	engine_send(engine,
+		(struct vb_message){
+			.type = VB_MAP, .disk = (uint64_t)m->disk, .pointer = (uint64_t)&keep[next++], .count = 1});
+	engine_tell(engine, (struct vb_message){.type = VB_RETRY, .cookie = message->cookie});
+}
+
+static void release_waiters(struct engine *engine, struct moving *m, uint64_t range)
+{
+	for (int i = 0; i < m->waiters;) {
+		if (m->waiting[i].range != range) {
+			i++;
+			continue;
+		}
+		engine_tell(engine, (struct vb_message){.type = VB_RETRY, .cookie = m->waiting[i].cookie});
+		m->waiting[i] = m->waiting[--m->waiters];
+	}
+}
+
+/* Revoke a range, move its data to the other file, spoil where it was, map it again. Were a write still in flight when
+ * the revocation is acknowledged, it would be lost, and the guest would notice. */
+static void move_range(struct engine *engine, struct moving *m, uint64_t range)
+{
+	static uint8_t data[RANGE], spoilt[RANGE];
+	struct vb_message revoke = {
+		.type = VB_REVOKE, .disk = (uint64_t)m->disk, .offset = range * RANGE, .length = RANGE};
+	int from = m->fds[m->where[range]], to = m->fds[!m->where[range]];
+
+	m->busy[range] = true;
+	CHECK_EQUAL(engine_command(engine, revoke).result, 0);
+	CHECK_EQUAL(pread(from, data, RANGE, (off_t)(range * RANGE)), RANGE);
+	CHECK_EQUAL(pwrite(to, data, RANGE, (off_t)(range * RANGE)), RANGE);
+	memset(spoilt, 0x5a, RANGE);
+	CHECK_EQUAL(pwrite(from, spoilt, RANGE, (off_t)(range * RANGE)), RANGE);
+	m->where[range] = !m->where[range];
+	m->busy[range] = false;
+	if (random_below(2) || m->waiters) {
+		map_range(engine, m, range);
+		release_waiters(engine, m, range);
+	}
+}
+
+static void run_moving(enum vb_io_kind kind, bool on_disk, uint32_t flags, bool restart)
+{
+	struct engine *engine = engine_new(kind, 20000);
+	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2);
+	uint64_t size = 64u * RANGE;
+	struct vb_disk *disk = disk_new(1, size);
+	struct moving m = {.fds = {file_new(on_disk, size), file_new(on_disk, size)}, .flags = flags, .disk = disk};
+	struct guest guest;
+	struct driver driver;
+	struct worker worker;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	engine->on_message = map_and_retry;
+	engine->opaque = &m;
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 5);
+	worker_start(&worker, &driver, 0, 4000);
+	worker_go(&worker);
+	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker);) {
+		CHECK(now_ns() < end);
+		move_range(engine, &m, random_below(driver.tokens));
+		if (restart && random_below(4) == 0) {
+			/* The guest knows nothing of this: it must be as if the engine had only been slow. */
+			driver_stop(&driver);
+			driver_start(&driver, engine, disk, 5);
+			eventfd_write(driver.call_fd, 1);
+		}
+		engine_pump(engine, 0);
+	}
+	worker_join(&worker);
+	CHECK_EQUAL(driver_stop(&driver), (uint16_t)(65500 + 4000));
+	engine->on_message = NULL;
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(m.fds[0]);
+	close(m.fds[1]);
+}
+
+TEST(revoke_and_map_under_load_inline)
+{
+	run_moving(VB_IO_AUTO, false, VB_EXTENT_INLINE, false);
+}
+
+TEST(revoke_and_map_under_load_uring)
+{
+	run_moving(VB_IO_AUTO, true, 0, false);
+}
+
+TEST(revoke_and_map_under_load_threads)
+{
+	run_moving(VB_IO_THREADS, true, 0, false);
+}
+
+TEST(stop_and_start_under_load)
+{
+	run_moving(VB_IO_AUTO, false, 0, true);
+}
+
+TEST(memory_maps_change_under_load)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct driver_config config = CONFIG(.event_idx = true);
+	uint64_t size = 64u * RANGE;
+	int fd = file_new(true, size), changes = 0;
+	struct vb_disk *disk = disk_new(1, size);
+	struct guest guest;
+	struct driver driver;
+	struct worker worker;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(fd, size, RW | VB_EXTENT_FIXED));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 5);
+	worker_start(&worker, &driver, 0, 3000);
+	worker_go(&worker);
+	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker); changes++) {
+		struct vb_memory *fresh = guest_snapshot(&guest);
+		struct vb_message set = {.type = VB_MEMORY_SET, .flags = changes & 1, .disk = (uint64_t)disk};
+
+		CHECK(now_ns() < end);
+		set.pointer = (uint64_t)fresh;
+		CHECK_EQUAL(engine_command(engine, set).result, 0);
+		/* Nobody but us has the old one any more: it could be unmapped. */
+		CHECK_EQUAL(vb_memory_refs(guest.memory), 1);
+		vb_memory_unref(guest.memory);
+		guest.memory = fresh;
+	}
+	CHECK(changes > 2);
+	worker_join(&worker);
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(fd);
+}

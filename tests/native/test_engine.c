@@ -1,0 +1,271 @@
+/* test_engine.c: threads, messages, and what they promise. */
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <poll.h>
+#include <stddef.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include "harness.h"
+
+#define SIZE (1u << 20)
+#define RW (VB_EXTENT_READ | VB_EXTENT_WRITE)
+
+/* ---------------------------------------------------------------- the ring up is full */
+
+static struct vb_message collected[20000];
+static int collected_count;
+
+static void collect(struct engine *engine, const struct vb_message *m)
+{
+	(void)engine;
+	CHECK_EQUAL(m->type, VB_REQUEST);
+	collected[collected_count++] = *m;
+}
+
+/* Nobody takes messages while three queues offer more misses than the ring holds. */
+TEST(a_full_ring_loses_nothing)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 2048, .data_bytes = 512, .indirect = true, .event_idx = true};
+	struct driver drivers[3];
+	struct guest guest;
+	struct vb_message revoke = {.type = VB_REVOKE, .disk = (uint64_t)disk, .length = SIZE};
+	uint64_t cookies[500], end = now_ns() + DEADLINE, in_flight;
+	int finished = 0;
+
+	engine->on_message = collect;
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	for (uint32_t i = 0; i < 3; i++) {
+		driver_init(&drivers[i], &guest, &config);
+		driver_start(&drivers[i], engine, disk, i);
+	}
+	for (int i = 0; i < 3; i++) {
+		for (uint16_t token = 0; token < 2048; token++)
+			driver_add(&drivers[i], token, VIRTIO_BLK_T_IN, 0, 512);
+		driver_publish(&drivers[i]);
+	}
+	/* It stops popping before the ring is quite full. */
+	do {
+		CHECK(now_ns() < end);
+		in_flight = 0;
+		for (int i = 0; i < 3; i++)
+			in_flight += load_relaxed(&drivers[i].stats->in_flight);
+	} while (in_flight < 3000);
+	/* Commands still find room for their answers, as many as are promised. */
+	for (int i = 0; i < 500; i++)
+		cookies[i] = engine_send(engine, revoke);
+	CHECK_EQUAL(collected_count, 0);
+	for (int i = 0; i < 500; i++)
+		CHECK_EQUAL(engine_wait(engine, cookies[i]).result, 0);
+	engine_until(engine, collected_count == 3 * 2048);
+	for (int i = 0; i < collected_count; i++)
+		engine_tell(engine, (struct vb_message){.type = VB_COMPLETE, .cookie = collected[i].cookie});
+	while (finished < 3 * 2048) {
+		CHECK(now_ns() < end);
+		for (int i = 0; i < 3; i++)
+			while (driver_reap(&drivers[i], NULL) >= 0)
+				finished++;
+		engine_pump(engine, 0);
+	}
+	for (int i = 0; i < 3; i++) {
+		CHECK_EQUAL(driver_stop(&drivers[i]), 2048);
+		driver_deinit(&drivers[i]);
+	}
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	guest_deinit(&guest);
+}
+
+TEST(commands_beyond_the_ring_are_told_so_and_all_answered)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_message batch[512], received[512];
+	int sent = 0, answered = 0, taken, count;
+	uint64_t end = now_ns() + DEADLINE;
+
+	memset(batch, 0, sizeof(batch));
+	/* Fill both rings: the engine takes commands only while it can answer. */
+	while (sent < 8000) {
+		CHECK(now_ns() < end);
+		taken = vb_thread_send(engine->thread, batch, 512);
+		sent += taken;
+	}
+	while (answered < sent) {
+		CHECK(now_ns() < end);
+		count = vb_thread_receive(engine->thread, received, 512);
+		for (int i = 0; i < count; i++)
+			CHECK_EQUAL(received[i].result, -EINVAL); /* there is no command 0 */
+		answered += count;
+	}
+	CHECK_EQUAL(vb_thread_receive(engine->thread, received, 512), 0);
+	engine_delete(engine);
+}
+
+/* ---------------------------------------------------------------- orders and refusals */
+
+TEST(what_is_in_use_cannot_be_forgotten)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 512};
+	struct driver driver;
+	struct guest guest;
+	struct vb_message detach = {.type = VB_DISK_DETACH, .disk = (uint64_t)disk};
+	struct vb_message attach = {.type = VB_DISK_ATTACH, .disk = (uint64_t)disk};
+
+	guest_init(&guest);
+	CHECK_EQUAL(engine_command(engine, detach).result, -ENOENT);
+	disk_attach(engine, disk, guest.memory);
+	CHECK_EQUAL(engine_command(engine, attach).result, -EEXIST);
+	CHECK_EQUAL(vb_thread_destroy(engine->thread), -EBUSY);
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	CHECK_EQUAL(engine_command(engine, detach).result, -EBUSY);
+	CHECK_EQUAL(engine_command(engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = 2}).result, -ENOENT);
+	driver_stop(&driver);
+	CHECK_EQUAL(engine_command(engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = 1}).result, -ENOENT);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+}
+
+TEST(disabled_queues_pop_nothing_until_enabled)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 512};
+	struct driver driver;
+	struct guest guest;
+	int fd = file_new(false, SIZE);
+	struct vb_message enable = {.type = VB_QUEUE_ENABLE, .queue = 1};
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(fd, SIZE, RW | VB_EXTENT_INLINE));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	engine_command(engine, enable);
+	driver_add(&driver, 0, VIRTIO_BLK_T_IN, 0, 512);
+	driver_publish(&driver);
+	for (int i = 0; i < 20; i++)
+		engine_command(engine, enable);
+	CHECK_EQUAL(driver_reap(&driver, NULL), -1);
+	enable.flags = 1;
+	engine_command(engine, enable);
+	engine_until(engine, driver_reap(&driver, NULL) == 0);
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(fd);
+}
+
+TEST(idle_threads_use_no_cpu)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 32000);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 512, .event_idx = true};
+	struct driver driver;
+	struct guest guest;
+	struct rusage before, after;
+	int fd = file_new(false, SIZE);
+	struct pollfd never = {.fd = vb_thread_fd(engine->thread), .events = POLLIN};
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(fd, SIZE, RW));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	for (int i = 0; i < 100; i++)
+		CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 0, 512, NULL), 0);
+	/* It has to be given the time in which it might do something. */
+	getrusage(RUSAGE_SELF, &before);
+	CHECK_EQUAL(poll(&never, 1, 300), 0);
+	getrusage(RUSAGE_SELF, &after);
+	CHECK(after.ru_nvcsw - before.ru_nvcsw < 20);
+	CHECK(after.ru_utime.tv_sec * 1000000 + after.ru_utime.tv_usec - before.ru_utime.tv_sec * 1000000 -
+			before.ru_utime.tv_usec <
+		30000);
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(fd);
+}
+
+/* ---------------------------------------------------------------- no io_uring */
+
+static void forbid_io_uring(int error)
+{
+	struct sock_filter filter[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_io_uring_setup, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | (unsigned)error),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = {.len = 4, .filter = filter};
+
+	CHECK_EQUAL(prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+	CHECK_EQUAL(prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program), 0);
+}
+
+/* As default container profiles do. */
+TEST(where_io_uring_is_forbidden_threads_do_the_work)
+{
+	struct vb_thread_options options = {.io_kind = VB_IO_URING};
+	struct vb_thread *thread;
+	struct engine *engine;
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 4096};
+	struct driver driver;
+	struct guest guest;
+	struct vb_io *io;
+	int fd = file_new(true, SIZE);
+	struct vb_message set = {.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)disk};
+
+	forbid_io_uring(EPERM);
+#ifndef VB_NO_URING
+	CHECK_EQUAL(vb_io_uring_error(), -EPERM);
+	CHECK_EQUAL(vb_thread_create(&options, &thread), -EPERM);
+	CHECK_EQUAL(vb_io_create(VB_IO_URING, 8, 0, &io), -EPERM);
+#else
+	CHECK_EQUAL(vb_io_uring_error(), -ENOTSUP);
+	CHECK_EQUAL(vb_thread_create(&options, &thread), -ENOTSUP);
+#endif
+	CHECK_EQUAL(vb_io_create(VB_IO_AUTO, 8, 0, &io), 0);
+	CHECK_EQUAL(vb_io_kind(io), VB_IO_THREADS);
+	vb_io_destroy(io);
+	engine = engine_new(VB_IO_AUTO, 0);
+	CHECK_EQUAL(vb_thread_io_kind(engine->thread), VB_IO_THREADS);
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	set.pointer = (uint64_t)guest.memory;
+	CHECK_EQUAL(engine_command(engine, set).aux, 0);
+	disk_map(engine, disk, whole_file(fd, SIZE, RW | VB_EXTENT_FIXED));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	memset(driver_data(&driver, 0), 0x33, 4096);
+	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_OUT, 8, 4096, NULL), 0);
+	memset(driver_data(&driver, 0), 0, 4096);
+	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 8, 4096, NULL), 0);
+	CHECK_EQUAL(driver_data(&driver, 0)[4095], 0x33);
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(fd);
+}

@@ -1,0 +1,305 @@
+/* test_units.c: parts of the engine by themselves, against the simplest thing that can be right. */
+#include <sys/uio.h>
+#include "harness.h"
+#include "src/disk.h"
+#include "src/extent_map.h"
+#include "src/memory.h"
+#include "src/stats.h"
+#include "src/thread.h"
+#include "src/virtqueue.h"
+
+/* ---------------------------------------------------------------- the extent map */
+
+#define BLOCKS 400
+
+/* What each block of the disk is mapped to: 0, or 1 + its host block. */
+static uint64_t model[BLOCKS];
+
+static void check_sorted(const struct extent_map *map)
+{
+	for (uint32_t i = 0; i + 1 < map->count; i++) {
+		const struct vb_extent *e = &map->entries[i].extent;
+
+		CHECK(e->length);
+		CHECK(e->offset + e->length <= map->entries[i + 1].extent.offset);
+	}
+	CHECK(map->count <= map->limit);
+}
+
+/* The map may have forgotten, but what it says is so. */
+static int check_against_model(struct extent_map *map)
+{
+	int found = 0;
+
+	for (uint64_t i = 0; i < BLOCKS; i++) {
+		const struct vb_extent *e = extent_map_find(map, i * 512, 512, VB_EXTENT_READ);
+
+		if (!e)
+			continue;
+		found++;
+		CHECK_EQUAL(e->host_offset + i * 512 - e->offset, (model[i] - 1) * 512);
+	}
+	return found;
+}
+
+static void random_extents(uint32_t limit)
+{
+	struct extent_map map;
+	int mapped;
+
+	extent_map_init(&map, limit);
+	memset(model, 0, sizeof(model));
+	for (int step = 0; step < 20000; step++) {
+		uint64_t first = random_below(BLOCKS), count = 1 + random_below(MIN(BLOCKS - (uint32_t)first, 30u));
+		/* Often host = guest, so that neighbours merge. */
+		uint64_t host = random_below(4) ? first : random_below(1000);
+		struct vb_extent e = {.offset = first * 512,
+			.length = count * 512,
+			.host_offset = host * 512,
+			.fd = 3,
+			.flags = VB_EXTENT_READ,
+			.request_alignment = 1,
+			.memory_alignment = 1};
+		bool insert = random_below(3);
+
+		CHECK(extent_valid(&e));
+		if (insert)
+			extent_map_insert(&map, &e);
+		else
+			extent_map_remove(&map, e.offset, e.length);
+		for (uint64_t i = 0; i < count; i++)
+			model[first + i] = insert ? 1 + host + i : 0;
+		check_sorted(&map);
+		if (step % 16 == 0) {
+			mapped = 0;
+			for (int i = 0; i < BLOCKS; i++)
+				mapped += !!model[i];
+			if (limit > BLOCKS)
+				CHECK_EQUAL(check_against_model(&map), mapped);
+			else
+				CHECK(check_against_model(&map) <= mapped);
+		}
+	}
+	CHECK(map.count > limit / 4 || limit > BLOCKS);
+	extent_map_remove(&map, 1, UINT64_MAX);
+	CHECK(map.count <= 1);
+	extent_map_deinit(&map);
+}
+
+TEST(extent_map_does_as_an_array_of_blocks_does)
+{
+	random_extents(BLOCKS + 1);
+}
+
+TEST(extent_map_that_is_full_forgets_but_never_lies)
+{
+	random_extents(1);
+	random_extents(2);
+	random_extents(17);
+	random_extents(40);
+}
+
+TEST(extents_that_continue_each_other_become_one)
+{
+	struct extent_map map;
+	struct vb_extent e = {.length = 4096,
+		.host_offset = 65536,
+		.fd = 3,
+		.flags = VB_EXTENT_READ,
+		.request_alignment = 1,
+		.memory_alignment = 1};
+
+	extent_map_init(&map, 100);
+	for (int i = 9; i >= 0; i--) {
+		e.offset = (uint64_t)i * 4096;
+		e.host_offset = 65536 + e.offset;
+		extent_map_insert(&map, &e);
+	}
+	CHECK_EQUAL(map.count, 1);
+	CHECK(extent_map_find(&map, 0, 40960, VB_EXTENT_READ));
+	CHECK(!extent_map_find(&map, 0, 40961, VB_EXTENT_READ));
+	CHECK(!extent_map_find(&map, 4096, 512, VB_EXTENT_WRITE));
+	e.offset = 40960;
+	e.host_offset += 512;
+	extent_map_insert(&map, &e);
+	CHECK_EQUAL(map.count, 2);
+	/* Zeroes continue each other wherever they are. */
+	e.flags = VB_EXTENT_READ | VB_EXTENT_ZERO;
+	e.offset = 0;
+	extent_map_insert(&map, &e);
+	e.offset = 4096;
+	extent_map_insert(&map, &e);
+	CHECK_EQUAL(map.count, 3);
+	extent_map_deinit(&map);
+}
+
+/* ---------------------------------------------------------------- notifications */
+
+/* VIRTIO 1.2 §2.7.7.2: a notification exactly if the index passed used_event + 1; one by one and in batches, over the
+ * end of the 16 bits. */
+TEST(used_event_is_exact)
+{
+	static struct {
+		_Alignas(16) struct vring_desc desc[8];
+		uint16_t avail[3 + 8], used_pad;
+		_Alignas(4) uint16_t used[2 + 4 * 8 + 1];
+	} area;
+	struct vb_region region = {.gpa = 0, .uva = 4096, .size = sizeof(area), .hva = (uint64_t)&area};
+	struct vb_queue_config config = {.size = 8,
+		.base = 65530,
+		.event_idx = 1,
+		.desc_uva = 4096,
+		.avail_uva = 4096 + offsetof(typeof(area), avail),
+		.used_uva = 4096 + offsetof(typeof(area), used)};
+	struct vb_memory *memory;
+	struct virtqueue vq;
+
+	CHECK_EQUAL(vb_memory_create(&region, 1, &memory), 0);
+	area.used[1] = 65530;
+	CHECK_EQUAL(virtqueue_init(&vq, memory, &config), 0);
+	vq.notified_valid = true;
+	for (int step = 0; step < 100000; step++) {
+		uint16_t before = vq.used_idx, count = (uint16_t)random_below(5);
+		uint16_t event = (uint16_t)(before + random_below(12) - 6);
+		bool expected = false;
+
+		for (uint16_t i = 0; i < count; i++) {
+			expected |= (uint16_t)(before + i) == event;
+			vq.in_flight++;
+			virtqueue_push(&vq, 0, 1);
+		}
+		area.avail[2 + 8] = event;
+		virtqueue_publish(&vq);
+		CHECK_EQUAL(area.used[1], (uint16_t)(before + count));
+		CHECK_EQUAL(virtqueue_should_notify(&vq), expected);
+		vq.next_avail = (uint16_t)step;
+		virtqueue_disable_kicks(&vq);
+		virtqueue_enable_kicks(&vq);
+		CHECK_EQUAL(area.used[2 + 4 * 8], (uint16_t)step);
+		CHECK_EQUAL(area.used[0], 0);
+	}
+	virtqueue_deinit(&vq);
+	vb_memory_unref(memory);
+}
+
+TEST(memory_maps_that_make_no_sense_are_refused)
+{
+	struct vb_memory *memory;
+	struct vb_region good[2] = {{0, 0, 4096, 0x10000}, {4096, 0x100000, 4096, 0x20000}}, bad[2];
+
+	for (int i = 0; i < 5; i++) {
+		memcpy(bad, good, sizeof(bad));
+		switch (i) {
+		case 0:
+			bad[1].gpa = 4095;
+			break;
+		case 1:
+			bad[0].size = 0;
+			break;
+		case 2:
+			bad[1].gpa = UINT64_MAX - 4094;
+			break;
+		case 3:
+			bad[1].uva = UINT64_MAX;
+			break;
+		case 4:
+			bad[1].hva = 0;
+			break;
+		}
+		CHECK_EQUAL(vb_memory_create(bad, 2, &memory), -EINVAL);
+	}
+	CHECK_EQUAL(vb_memory_create(good, 2, &memory), 0);
+	vb_memory_unref(memory);
+	CHECK_EQUAL(vb_memory_create(NULL, 0, &memory), 0);
+	vb_memory_unref(memory);
+}
+
+/* ---------------------------------------------------------------- latencies */
+
+TEST(latency_buckets_are_a_quarter_wide_and_in_order)
+{
+	static struct vb_queue_stats stats;
+
+	CHECK_EQUAL(vb_latency_bound(0), 0);
+	for (uint32_t b = 1; b < VB_LATENCY_BUCKETS; b++) {
+		uint64_t low = vb_latency_bound(b), below = vb_latency_bound(b - 1);
+
+		CHECK(low > below);
+		CHECK(low - below <= MAX(below / 4, 1u));
+		memset(&stats, 0, sizeof(stats));
+		stats_finish(&stats, VB_OP_READ, 512, false, low);
+		stats_finish(&stats, VB_OP_READ, 512, true, low - 1);
+		CHECK_EQUAL(stats.op[VB_OP_READ].latency[b], 1);
+		CHECK_EQUAL(stats.op[VB_OP_READ].latency[b - 1], 1);
+		CHECK_EQUAL(stats.op[VB_OP_READ].bytes, 512);
+		CHECK_EQUAL(stats.op[VB_OP_READ].errors, 1);
+		CHECK_EQUAL(stats.op[VB_OP_READ].latency_max_ns, low);
+	}
+	memset(&stats, 0, sizeof(stats));
+	stats_finish(&stats, VB_OP_READ, 0, false, UINT64_MAX);
+	CHECK_EQUAL(stats.op[VB_OP_READ].latency[VB_LATENCY_BUCKETS - 1], 1);
+}
+
+/* ---------------------------------------------------------------- revocations */
+
+static int take_acks(struct vb_thread *thread, uint64_t *cookies)
+{
+	struct vb_message messages[16];
+	int count;
+
+	message_ring_publish(&thread->up, thread->up_fd);
+	count = vb_thread_receive(thread, messages, 16);
+	for (int i = 0; i < count; i++) {
+		CHECK_EQUAL(messages[i].type, VB_ACK);
+		cookies[i] = messages[i].cookie;
+	}
+	return count;
+}
+
+/* Without a thread, so that I/O ends exactly when the test says so. */
+TEST(revocations_wait_for_what_they_overlap_and_began_before)
+{
+	struct vb_thread_options options = {.io_kind = VB_IO_THREADS};
+	struct vb_thread *thread;
+	struct vb_disk *disk = disk_new(1, 1 << 20);
+	struct attachment *a;
+	struct io_track io[3] = {{.offset = 0, .length = 4096}, {.offset = 8192, .length = 4096}, {.is_flush = true}};
+	struct io_track later = {.offset = 0, .length = 4096};
+	struct vb_message command = {.type = VB_REVOKE};
+	uint64_t cookies[16];
+
+	CHECK_EQUAL(thread_open(&options, &thread), 0);
+	a = attachment_create(thread, disk);
+	for (int i = 0; i < 3; i++)
+		attachment_io_begins(a, &io[i]);
+	command.cookie = 1;
+	command.offset = 4096;
+	command.length = 4096;
+	attachment_revoke(a, &command); /* touches nothing in flight */
+	CHECK_EQUAL(take_acks(thread, cookies), 1);
+	CHECK_EQUAL(cookies[0], 1);
+	command.cookie = 2;
+	command.length = UINT64_MAX;
+	attachment_revoke(a, &command); /* the second */
+	command.cookie = 3;
+	command.offset = 0;
+	attachment_revoke(a, &command); /* both */
+	command.type = VB_FLUSH_SET;
+	command.cookie = 4;
+	attachment_set_flush(a, &command);
+	CHECK_EQUAL(take_acks(thread, cookies), 0);
+	attachment_io_begins(a, &later); /* mapped again meanwhile */
+	attachment_io_ended(a, &io[0]);
+	CHECK_EQUAL(take_acks(thread, cookies), 0);
+	attachment_io_ended(a, &io[1]);
+	CHECK_EQUAL(take_acks(thread, cookies), 2);
+	CHECK_EQUAL(cookies[0] + cookies[1], 2 + 3);
+	attachment_io_ended(a, &io[2]);
+	CHECK_EQUAL(take_acks(thread, cookies), 1);
+	CHECK_EQUAL(cookies[0], 4);
+	attachment_io_ended(a, &later);
+	CHECK_EQUAL(thread->owed, 0);
+	attachment_destroy(a);
+	thread_close(thread);
+	vb_disk_unref(disk);
+}
