@@ -171,5 +171,6 @@ class Daemon:
             thread.close()
 
     def _write_pid_file(self, path: Path, stack: AsyncExitStack) -> None:
+        path = path.absolute()  # going to the background changes the directory
         path.write_text(f"{os.getpid()}\n")
         stack.callback(path.unlink, missing_ok=True)

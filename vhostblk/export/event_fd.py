@@ -28,8 +28,7 @@ def clear(fd: int) -> bool:
 
 def signal(fd: int) -> None:
     """Signal a call or error fd. One that cannot take more is signalled already."""
-    # A front-end that saturates its own blocking fd between these two lines stops this loop until it reads it: the
-    # engine hands such writes to io_uring instead.
+    # A front-end that saturates its own blocking fd between these two lines stops this loop until it reads it.
     if _ready(fd, select.POLLOUT):
         try:
             os.write(fd, _ONE)

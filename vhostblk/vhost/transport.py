@@ -44,6 +44,8 @@ class Listener:
         self._socket = sock
         self.path = path
         """Where it was bound, or None for an inherited socket."""
+        # A daemon that goes to the background changes its directory.
+        self._absolute = os.path.abspath(path) if path is not None else None
         self._identity = _identity(path) if path is not None else None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -131,11 +133,11 @@ class Listener:
             asyncio.get_running_loop().remove_reader(self._socket)
             wake(self._waiter)
         self._socket.close()
-        if self.path is not None and self._identity is not None:
+        if self._absolute is not None and self._identity is not None:
             # Another daemon may have replaced the file: that one is not ours to remove.
             with suppress(OSError):
-                if _identity(self.path) == self._identity:
-                    os.unlink(self.path)
+                if _identity(self._absolute) == self._identity:
+                    os.unlink(self._absolute)
             self._identity = None
 
     async def _wait(self) -> None:

@@ -162,6 +162,16 @@ def test_path_that_somebody_else_took_over_is_not_removed(path: str) -> None:
     assert not os.path.lexists(path)
 
 
+def test_path_is_removed_also_by_a_daemon_that_has_changed_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listener = Listener.bind("socket")
+    monkeypatch.chdir("/")
+    listener.close()
+    assert not os.path.lexists(tmp_path / "socket")
+
+
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o777])
 def test_socket_file_has_the_mode_that_was_asked_for(path: str, mode: int) -> None:
     listener = Listener.bind(path, mode=mode)
