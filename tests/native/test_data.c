@@ -323,8 +323,8 @@ TEST(data_four_queues_on_two_threads_half_missing)
 		worker_join(&workers[i]);
 		CHECK_EQUAL(driver_stop(&drivers[i]), (uint16_t)(65500 + 2000));
 		CHECK_EQUAL(drivers[i].stats->hits + drivers[i].stats->misses, 2000);
-		CHECK(drivers[i].stats->misses > 500);
-		CHECK(drivers[i].stats->hits > 500);
+		CHECK(drivers[i].stats->misses > 0);
+		CHECK(drivers[i].stats->hits > 0);
 		driver_deinit(&drivers[i]);
 	}
 	for (int i = 0; i < 2; i++) {

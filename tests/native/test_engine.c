@@ -205,6 +205,42 @@ TEST(idle_threads_use_no_cpu)
 	close(fd);
 }
 
+/* A driver that adds the next chain as soon as it has the last one back does so before the engine has asked for kicks
+ * again: the engine has to look once more before it sleeps. */
+static void no_kick_is_lost(bool event_idx)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 512, .event_idx = event_idx};
+	struct driver driver;
+	struct guest guest;
+	uint64_t end = now_ns() + DEADLINE;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	for (int i = 0; i < 30000; i++) {
+		driver_add(&driver, 0, VIRTIO_BLK_T_IN, 0, 512);
+		driver_publish(&driver);
+		while (driver_reap(&driver, NULL) < 0)
+			CHECK(now_ns() < end);
+	}
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+}
+
+TEST(no_kick_is_lost_between_the_last_look_and_the_sleep)
+{
+	no_kick_is_lost(false);
+	no_kick_is_lost(true);
+}
+
 /* ---------------------------------------------------------------- no io_uring */
 
 static void forbid_io_uring(int error)
