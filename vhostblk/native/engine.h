@@ -188,7 +188,7 @@ enum vb_message_type {
 	/* disk, offset, length: forgotten at once; acknowledged when no I/O of the engine's touches it any more. */
 	VB_REVOKE,
 	/* queue, disk, pointer = vb_queue_config: copied. -EFAULT: the rings are not in memory; -EINVAL: the size;
-	 * -EPERM: nobody can wait for that kick fd. */
+	 * -EPERM: nobody can wait for that kick fd. The call fd is signalled once. */
 	VB_QUEUE_START,
 	/* queue: pop no more; acknowledged when drained, ACK.aux = next available index. */
 	VB_QUEUE_STOP,

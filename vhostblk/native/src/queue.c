@@ -209,6 +209,11 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 		queue_free(queue);
 		return error;
 	}
+	/* Who had the ring before may not have told the driver of all that it completed. QEMU's tests wait for this
+	 * call.
+	 */
+	if (config->call_fd >= 0)
+		signal_fd(config->call_fd, queue->call_may_block);
 	queue->thread->queues[queue->slot] = queue;
 	queue->thread->owed++; /* VB_QUEUE_BROKEN must always find room */
 	attachment->queues++;

@@ -1,0 +1,107 @@
+"""Engine threads and the messages to and from them: `struct vb_thread`, `struct vb_message`.
+
+Knows nothing of what the messages ask for, nor of who waits for them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from vhostblk.errors import StateError
+from vhostblk.native.binding import IO_KIND_NAMES, IO_KINDS, check, engine, ffi, lib
+
+__all__ = ["EngineThread", "Message"]
+
+Message = tuple[int, int, int, int, int, int, int, int, int, int, int]
+"""type, flags, queue, cookie, disk, offset, length, pointer, count, result, aux."""
+
+_MESSAGE = struct.Struct("=HHIQQQQQIiQ")
+
+
+class EngineThread:
+    """A thread of the engine and the two message rings to it.
+
+    Args:
+        name: what `ps` shows, the first 15 characters.
+        poll_max_ns: how long it may look for work before it sleeps.
+        io: "auto", "io_uring" or "threads".
+        workers: threads of its pool at most; 0: a sensible number.
+
+    Raises:
+        OSError: threads or fds ran out, or io_uring was demanded and is forbidden.
+
+    Context: the control thread. Owns: the thread, its eventfd.
+    """
+
+    BATCH = 64
+    """Messages one `receive` returns at most."""
+
+    def __init__(
+        self,
+        name: str = "vhostblk",
+        *,
+        poll_max_ns: int = 32768,
+        io: str = "auto",
+        workers: int = 0,
+    ) -> None:
+        lib = engine()
+        options = ffi.new("struct vb_thread_options *")
+        encoded = ffi.new("char[]", name.encode())
+        options.name = encoded
+        options.poll_max_ns = poll_max_ns
+        options.io_kind = IO_KINDS[io]
+        options.workers = workers
+        ret = ffi.new("struct vb_thread **")
+        check(lib.vb_thread_create(options, ret), f"engine thread {name}")
+        self._thread = ret[0]
+        self._in = ffi.new("struct vb_message[]", self.BATCH)
+        self._in_buffer = ffi.buffer(self._in)
+        # Slices of the buffer are made once, not per batch.
+        self._batches = [memoryview(self._in_buffer)[: 64 * n] for n in range(self.BATCH + 1)]
+        self._out = ffi.new("struct vb_message[]", self.BATCH)
+        self._out_buffer = memoryview(ffi.buffer(self._out)).cast("B")
+        self.fd: int = lib.vb_thread_fd(self._thread)
+        """Becomes readable when messages wait; `receive` until it returns nothing."""
+        self.io_kind: str = IO_KIND_NAMES[lib.vb_thread_io_kind(self._thread)]
+        """"io_uring" or "threads": what it ended up with."""
+
+    def send(self, messages: Sequence[Message]) -> int:
+        """Send messages, in order.
+
+        Returns:
+            How many were taken: all, unless the ring is full; then send the rest after a `receive`.
+        """
+        pack, buffer, size = _MESSAGE.pack_into, self._out_buffer, _MESSAGE.size
+        sent = 0
+        while sent < len(messages):
+            batch = messages[sent : sent + self.BATCH]
+            for index, message in enumerate(batch):
+                pack(buffer, index * size, *message)
+            taken: int = lib.vb_thread_send(self._thread, self._out, len(batch))
+            sent += taken
+            if taken < len(batch):
+                break
+        return sent
+
+    def receive(self) -> list[Message]:
+        """Take the messages that wait, a batch at most.
+
+        Returns:
+            Nothing, when there are none: only then will `fd` become readable for the next one.
+        """
+        count = lib.vb_thread_receive(self._thread, self._in, self.BATCH)
+        return list(_MESSAGE.iter_unpack(self._batches[count]))
+
+    def close(self) -> None:
+        """End the thread and wait for it. Idempotent.
+
+        Raises:
+            StateError: a disk is still attached; nothing has happened.
+        """
+        if not self._thread:
+            return
+        if lib.vb_thread_destroy(self._thread) < 0:
+            raise StateError("an engine thread with disks cannot end")
+        self._thread = ffi.NULL
+        self.fd = -1
