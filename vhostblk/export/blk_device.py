@@ -26,8 +26,6 @@ from vhostblk.virtio.features import Feature
 
 # QEMU's queues have 128 entries unless told otherwise; two of them are the header and the status.
 SEG_MAX = 126
-# Segments of one DISCARD or WRITE_ZEROES request.
-MAX_SEGMENTS = 32
 # The largest request of the block layer (B02) in sectors: bounds one segment.
 _MAX_SECTORS = 4194303
 
@@ -44,6 +42,7 @@ class BlkDevice:
         backend: the disk; its write permission decides whether the device is read-only.
         serial: what GET_ID answers, at most 20 bytes of UTF-8.
         num_queues: virtqueues offered.
+        max_segments: segments of a DISCARD or WRITE_ZEROES request.
         logical_block_size: bytes; None: the disk's own.
         errors: where failed requests are counted.
 
@@ -59,6 +58,7 @@ class BlkDevice:
         *,
         serial: str,
         num_queues: int,
+        max_segments: int,
         logical_block_size: int | None,
         errors: ErrorLog,
     ) -> None:
@@ -75,6 +75,7 @@ class BlkDevice:
             )
         self._logical_block_size = logical_block_size
         self._num_queues = num_queues
+        self.max_segments = max_segments
         self._errors = errors
         self._log = logging.getLogger(__name__)
         self._configured_writeback = backend.write_cache
@@ -134,7 +135,7 @@ class BlkDevice:
             config = dataclasses.replace(
                 config,
                 max_write_zeroes_sectors=_sectors(limits.max_pwrite_zeroes),
-                max_write_zeroes_seg=MAX_SEGMENTS,
+                max_write_zeroes_seg=self.max_segments,
                 write_zeroes_may_unmap=int(self.backend.can_discard),
             )
         if self.offered_features & Feature.VIRTIO_BLK_F_DISCARD:
@@ -142,7 +143,7 @@ class BlkDevice:
             config = dataclasses.replace(
                 config,
                 max_discard_sectors=_sectors(limits.max_pdiscard),
-                max_discard_seg=MAX_SEGMENTS,
+                max_discard_seg=self.max_segments,
                 discard_sector_alignment=alignment // SECTOR,
             )
         return config

@@ -55,6 +55,7 @@ class Export:
             backend,
             serial=config.serial,
             num_queues=config.num_queues,
+            max_segments=config.max_segments,
             logical_block_size=config.logical_block_size,
             errors=self._errors,
         )

@@ -19,7 +19,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.node import ExtentFlag
 from vhostblk.errors import PeerError
 from vhostblk.export import offload
-from vhostblk.export.blk_device import MAX_SEGMENTS, BlkDevice, Outcome
+from vhostblk.export.blk_device import BlkDevice, Outcome
 from vhostblk.export.data_path import DataPathEvents
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.error_log import ErrorLog
@@ -79,7 +79,7 @@ class NativeDataPath:
             disk_id=id(self),
             capacity=device.capacity,
             read_only=device.read_only,
-            max_segments=MAX_SEGMENTS,
+            max_segments=device.max_segments,
             serial=device.serial,
         )
         self._queues: dict[int, _Queue] = {}  # by index, while started

@@ -17,6 +17,12 @@ from vhostblk.vhost.session import MAX_QUEUES
 # QEMU asks for one queue per vCPU unless told otherwise.
 DEFAULT_QUEUES = 64
 DEFAULT_SERIAL = "vhostblk"
+# Segments of one DISCARD or WRITE_ZEROES request. qemu-storage-daemon takes one, and QEMU's tests hold whoever takes
+# its options to that.
+DEFAULT_SEGMENTS = 32
+QEMU_SEGMENTS = 1
+# What the engine can hold without allocating.
+_MAX_SEGMENTS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,7 @@ class ExportConfig:
     Attributes:
         socket_path, fd: one of them says where to listen: a path, or an inherited listening socket.
         io_threads: names of iothread objects; without any, `own_threads` threads of its own.
+        max_segments: of one DISCARD or WRITE_ZEROES request.
         logical_block_size: bytes; None: the disk's own.
     """
 
@@ -37,6 +44,7 @@ class ExportConfig:
     write_cache: bool = True
     serial: str = DEFAULT_SERIAL
     num_queues: int = DEFAULT_QUEUES
+    max_segments: int = DEFAULT_SEGMENTS
     logical_block_size: int | None = None
     io_threads: tuple[str, ...] = ()
     own_threads: int = 1
@@ -44,6 +52,8 @@ class ExportConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.num_queues <= MAX_QUEUES:
             raise ConfigError(f"num-queues={self.num_queues}: must be 1 to {MAX_QUEUES}")
+        if not 1 <= self.max_segments <= _MAX_SEGMENTS:
+            raise ConfigError(f"max-segments={self.max_segments}: must be 1 to {_MAX_SEGMENTS}")
         if self.own_threads < 1:
             raise ConfigError(f"iothreads={self.own_threads}: at least 1")
         size = self.logical_block_size
@@ -55,7 +65,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """`--export`, as qemu-storage-daemon spells it; `serial` is ours."""
+    """`--export`, as qemu-storage-daemon spells it; `serial` and `max-segments` are ours."""
 
     type: str = option(choice("vhost-user-blk"), about="the protocol")
     id: str = option(STRING, about="name of the export")
@@ -69,6 +79,9 @@ class _Options:
     fixed_iothread: bool = option(BOOLEAN, False, about="accepted; exports never change threads")
     logical_block_size: int | None = option(SIZE, None, about="what the guest is told, bytes")
     num_queues: int = option(INTEGER, DEFAULT_QUEUES, about="most queues a guest may use")
+    max_segments: int = option(
+        INTEGER, QEMU_SEGMENTS, about="segments of one discard or write-zeroes request"
+    )
     serial: str = option(STRING, DEFAULT_SERIAL, about="at most 20 bytes")
 
 
@@ -104,6 +117,7 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         write_cache=not parsed.writethrough,
         serial=parsed.serial,
         num_queues=parsed.num_queues,
+        max_segments=parsed.max_segments,
         logical_block_size=parsed.logical_block_size,
         io_threads=(parsed.iothread,) if parsed.iothread is not None else (),
     )

@@ -13,7 +13,7 @@ from functools import partial
 from vhostblk import native
 from vhostblk.errors import GuestError, PeerError
 from vhostblk.export import event_fd
-from vhostblk.export.blk_device import MAX_SEGMENTS, BlkDevice, Outcome
+from vhostblk.export.blk_device import BlkDevice, Outcome
 from vhostblk.export.data_path import DataPathEvents
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.statistics import OPERATIONS, QueueStatistics
@@ -171,6 +171,9 @@ class _Queue:
         except GuestError as exc:
             raise PeerError(f"queue {vring.index}: {exc}") from None
         self._next_avail = vring.base
+        if vring.call_fd is not None:
+            # As the engine does: who had the ring before may not have told of all that was completed.
+            event_fd.signal(vring.call_fd)
         self._watch()
 
     @property
@@ -223,6 +226,8 @@ class _Queue:
         """Exchange an fd."""
         self._unwatch()
         self._fds[which] = fd
+        if which is VringFd.CALL and fd is not None:
+            event_fd.signal(fd)  # what the old one was told of may have been missed
         if self._ring is not None:
             self._watch()
 
@@ -270,7 +275,7 @@ class _Queue:
                     chain,
                     capacity=device.capacity,
                     read_only=device.read_only,
-                    max_segments=MAX_SEGMENTS,
+                    max_segments=device.max_segments,
                 )
                 self._in_flight += 1
                 self._stats.misses += 1
