@@ -39,7 +39,12 @@ from types import TracebackType
 from vhostblk.errors import StateError, VhostBlkError
 from vhostblk.testing.accelerator import Accelerator, choose_accelerator, find_qemu
 from vhostblk.testing.console import Transcript, pump
-from vhostblk.testing.initramfs import VIRTIO_MODULES, GuestKernel, build_initramfs
+from vhostblk.testing.initramfs import (
+    VIRTIO_MODULES,
+    GuestKernel,
+    MissingToolError,
+    build_initramfs,
+)
 
 __all__ = [
     "CommandResult",
@@ -48,6 +53,7 @@ __all__ = [
     "GuestResult",
     "GuestRunError",
     "PendingCommand",
+    "missing_guest",
     "run_guest",
 ]
 
@@ -407,6 +413,17 @@ def run_guest(
         guest.power_off()
         seconds = time.monotonic() - began
         return GuestResult(done.status, done.output, guest.console, seconds, guest.accelerator.name)
+
+
+def missing_guest() -> str | None:
+    """Why no guest can be booted on this machine, or None if one can."""
+    try:
+        find_qemu()
+        modules = (*VIRTIO_MODULES, "virtio_console")
+        build_initramfs(GuestKernel.newest(), _INIT, modules=modules)
+    except MissingToolError as error:
+        return str(error)
+    return None
 
 
 def _brief(command: str) -> str:

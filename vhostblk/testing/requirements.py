@@ -13,32 +13,32 @@ from types import MappingProxyType
 
 import pytest
 
-from vhostblk.testing.accelerator import find_qemu
-from vhostblk.testing.initramfs import (
-    VIRTIO_MODULES,
-    GuestKernel,
-    MissingToolError,
-    build_initramfs,
-)
+from vhostblk.testing.guest import missing_guest
 
 __all__ = ["missing", "require"]
 
 
-def require(*tools: str) -> None:
+def require(tool: str, *more: str, group: str | None = None) -> str:
     """Skips the test unless every tool is there; fails it if VHOSTBLK_REQUIRE names the tool.
 
     Args:
-        tools: "qemu" (the emulator, a guest kernel with its modules, static busybox), "engine"
-            (the C extension), "io_uring" (the kernel allows it), "root", or a program's name.
+        tool, more: "qemu" (the emulator, a guest kernel with its modules, static busybox),
+            "engine" (the C extension), "io_uring" (the kernel allows it), "root", or a program's
+            name.
+        group: another name for them in VHOSTBLK_REQUIRE, for example "compiler".
+
+    Returns:
+        the path of `tool` if it is a program, otherwise its name.
     """
-    for tool in tools:
-        reason = missing(tool)
+    demanded = os.environ.get("VHOSTBLK_REQUIRE", "").split(",")
+    for name in (tool, *more):
+        reason = missing(name)
         if reason is None:
             continue
-        demanded = os.environ.get("VHOSTBLK_REQUIRE", "").split(",")
-        if tool in demanded or "all" in demanded:
-            pytest.fail(f"VHOSTBLK_REQUIRE demands {tool}: {reason}", pytrace=False)
-        pytest.skip(f"needs {tool}: {reason}")
+        if not {name, group or name, "all"}.isdisjoint(demanded):
+            pytest.fail(f"VHOSTBLK_REQUIRE demands {name}: {reason}", pytrace=False)
+        pytest.skip(f"needs {name}: {reason}")
+    return shutil.which(tool, path=_search_path()) or tool
 
 
 def missing(tool: str) -> str | None:
@@ -46,19 +46,13 @@ def missing(tool: str) -> str | None:
     return _CHECKS.get(tool, lambda: _missing_program(tool))()
 
 
-def _missing_program(name: str) -> str | None:
+def _search_path() -> str:
     # A user's PATH often lacks the sbin folders.
-    path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
-    return None if shutil.which(name, path=path) else f"{name} is not installed"
+    return os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin", "/sbin"))
 
 
-def _missing_guest() -> str | None:
-    try:
-        find_qemu()
-        build_initramfs(GuestKernel.newest(), "", modules=VIRTIO_MODULES, programs=())
-    except MissingToolError as error:
-        return str(error)
-    return None
+def _missing_program(name: str) -> str | None:
+    return None if shutil.which(name, path=_search_path()) else f"{name} is not installed"
 
 
 def _missing_engine() -> str | None:
@@ -82,7 +76,7 @@ def _missing_root() -> str | None:
 
 _CHECKS: Mapping[str, Callable[[], str | None]] = MappingProxyType(
     {
-        "qemu": _missing_guest,
+        "qemu": missing_guest,
         "engine": _missing_engine,
         "io_uring": _missing_io_uring,
         "root": _missing_root,

@@ -1,0 +1,81 @@
+# vhostblk: everything a developer does, each with its own set-up.
+#
+#   make demo        serve a fresh disk to a small Linux guest and check what it wrote
+#   make test        all tests, real QEMU guests included (make test ARGS="-k session -x")
+#   make test-quick  without guests, sanitizers and fuzzers
+#   make lint        ruff, ruff format, mypy --strict, clang-format
+#   make format      ruff format, ruff --fix, clang-format -i
+#   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
+#   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
+#   make qtest       QEMU's own vhost-user-blk tests against the storage daemon
+#   make build       the virtual environment in .venv, and the engine
+#   make clean       remove what was built (not .venv)
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+FUZZ_SECONDS ?= 60
+
+python := $(VENV)/bin/python
+stamps := build/stamps
+native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostblk/native/build.py
+c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
+
+.PHONY: all setup build test test-quick lint format demo fuzz sanitize qtest clean
+.DEFAULT_GOAL := all
+all: build
+
+setup: $(stamps)/system-test $(stamps)/venv
+build: $(stamps)/engine
+
+# System packages: the demonstration needs fewer than the tests do.
+$(stamps)/system-%: contrib/setup-debian.sh
+	@mkdir -p $(@D)
+	contrib/setup-debian.sh $*
+	@touch $@
+
+# Without isolation: the build's own requirements are in the environment, and rebuilding is quick.
+$(stamps)/venv: pyproject.toml setup.py | $(stamps)/system-build
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
+	$(python) -m pip install -q 'setuptools>=77' 'cffi>=1.15' wheel
+	PYTHONWARNINGS=ignore $(python) -m pip install -q --no-build-isolation -e '.[test,lint]'
+	@touch $@
+
+$(stamps)/engine: $(native) setup.py $(stamps)/venv
+	VHOSTBLK_WERROR=1 $(python) setup.py -q build_ext --inplace --force >/dev/null
+	@touch $@
+
+test: $(stamps)/system-test build
+	$(python) -m pytest $(ARGS)
+
+test-quick: build
+	$(python) -m pytest tests/unit tests/contract $(ARGS)
+
+lint: build
+	$(python) -m ruff check
+	$(python) -m ruff format --check
+	$(python) -m mypy
+	clang-format --dry-run -Werror $(c_files)
+
+format: build
+	$(python) -m ruff check -q --fix
+	$(python) -m ruff format
+	clang-format -i $(c_files)
+
+demo: $(stamps)/system-demo build
+	@$(python) -m vhostblk.testing.demo $(ARGS)
+
+sanitize: $(stamps)/system-test build
+	$(python) -m pytest tests/native $(ARGS)
+
+fuzz: $(stamps)/system-test build
+	VHOSTBLK_FUZZ_SECONDS=$(FUZZ_SECONDS) $(python) -m pytest tests/fuzz $(ARGS)
+
+qtest: $(stamps)/system-test build
+	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon
+
+clean:
+	rm -rf build dist *.egg-info vhostblk/native/*.so vhostblk/native/_engine.c
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find vhostblk tests -name __pycache__ -type d -prune -exec rm -rf {} +
