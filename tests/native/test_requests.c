@@ -207,6 +207,7 @@ TEST(misses_carry_what_control_needs)
 	CHECK_EQUAL(segments[1].offset, 100 * 512);
 	CHECK_EQUAL(segments[1].flags, 1);
 	complete(VIRTIO_BLK_S_OK, 0, 1);
+	CHECK_EQUAL(rig.driver.stats->op[VB_OP_WRITE_ZEROES].bytes, 16 * 512);
 	CHECK_EQUAL(rig.driver.stats->misses, 4);
 	CHECK_EQUAL(rig.driver.stats->hits, 0);
 	rig_down();

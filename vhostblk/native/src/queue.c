@@ -332,6 +332,19 @@ static void request_release(struct request *request)
 	stat_add(queue->stats->in_flight, -1);
 }
 
+/* Of the disk that a request was about: for statistics. */
+static uint64_t bytes_of(const struct blk_request *blk)
+{
+	const struct vb_segment *segments = (const void *)blk->data;
+	uint64_t bytes = 0;
+
+	if (blk->op != VB_OP_DISCARD && blk->op != VB_OP_WRITE_ZEROES)
+		return blk->length;
+	for (uint32_t i = 0; i < blk->pieces; i++)
+		bytes += segments[i].length;
+	return bytes;
+}
+
 void request_complete(struct request *request, int status, uint64_t written)
 {
 	struct queue *queue = request->queue;
@@ -347,7 +360,7 @@ void request_complete(struct request *request, int status, uint64_t written)
 	}
 	if (!request->missed)
 		stat_add(queue->stats->hits, 1);
-	stats_finish(queue->stats, blk->op, blk->length, failed, now_ns() - request->started_ns);
+	stats_finish(queue->stats, blk->op, failed ? 0 : bytes_of(blk), failed, now_ns() - request->started_ns);
 	request_release(request);
 }
 
