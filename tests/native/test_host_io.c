@@ -85,6 +85,8 @@ static void run(enum vb_io_kind kind)
 	r.fd = fd;
 	r.niov = 0;
 	CHECK_EQUAL(one(io, r).result, 0);
+	r.iov = 0;
+	CHECK_EQUAL(one(io, r).result, 0);
 	many_pieces(io, fd);
 	/* More than fits: the rest is refused, and taken later. */
 	for (int i = 0; i < 64; i++)

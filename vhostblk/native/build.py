@@ -16,7 +16,7 @@ import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # Python has none since 3.12: what setuptools, which runs this, provides under that name.
 from distutils.ccompiler import new_compiler
@@ -41,21 +41,30 @@ int main(void)
 """
 
 
-def has_liburing() -> bool:
-    """Compile and link a program that uses the newest function the engine needs (liburing 2.2)."""
-    if os.environ.get("VHOSTBLK_NO_URING") == "1":
-        return False
+def compiles(source: str, libraries: Sequence[str] = ()) -> bool:
+    """Try to compile and link a program."""
     compiler = new_compiler()
     customize_compiler(compiler)
     with tempfile.TemporaryDirectory() as folder, _silence():
-        source = Path(folder, "probe.c")
-        source.write_text(URING_PROBE)
+        path = Path(folder, "probe.c")
+        path.write_text(source)
         try:
-            objects = compiler.compile([str(source)], output_dir=folder)
-            compiler.link_executable(objects, "probe", output_dir=folder, libraries=["uring"])
+            objects = compiler.compile([str(path)], output_dir=folder)
+            compiler.link_executable(objects, "probe", output_dir=folder, libraries=list(libraries))
         except (CompileError, LinkError, OSError):
             return False
     return True
+
+
+def has_liburing() -> bool:
+    """Whether there is liburing, with the newest function the engine needs (2.2)."""
+    return os.environ.get("VHOSTBLK_NO_URING") != "1" and compiles(URING_PROBE, ["uring"])
+
+
+def tell(what: str) -> None:
+    """Say it once: this file is executed for each of the steps that an installation has."""
+    if {"bdist_wheel", "editable_wheel", "build_ext"} & set(sys.argv):
+        print(f"vhostblk: {what}", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -88,10 +97,10 @@ def make() -> cffi.FFI:
         libraries.append("uring")
     else:
         macros.append(("VB_NO_URING", "1"))
-        print(
-            "vhostblk: liburing >= 2.2 not found: the engine is built without io_uring",
-            file=sys.stderr,
-        )
+        if compiles("int main(void) { return 0; }"):
+            tell("liburing >= 2.2 not found: the engine is built without io_uring")
+        else:
+            tell("no C compiler found: there will be no engine, Python moves the data")
     builder = cffi.FFI()
     builder.cdef(declarations(HERE / "engine.h"))
     builder.set_source(

@@ -12,7 +12,7 @@ from vhostblk.native.binding import address_of, check, engine, ffi, lib, pointer
 
 __all__ = ["Disk", "Extents", "extents"]
 
-_EXTENT = struct.Struct("=QQQiIII4x")
+_EXTENT = struct.Struct("=QQQiIII")
 
 
 class Disk:

@@ -64,7 +64,7 @@ int aio_uring_fd(const struct aio_uring *uring)
 
 static void prepare(struct io_uring_sqe *sqe, const struct aio_op *op)
 {
-	unsigned length = (unsigned)op->iov->iov_len;
+	unsigned length = op->buffer >= 0 ? (unsigned)op->iov->iov_len : 0;
 
 	if (op->kind == VB_IO_READ && op->buffer >= 0)
 		io_uring_prep_read_fixed(sqe, op->fd, op->iov->iov_base, length, op->offset, op->buffer);
