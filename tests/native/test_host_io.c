@@ -43,6 +43,46 @@ static void many_pieces(struct vb_io *io, int fd)
 	}
 }
 
+/* Many more at once than io_uring is given: the others queue up. */
+static void many_at_once(enum vb_io_kind kind, int fd)
+{
+	enum { COUNT = 8000 };
+	static struct vb_io_request requests[COUNT];
+	static struct vb_io_result results[COUNT];
+	static uint8_t data[COUNT][16], seen[COUNT];
+	static struct vb_iov iov[COUNT];
+	struct vb_io *io;
+	struct pollfd readable = {.events = POLLIN};
+	uint64_t end = now_ns() + DEADLINE;
+
+	memset(seen, 0, sizeof(seen));
+	CHECK_EQUAL(vb_io_create(kind, COUNT, 4, &io), 0);
+	readable.fd = vb_io_fd(io);
+	for (int i = 0; i < COUNT; i++) {
+		iov[i] = (struct vb_iov){(uint64_t)data[i], 16};
+		requests[i] = (struct vb_io_request){.cookie = (uint64_t)i,
+			.fd = fd,
+			.iov = (uint64_t)&iov[i],
+			.niov = 1,
+			.op = VB_IO_READ,
+			.offset = (uint64_t)i};
+	}
+	CHECK_EQUAL(vb_io_submit(io, requests, COUNT), COUNT);
+	for (int done = 0; done < COUNT;) {
+		int n = vb_io_reap(io, results, COUNT);
+
+		CHECK(now_ns() < end);
+		for (int i = 0; i < n; i++) {
+			CHECK_EQUAL(results[i].result, 16);
+			CHECK_EQUAL(seen[results[i].cookie]++, 0);
+		}
+		done += n;
+		if (!n)
+			poll(&readable, 1, 1000);
+	}
+	vb_io_destroy(io);
+}
+
 static void run(enum vb_io_kind kind)
 {
 	struct vb_io *io;
@@ -88,6 +128,7 @@ static void run(enum vb_io_kind kind)
 	r.iov = 0;
 	CHECK_EQUAL(one(io, r).result, 0);
 	many_pieces(io, fd);
+	many_at_once(kind, fd);
 	/* More than fits: the rest is refused, and taken later. */
 	for (int i = 0; i < 64; i++)
 		batch[i] = (struct vb_io_request){.cookie = (uint64_t)i,

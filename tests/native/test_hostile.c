@@ -491,6 +491,25 @@ TEST(a_sigbus_of_somebody_else_still_kills)
 	arena_down();
 }
 
+TEST(memory_that_cannot_be_registered_is_used_all_the_same)
+{
+	struct vb_message set = {.type = VB_MEMORY_SET, .flags = 1};
+	struct vb_message ack;
+
+	arena_up(false, VB_IO_AUTO);
+	CHECK_EQUAL(ftruncate(arena.guest.memfd, GUEST_REGION), 0);
+	disk_map(arena.engine, arena.disk, whole_file(arena.fd, SIZE, RW | VB_EXTENT_FIXED));
+	set.disk = (uint64_t)arena.disk;
+	set.pointer = (uint64_t)arena.guest.memory;
+	ack = engine_command(arena.engine, set);
+	CHECK_EQUAL(ack.result, 0);
+	CHECK(ack.aux < 2);
+	CHECK_EQUAL(driver_do(&arena.victim, VIRTIO_BLK_T_OUT, 0, 4096, NULL), VIRTIO_BLK_S_OK);
+	CHECK_EQUAL(driver_do(&arena.victim, VIRTIO_BLK_T_IN, 0, 4096, NULL), VIRTIO_BLK_S_OK);
+	CHECK_EQUAL(arena.broken, 0);
+	arena_down();
+}
+
 /* ---------------------------------------------------------------- fds */
 
 static int set_fd(enum vb_queue_fd which, int fd)
@@ -512,6 +531,11 @@ TEST(a_blocking_call_fd_that_is_saturated_hangs_nobody)
 		CHECK_EQUAL(driver_do(d, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
 		CHECK_EQUAL(driver_do(&arena.witness, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
 	}
+	/* The err fd may be replaced too, and be as full. */
+	CHECK_EQUAL(set_fd(VB_QUEUE_ERR, blocking), 0);
+	offer(100);
+	engine_until(arena.engine, arena.broken == 1);
+	CHECK_EQUAL(arena.last.result, VB_BROKEN_HEAD);
 	CHECK_EQUAL(fcntl(blocking, F_GETFL) & O_NONBLOCK, 0);
 	CHECK_EQUAL(fcntl(d->kick_fd, F_GETFL) & O_NONBLOCK, 0);
 	CHECK_EQUAL(set_fd(VB_QUEUE_CALL, d->call_fd), 0);

@@ -237,6 +237,30 @@ TEST(a_retry_that_misses_again_says_so_and_stale_cookies_find_nothing)
 	rig_down();
 }
 
+/* With io_uring at its limit, requests of one queue wait for each other inside the engine. */
+TEST(more_requests_than_io_uring_is_given)
+{
+	struct driver_config config = {.size = 2048, .data_bytes = 512, .indirect = true};
+	struct driver driver;
+	int finished = 0;
+
+	rig_up(VB_IO_AUTO, NULL);
+	disk_map(rig.engine, rig.disk, whole_file(rig.fd, SIZE, RW));
+	driver_init(&driver, &rig.guest, &config);
+	for (uint16_t token = 0; token < 2048; token++)
+		driver_add(&driver, token, VIRTIO_BLK_T_IN, token, 512);
+	driver_publish(&driver);
+	driver_start(&driver, rig.engine, rig.disk, 9);
+	/* Waiting at its stop for all that it had popped. */
+	engine_until(rig.engine, load_acquire(&driver.used->idx) > 0);
+	CHECK(driver_stop(&driver) <= 2048);
+	while (driver_reap(&driver, NULL) >= 0)
+		finished++;
+	CHECK_EQUAL(finished, driver.config.start);
+	driver_deinit(&driver);
+	rig_down();
+}
+
 TEST(alignment_and_missing_rights_miss)
 {
 	struct vb_extent extent;

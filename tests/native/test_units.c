@@ -1,6 +1,7 @@
 /* test_units.c: parts of the engine by themselves, against the simplest thing that can be right. */
 #include <sys/uio.h>
 #include "harness.h"
+#include "src/aio.h"
 #include "src/disk.h"
 #include "src/extent_map.h"
 #include "src/memory.h"
@@ -238,6 +239,46 @@ TEST(latency_buckets_are_a_quarter_wide_and_in_order)
 	memset(&stats, 0, sizeof(stats));
 	stats_finish(&stats, VB_OP_READ, 0, false, UINT64_MAX);
 	CHECK_EQUAL(stats.op[VB_OP_READ].latency[VB_LATENCY_BUCKETS - 1], 1);
+}
+
+/* ---------------------------------------------------------------- short transfers */
+
+/* Whatever the kernel moves at a time, the operation goes on exactly behind it, and leaves its vector as it was. */
+TEST(short_transfers_go_on_where_they_ended)
+{
+	static char memory[4096];
+
+	for (int round = 0; round < 5000; round++) {
+		struct iovec iov[8], before[8];
+		struct aio_op op = {
+			.iov = iov, .pieces = random_below(9), .kind = VB_IO_WRITE, .offset = 1000, .buffer = 3};
+		uint64_t total = 0, done = 0;
+
+		for (uint32_t i = 0; i < op.pieces; i++) {
+			iov[i] = (struct iovec){memory + total + 50 * i, random_below(5) ? random_below(100) : 0};
+			total += iov[i].iov_len;
+		}
+		memcpy(before, iov, sizeof(iov));
+		while (done < total) {
+			uint64_t n = 1 + random_below((uint32_t)(total - done)), left = 0;
+			bool finished = aio_advance(&op, (int64_t)n);
+
+			done += n;
+			CHECK_EQUAL(finished, done == total);
+			CHECK_EQUAL(op.offset, 1000 + done);
+			CHECK_EQUAL(op.result, done);
+			CHECK_EQUAL(op.buffer, -1);
+			for (uint32_t i = 0; i < op.pieces; i++)
+				left += op.iov[i].iov_len;
+			CHECK_EQUAL(left, total - done);
+			if (!finished && random_below(10) == 0) {
+				CHECK(aio_advance(&op, random_below(2) ? -ENOSPC : 0));
+				CHECK(op.result < 0);
+				break;
+			}
+		}
+		CHECK(!memcmp(before, iov, sizeof(iov)));
+	}
 }
 
 /* ---------------------------------------------------------------- revocations */
