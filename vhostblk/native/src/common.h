@@ -6,8 +6,19 @@
 #include <string.h>
 #include <time.h>
 
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
+/* Each argument is evaluated once. */
+#define MIN(a, b)                                                                                                      \
+	({                                                                                                             \
+		__auto_type min_a = (a);                                                                               \
+		__auto_type min_b = (b);                                                                               \
+		min_a < min_b ? min_a : min_b;                                                                         \
+	})
+#define MAX(a, b)                                                                                                      \
+	({                                                                                                             \
+		__auto_type max_a = (a);                                                                               \
+		__auto_type max_b = (b);                                                                               \
+		max_a > max_b ? max_a : max_b;                                                                         \
+	})
 #define container_of(pointer, type, member) ((type *)((char *)(pointer)-offsetof(type, member)))
 
 /* Memory that somebody else writes while we look at it is read through these, exactly once. */
