@@ -69,8 +69,11 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 while read -r module; do insmod "/modules/$module"; done </modules/order
+# The port appears when QEMU has answered the driver, which insmod does not wait for.
+until [ -c /dev/vport0p1 ]; do usleep 1000; done
 # Opened once and for both ways, with no terminal in between: no echo, no prompt, no lost bytes.
-for port in /dev/vport*p1; do exec 3<>"$port"; done
+exec 3<>/dev/vport0p1
+# Waits until QEMU has connected the port; a shell that began to read earlier would see its end.
 echo "{_READY}" >&3
 sh <&3 >&3 2>&1
 echo "the guest's shell has ended"
