@@ -91,9 +91,10 @@ static void on_sigbus(int signal, siginfo_t *info, void *context)
 	struct guard_slot *slot = info->si_code > 0 ? slot_of(address) : NULL;
 	int saved = errno;
 
-	if (slot && replace_pages(slot->start, load_acquire(&slot->end)))
+	/* Marked first: whoever reads zeroes must be able to know why. */
+	if (slot)
 		mark_faulted(address);
-	else
+	if (!slot || !replace_pages(slot->start, load_acquire(&slot->end)))
 		call_previous(signal, info, context);
 	errno = saved;
 }
