@@ -244,7 +244,9 @@ def _exists(file: str, test: str) -> bool:
 # ---------------------------------------------------------------- links
 
 
-@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document", [*sorted(DOCS.glob("*.md")), ROOT / "README.md"], ids=lambda path: path.name
+)
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
         if not target.startswith("https://"):
