@@ -1,20 +1,22 @@
 """The daemon: owns the block graph, the engine threads and the exports; starts and stops them in order.
 
-Start: block nodes, engine threads, exports (their sockets last), then "ready". Stop, on SIGTERM, SIGINT or SIGHUP's
-cousin `stop()`: exports stop taking requests, drain and flush; then nodes are closed, which releases their locks.
-Whatever fails at the start undoes what was done, and no socket exists before all options were found right.
+Start: block nodes, engine threads, exports, the pid file's lock, all sockets, then "ready". Stop, at `stop()`: exports
+stop taking requests, drain and flush; then nodes are closed, which releases their locks. Whatever fails at the start
+undoes what was done, and no socket exists before all options were found right.
 
-Context: `run()` is the whole life, on one asyncio loop. Two daemons in one process do not know of each other.
+Context: `run()` is the whole life, on one asyncio loop, in any thread. Two daemons in one process do not know of each
+other; signals belong to the process, hence to whoever made the daemons (`cli.run`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
-import signal
-from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,16 @@ from vhostblk.export.options import ExportConfig
 
 log = logging.getLogger(__name__)
 
+# qemu-storage-daemon's
+DEFAULT_POLL_MAX_NS = 32768
+
 
 @dataclass(frozen=True, slots=True)
 class IOThreadConfig:
     """`--object iothread,id=ID,poll-max-ns=NS`."""
 
     name: str
-    poll_max_ns: int = 32768
+    poll_max_ns: int = DEFAULT_POLL_MAX_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +51,10 @@ class DaemonConfig:
     exports: Sequence[ExportConfig] = ()
     pid_file: Path | None = None
     data_path: str = "auto"  # auto, native or python
-    blockdev_option: str = ""  # what the user calls `blockdevs`, for messages
+    # What the user calls these, for messages; empty where the message says enough.
+    blockdev_option: str = ""
+    export_option: str = ""
+    listen_option: str = ""
 
 
 @dataclass(slots=True)
@@ -89,18 +97,25 @@ class Daemon:
         """
         use_native = self._choose_data_path()
         async with AsyncExitStack() as stack:
-            self._handle_signals(stack)
             stack.push_async_callback(self.graph.close_all)
             for options in self._config.blockdevs:
                 await self._open_node(options)
             if use_native:
                 stack.callback(self._close_threads)
             for config in self._config.exports:
-                await self._open_export(config, stack, use_native)
-            for export in self.exports.values():
-                await export.listen()
+                with _told_by(self._export_option(config)):
+                    await self._open_export(config, stack, use_native)
+            pid_file = None
             if self._config.pid_file is not None:
-                self._write_pid_file(self._config.pid_file, stack)
+                pid_file = _PidFile(self._config.pid_file)
+                stack.callback(pid_file.close)
+            for export in self.exports.values():
+                with _told_by(self._config.listen_option or self._export_option(export.config)):
+                    export.listen()
+            for export in self.exports.values():
+                export.start()
+            if pid_file is not None:
+                pid_file.write()
             if self._on_ready is not None:
                 self._on_ready()
             await self._stop.wait()
@@ -108,11 +123,12 @@ class Daemon:
             await asyncio.gather(*(export.stop() for export in self.exports.values()))
 
     async def _open_node(self, options: dict[str, Any]) -> None:
-        try:
+        with _told_by(self._config.blockdev_option):
             await self.graph.add(options)
-        except ConfigError as exc:
-            option = self._config.blockdev_option
-            raise ConfigError(f"{option}: {exc}" if option else str(exc)) from None
+
+    def _export_option(self, config: ExportConfig) -> str:
+        option = self._config.export_option
+        return f"{option} id={config.id}" if option else ""
 
     def _choose_data_path(self) -> bool:
         wanted = self._config.data_path
@@ -125,15 +141,8 @@ class Daemon:
             )
         return native.available and wanted != "python"
 
-    def _handle_signals(self, stack: AsyncExitStack) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
-            stack.callback(loop.remove_signal_handler, number)
-        loop.add_signal_handler(signal.SIGHUP, self._refresh_sizes)
-        stack.callback(loop.remove_signal_handler, signal.SIGHUP)
-
-    def _refresh_sizes(self) -> None:
+    def refresh_sizes(self) -> None:
+        """Look at the size of every disk again; guests are told of those that changed."""
         for export in self.exports.values():
             export.refresh_size()
 
@@ -141,7 +150,7 @@ class Daemon:
         self, config: ExportConfig, stack: AsyncExitStack, use_native: bool
     ) -> None:
         if config.id in self.exports:
-            raise ConfigError(f"--export id={config.id}: this id is in use")
+            raise ConfigError("this id is in use")
         threads = self._threads_for(config) if use_native else []
         node = self.graph.find(config.node_name)
         export = await Export.open(config, node, threads)
@@ -154,10 +163,10 @@ class Daemon:
         threads = []
         for name in config.io_threads:
             if name not in known:
-                raise ConfigError(f"--export id={config.id}: there is no iothread '{name}'")
+                raise ConfigError(f"there is no iothread '{name}'")
             threads.append(self._thread(name, known[name].poll_max_ns))
         for number in range(config.own_threads if not threads else 0):
-            threads.append(self._thread(f"{config.id}/{number}", IOThreadConfig("").poll_max_ns))
+            threads.append(self._thread(f"{config.id}/{number}", DEFAULT_POLL_MAX_NS))
         return threads
 
     def _thread(self, name: str, poll_max_ns: int) -> IOThread:
@@ -170,7 +179,71 @@ class Daemon:
         for thread in self._owned.threads.values():
             thread.close()
 
-    def _write_pid_file(self, path: Path, stack: AsyncExitStack) -> None:
-        path = path.absolute()  # going to the background changes the directory
-        path.write_text(f"{os.getpid()}\n")
-        stack.callback(path.unlink, missing_ok=True)
+
+@contextmanager
+def _told_by(option: str) -> Iterator[None]:
+    """A wrong option is told of together with the option it came by."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise ConfigError(f"{option}: {exc}" if option else str(exc)) from None
+
+
+class _PidFile:
+    """The file that says which process the daemon is.
+
+    Made, and locked against other daemons, before anything listens; written when everything does. One that a killed
+    daemon left behind has no lock, and is used again.
+
+    Raises:
+        ConfigError: it cannot be written, is no regular file, or belongs to a daemon that runs.
+
+    Owns: the file, until `close()` removes it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = str(path)
+        self._path = path.absolute()  # going to the background changes the directory
+        self._fd = -1
+        while self._fd < 0:
+            self._take()
+
+    def _take(self) -> None:
+        try:
+            # Never wait for a FIFO's other end.
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(self._path, flags, 0o644)
+        except OSError as exc:
+            raise ConfigError(f"--pidfile {self._name}: {exc.strerror}") from None
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(f"--pidfile {self._name}: not a regular file")
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                    self._fd = fd
+        except BlockingIOError:
+            raise ConfigError(f"--pidfile {self._name}: belongs to a daemon that runs") from None
+        finally:
+            # Its former owner may have removed it just now: then the path needs a new file.
+            if self._fd < 0:
+                os.close(fd)
+
+    def write(self) -> None:
+        """Say who we are.
+
+        Raises:
+            ConfigError: the disk is full.
+        """
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as exc:
+            raise ConfigError(f"--pidfile {self._name}: {exc.strerror}") from None
+
+    def close(self) -> None:
+        """Remove it, unless somebody else has put another one there."""
+        with suppress(OSError):
+            if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
+                self._path.unlink()
+        os.close(self._fd)

@@ -48,6 +48,7 @@ class BlockGraph:
         self.drivers = drivers
         self.nodes: dict[str, BlockNode] = {}
         self.bounce = BouncePool()
+        self._opening: set[str] = set()  # names of nodes that are not ready to be anybody's child
         self._kept: set[BlockNode] = set()  # from add(); the others live as long as their parents
         self._host_io: dict[str | None, HostIO] = {}
         self._next_name = 100
@@ -73,10 +74,9 @@ class BlockGraph:
         Raises:
             ConfigError: there is none.
         """
-        try:
-            return self.nodes[name]
-        except KeyError:
-            raise ConfigError(f"Cannot find node '{name}'") from None
+        if name not in self.nodes or name in self._opening:
+            raise ConfigError(f"Cannot find node '{name}'")
+        return self.nodes[name]
 
     async def remove(self, name: str) -> None:
         """Close a node that nobody uses; inline children that nobody else uses go with it.
@@ -137,6 +137,7 @@ class BlockGraph:
         node.bounce = self.bounce
         # Taken from here on: opening may wait.
         self.nodes[node.node_name] = node
+        self._opening.add(node.node_name)
         try:
             await node.open(_Opening(self, children, where))
             refresh_limits(node)
@@ -146,6 +147,8 @@ class BlockGraph:
         except BaseException:
             await self._dissolve(node)
             raise
+        finally:
+            self._opening.discard(node.node_name)
         return node
 
     def _name(self, name: str | None) -> str:

@@ -17,6 +17,9 @@ from vhostblk.errors import ConfigError
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*\Z")
 
+# Nobody writes such; but what is nested is walked recursively.
+_MAX_DEPTH = 64
+
 
 def parse_options(text: str, implied_key: str | None = None) -> dict[str, Any]:
     """Parse an option argument: JSON if it starts with a brace, `key=value,...` otherwise.
@@ -30,8 +33,11 @@ def parse_options(text: str, implied_key: str | None = None) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             parsed = json.loads(text, object_pairs_hook=_refuse_duplicates)
+            _check_depth(parsed)
         except ValueError as error:
             raise ConfigError(f"invalid JSON: {error}") from None
+        except RecursionError:
+            raise ConfigError("invalid JSON: nested too deeply") from None
         assert isinstance(parsed, dict)
         return parsed
     return parse_keyval(text, implied_key)
@@ -56,7 +62,7 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
                 key, value = implied_key, item
             else:
                 raise ConfigError(f"Expected '=' after parameter '{item}'")
-        if not _KEY.match(key):
+        if not _KEY.match(key) or key.count(".") > _MAX_DEPTH:
             raise ConfigError(f"Invalid parameter '{key}'")
         _insert(result, key, value)
     return result
@@ -95,6 +101,14 @@ def _insert(target: dict[str, Any], key: str, value: str) -> None:
     if isinstance(target.get(last), dict):
         raise ConfigError(f"Parameters '{key}.*' used inconsistently")
     target[last] = value
+
+
+def _check_depth(value: Any, depth: int = 0) -> None:
+    if depth > _MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_depth(inner, depth + 1)
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ __all__ = [
     "parse_keyval",
     "parse_options",
     "to_boolean",
+    "to_identifier",
     "to_integer",
     "to_size",
     "to_string",
@@ -38,6 +39,9 @@ T = TypeVar("T")
 _SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]+)?)([bBkKmMgGtTpPeE]?)\Z")
 _SUFFIXES = "BKMGTPE"
 _INT64_MAX = (1 << 63) - 1
+# More than any number that fits; Python refuses to read thousands of digits.
+_DIGITS = 64
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def to_size(name: str, value: Any) -> int:
     """Bytes, with an optional suffix K, M, G, T, P or E (powers of 1024), or a JSON number."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT64_MAX:
         return value
-    if isinstance(value, str) and (match := _SIZE.match(value)):
+    if isinstance(value, str) and len(value) <= _DIGITS and (match := _SIZE.match(value)):
         number, suffix = match.groups()
         scale: int = 1024 ** _SUFFIXES.index(suffix.upper() or "B")
         if number[:2].lower() == "0x":
@@ -84,25 +88,38 @@ def to_size(name: str, value: Any) -> int:
 
 
 def to_integer(name: str, value: Any) -> int:
-    """A whole number that is not negative."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    """A whole number that is not negative and fits into 63 bits."""
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT64_MAX:
         return value
-    if isinstance(value, str) and value.isascii() and value.isdigit():
-        return int(value)
-    raise ConfigError(f"Parameter '{name}' expects a number that is not negative, not '{value}'")
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= _DIGITS:
+        number = int(value)
+        if number <= _INT64_MAX:
+            return number
+    raise ConfigError(f"Parameter '{name}' expects a number from 0 to {_INT64_MAX}, not '{value}'")
 
 
 def to_string(name: str, value: Any) -> str:
-    """A string."""
-    if isinstance(value, str):
+    """A string; JSON could write one that no C function, and no path, can hold."""
+    if isinstance(value, str) and "\0" not in value:
         return value
     raise ConfigError(f"Parameter '{name}' expects a string, not '{value}'")
+
+
+def to_identifier(name: str, value: Any) -> str:
+    """The id of an object or export, as QEMU wants it."""
+    if isinstance(value, str) and _IDENTIFIER.match(value):
+        return value
+    raise ConfigError(
+        f"Parameter '{name}' expects an identifier (a letter, then letters, digits, '-', '.' or "
+        f"'_'), not '{value}'"
+    )
 
 
 BOOLEAN = OptionType(to_boolean, "on|off")
 SIZE = OptionType(to_size, "size")
 INTEGER = OptionType(to_integer, "number")
 STRING = OptionType(to_string, "string")
+IDENTIFIER = OptionType(to_identifier, "string")
 
 
 def choice(*values: str) -> OptionType:

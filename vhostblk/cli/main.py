@@ -24,17 +24,28 @@ class Parser(argparse.ArgumentParser):
     """argparse, but a wrong option is one line and exit code 1 (argparse: usage and 2)."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(1, f"{self.prog}: {message}\n")
+        # The first word of the program's name: subcommands have parsers of their own.
+        program = self.prog.partition(" ")[0]
+        self.exit(1, f"{program}: {one_line(message.removeprefix('argument '))}\n")
 
 
-def add_common_options(parser: argparse.ArgumentParser) -> None:
-    """The options every command has."""
-    parser.add_argument("--version", action="version", version=f"vhostblk {__version__}")
+def add_common_options(parser: argparse.ArgumentParser, *, again: bool = False) -> None:
+    """The options every command has.
+
+    Args:
+        again: for a subcommand, whose parser's defaults must not undo what stood before its name.
+    """
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"vhostblk {__version__}",
+        help="show the version and exit",
+    )
     parser.add_argument(
         "--log-level",
         choices=LOG_LEVELS,
-        default="info",
-        help="how much to say on standard error (default: %(default)s)",
+        default=argparse.SUPPRESS if again else "info",
+        help="how much to say on standard error (default: info)",
     )
 
 
@@ -46,7 +57,8 @@ def build_parser() -> Parser:
         epilog="Start with 'vhostblk serve --help'.",
     )
     add_common_options(parser)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for module in (serve, storage_daemon):
         command = commands.add_parser(
             module.NAME,
@@ -55,6 +67,7 @@ def build_parser() -> Parser:
             epilog=module.EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        add_common_options(command, again=True)
         module.add_options(command)
         command.set_defaults(run=module.run)
     return parser
@@ -86,6 +99,8 @@ def storage_daemon_main(argv: Sequence[str] | None = None) -> int:
 
 def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
+    if args.run is None:
+        parser.error("a COMMAND is needed: serve or storage-daemon")
     logging.basicConfig(stream=sys.stderr, format=f"{parser.prog}: %(levelname)s: %(message)s")
     logging.getLogger("vhostblk").setLevel(args.log_level.upper())
     try:
@@ -104,5 +119,10 @@ def describe(exc: Exception) -> str:
     """One line for people."""
     if isinstance(exc, OSError) and not isinstance(exc, VhostBlkError):
         text = os.strerror(exc.errno) if exc.errno else str(exc)
-        return f"{exc.filename}: {text}" if exc.filename else text
-    return str(exc) or type(exc).__name__
+        return one_line(f"{exc.filename}: {text}" if exc.filename else text)
+    return one_line(str(exc)) or type(exc).__name__
+
+
+def one_line(text: str) -> str:
+    """Escape what would end the line, or play with the terminal: values come from users."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -1,9 +1,10 @@
-"""Run a daemon from a command: in the foreground, or detached."""
+"""Run a daemon from a command: in the foreground, or detached; with the process's signals."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from vhostblk.daemon import Daemon, DaemonConfig
 
 
 def run_daemon(config: DaemonConfig, *, detach: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Serve until SIGTERM or SIGINT; SIGHUP looks at the sizes of the disks again.
 
     Args:
         detach: go to the background once everything listens; the caller's process ends with 0 then, with 1 (and the
@@ -20,7 +21,12 @@ def run_daemon(config: DaemonConfig, *, detach: bool = False) -> None:
     on_ready = _detach() if detach else None
 
     async def serve() -> None:
-        await Daemon(config, on_ready).run()
+        daemon = Daemon(config, on_ready)
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, daemon.stop)
+        loop.add_signal_handler(signal.SIGINT, daemon.stop)
+        loop.add_signal_handler(signal.SIGHUP, daemon.refresh_sizes)
+        await daemon.run()
 
     asyncio.run(serve())
 
@@ -33,8 +39,8 @@ def _detach() -> Callable[[], None]:
         os.close(write_end)
         if os.read(read_end, 1):
             os._exit(0)
-        _, status = os.waitpid(child, 0)
-        os._exit(os.waitstatus_to_exitcode(status) or 1)
+        os.waitpid(child, 0)
+        os._exit(1)
     os.close(read_end)
     os.setsid()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from vhostblk.cli.run import run_daemon
 from vhostblk.daemon import DaemonConfig
 from vhostblk.errors import ConfigError
 from vhostblk.export.options import DEFAULT_QUEUES, DEFAULT_SERIAL, ExportConfig
+from vhostblk.vhost.session import MAX_QUEUES
+from vhostblk.virtio.blk import ID_BYTES
 
 NAME = "serve"
 SUMMARY = "serve one disk image or block device"
@@ -36,6 +39,9 @@ CACHE_MODES = {
     "unsafe": (False, True, True),
 }
 _SD_LISTEN_FDS_START = 3
+# More threads than queues have nothing to do.
+_MAX_THREADS = MAX_QUEUES
+_MAX_INT = (1 << 31) - 1
 # Formats that a raw image must not be mistaken for.
 _MAGIC = {
     b"QFI\xfb": "qcow2",
@@ -53,7 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--socket", metavar="PATH", help="listen on this Unix socket")
     where.add_argument(
         "--fd",
-        type=int,
+        type=number(0, _MAX_INT),
         metavar="N",
         help="listen on this inherited file descriptor, a listening Unix socket "
         "(neither: the socket that systemd passes)",
@@ -61,13 +67,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument(
         "--serial",
+        type=_serial,
         default=DEFAULT_SERIAL,
         metavar="S",
         help="at most 20 bytes (default: %(default)s)",
     )
     parser.add_argument(
         "--queues",
-        type=int,
+        type=number(1, MAX_QUEUES),
         default=DEFAULT_QUEUES,
         metavar="N",
         help="most queues a guest may use; QEMU asks for one per vCPU (default: %(default)s)",
@@ -92,7 +99,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--iothreads",
-        type=int,
+        type=number(1, _MAX_THREADS),
         default=1,
         metavar="N",
         help="engine threads that share the queues (default: %(default)s)",
@@ -122,9 +129,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError, BlockError, OSError: one line explains it.
     """
-    fd = args.fd
+    fd, listen_option = args.fd, "--fd" if args.socket is None else "--socket"
     if args.socket is None and fd is None:
-        fd = _systemd_socket()
+        fd, listen_option = _systemd_socket(), "systemd's socket"
     direct, no_flush, write_cache = CACHE_MODES[args.cache]
     if args.format is None:
         _refuse_other_formats(args.image)
@@ -155,14 +162,44 @@ def run(args: argparse.Namespace) -> None:
             exports=[export],
             pid_file=args.pidfile,
             data_path=args.data_path,
+            listen_option=listen_option,
         )
     )
 
 
+def number(least: int, most: int) -> Callable[[str], int]:
+    """The type of an option that takes a whole number in a range."""
+
+    def read(text: str) -> int:
+        # No number that fits is longer; Python refuses to read very long ones.
+        fits = text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= most
+        value = int(text) if fits else -1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is not a number from {least} to {most}")
+        return value
+
+    return read
+
+
+def _serial(text: str) -> str:
+    if len(os.fsencode(text)) > ID_BYTES:
+        raise argparse.ArgumentTypeError(f"'{text}' has more than {ID_BYTES} bytes")
+    return text
+
+
 def _refuse_other_formats(path: str) -> None:
     """A qcow2 file served as raw would show the guest, and let it overwrite, the image's own structure."""
-    with open(path, "rb") as file:
-        start = file.read(8)
+    # O_NONBLOCK: a FIFO is refused later, not waited for.
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as exc:
+        raise ConfigError(f"IMAGE '{path}': {exc.strerror}") from None
+    try:
+        start = os.read(fd, 8)
+    except OSError as exc:
+        raise ConfigError(f"IMAGE '{path}': {exc.strerror}") from None
+    finally:
+        os.close(fd)
     for magic, name in _MAGIC.items():
         if start.startswith(magic):
             raise ConfigError(
@@ -175,6 +212,7 @@ def _systemd_socket() -> int:
     """The one socket of systemd's socket activation (sd_listen_fds(3))."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         raise ConfigError("one of --socket, --fd, or systemd's socket activation is needed")
-    if os.environ.get("LISTEN_FDS") != "1":
-        raise ConfigError(f"systemd passed {os.environ.get('LISTEN_FDS')} sockets: one is needed")
+    count = os.environ.get("LISTEN_FDS", "")
+    if count != "1":
+        raise ConfigError(f"systemd's LISTEN_FDS='{count}': one socket is needed")
     return _SD_LISTEN_FDS_START

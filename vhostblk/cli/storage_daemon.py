@@ -7,14 +7,15 @@ refused by name.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vhostblk.block.keyval import flatten, parse_options
-from vhostblk.block.options import to_integer
+from vhostblk.block.options import IDENTIFIER, INTEGER, consume, option
 from vhostblk.cli.run import run_daemon
 from vhostblk.cli.serve import add_data_path_option
-from vhostblk.daemon import DaemonConfig, IOThreadConfig
+from vhostblk.daemon import DEFAULT_POLL_MAX_NS, DaemonConfig, IOThreadConfig
 from vhostblk.errors import ConfigError
 from vhostblk.export.options import ExportConfig, parse_export
 
@@ -71,7 +72,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_data_path_option(parser)
     for name in _NOT_YET:
-        parser.add_argument(f"--{name}", action=_NotYet, help=argparse.SUPPRESS)
+        parser.add_argument(f"--{name}", action=_NotYet, nargs="?", help=argparse.SUPPRESS)
 
 
 class _NotYet(argparse.Action):
@@ -100,7 +101,12 @@ def run(args: argparse.Namespace) -> None:
         pid_file=args.pidfile,
         data_path=args.data_path,
         blockdev_option="--blockdev",
+        export_option="--export",
     )
+    names = [thread.name for thread in config.io_threads]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--object iothread,id={name}: this id is in use")
     run_daemon(config, detach=args.daemonize)
 
 
@@ -118,16 +124,25 @@ def _parse_export(text: str) -> ExportConfig:
         raise ConfigError(f"--export: {exc}") from None
 
 
+@dataclass(frozen=True, slots=True)
+class _IOThreadOptions:
+    """`--object iothread`, as qemu-storage-daemon spells it."""
+
+    id: str = option(IDENTIFIER, about="name of the thread")
+    poll_max_ns: int = option(
+        INTEGER, DEFAULT_POLL_MAX_NS, about="how long it may look for work before it sleeps"
+    )
+
+
 def _parse_object(text: str) -> IOThreadConfig:
     options = flatten(_parse("--object", text, "qom-type"))
     kind = options.pop("qom-type", None)
     if kind != "iothread":
         raise ConfigError(f"--object: type '{kind}' is not supported (allowed: iothread)")
     try:
-        name = str(options.pop("id"))
-    except KeyError:
-        raise ConfigError("--object iothread: Parameter 'id' is missing") from None
-    poll_max_ns = to_integer("poll-max-ns", options.pop("poll-max-ns", 32768))
-    for left in options:
-        raise ConfigError(f"--object iothread,id={name}: unknown option '{left}'")
-    return IOThreadConfig(name, poll_max_ns)
+        parsed = consume(_IOThreadOptions, options)
+        for left in options:
+            raise ConfigError(f"Parameter '{left}' is unexpected")
+    except ConfigError as exc:
+        raise ConfigError(f"--object iothread: {exc}") from None
+    return IOThreadConfig(parsed.id, parsed.poll_max_ns)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import ClassVar
 
@@ -63,7 +64,7 @@ class BlkDevice:
         errors: ErrorLog,
     ) -> None:
         self.backend = backend
-        self.serial = serial.encode()
+        self.serial = os.fsencode(serial)  # a command line may hold any bytes
         if len(self.serial) > ID_BYTES:
             raise ConfigError(f"serial '{serial}': at most {ID_BYTES} bytes")
         sizes = backend.block_sizes

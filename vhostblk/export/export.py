@@ -1,8 +1,8 @@
 """An export: a block node offered on a socket, to one front-end at a time.
 
-Life: `open` (permissions, locks), `listen`, any number of front-ends one after the other, `stop` (no more clients, the
-one there is drained), `close` (flush, release). A second client is accepted and closed at once, with a log line; a
-client that comes while its predecessor is still being drained waits for that.
+Life: `open` (permissions, locks), `listen`, `start`, any number of front-ends one after the other, `stop` (no more
+clients, the one there is drained), `close` (flush, release). A second client is accepted and closed at once, with a
+log line; a client that comes while its predecessor is still being drained waits for that.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Export:
         )
         return export
 
-    async def listen(self) -> None:
-        """Open the socket and serve whoever connects.
+    def listen(self) -> None:
+        """Open the socket; whoever connects waits for `start`.
 
         Raises:
             ConfigError: it cannot be listened on.
@@ -113,6 +113,11 @@ class Export:
         else:
             assert config.fd is not None
             self._listener = Listener.adopt(config.fd)
+
+    def start(self) -> None:
+        """Serve whoever connects. `listen` comes first."""
+        config = self.config
+        assert self._listener is not None
         self.log.info(
             "%s, %d bytes, %s, listening on %s",
             f"node '{config.node_name}'",

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.keyval import flatten
-from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, choice, consume, option
+from vhostblk.block.options import (
+    BOOLEAN,
+    IDENTIFIER,
+    INTEGER,
+    SIZE,
+    STRING,
+    choice,
+    consume,
+    option,
+)
 from vhostblk.errors import ConfigError
 from vhostblk.vhost.session import MAX_QUEUES
 
@@ -68,7 +77,7 @@ class _Options:
     """`--export`, as qemu-storage-daemon spells it; `serial` and `max-segments` are ours."""
 
     type: str = option(choice("vhost-user-blk"), about="the protocol")
-    id: str = option(STRING, about="name of the export")
+    id: str = option(IDENTIFIER, about="name of the export")
     node_name: str = option(STRING, about="the block node that is served")
     addr_type: str = option(choice("unix", "fd"), about="how to listen", name="addr.type")
     addr_path: str | None = option(STRING, None, about="path of the socket", name="addr.path")
@@ -98,13 +107,18 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
     parsed = consume(_Options, flat)
     for name in flat:
         raise ConfigError(f"Parameter '{name}' is unexpected")
+    wrong = ("addr.str", parsed.addr_str)
+    if parsed.addr_type == "fd":
+        wrong = ("addr.path", parsed.addr_path)
+    if wrong[1] is not None:
+        raise ConfigError(f"Parameter '{wrong[0]}' is unexpected with addr.type={parsed.addr_type}")
     fd = None
     if parsed.addr_type == "unix":
         if parsed.addr_path is None:
             raise ConfigError("Parameter 'addr.path' is missing")
     elif parsed.addr_str is None:
         raise ConfigError("Parameter 'addr.str' is missing")
-    elif not parsed.addr_str.isdecimal():
+    elif not (parsed.addr_str.isascii() and parsed.addr_str.isdigit()) or len(parsed.addr_str) > 9:
         raise ConfigError(f"addr.str={parsed.addr_str}: must be the number of an open fd")
     else:
         fd = int(parsed.addr_str)

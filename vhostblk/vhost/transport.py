@@ -94,8 +94,9 @@ class Listener:
         """
         try:
             sock = socket.socket(fileno=fd)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"fd {fd} is not a socket: {error}") from error
+        except (OSError, ValueError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f"fd {fd} is not a socket: {reason}") from error
         problem = None
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             problem = "not a Unix stream socket"
