@@ -209,9 +209,7 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 		queue_free(queue);
 		return error;
 	}
-	/* Who had the ring before may not have told the driver of all that it completed. QEMU's tests wait for this
-	 * call.
-	 */
+	/* Who had the ring before may not have told the driver of all that it completed; QEMU's tests wait for this. */
 	if (config->call_fd >= 0)
 		signal_fd(config->call_fd, queue->call_may_block);
 	queue->thread->queues[queue->slot] = queue;

@@ -83,8 +83,7 @@ void queue_check_memory(struct queue *queue);
 bool queue_run(struct queue *queue);
 /* Whether queue_run would find something. Meant for the last look before a sleep. */
 bool queue_ready(const struct queue *queue);
-/* Show the driver what was completed, notify it if it wants that, and finish a stop: the queue may be gone afterwards.
- */
+/* Show the driver what was completed, notify it if it wants that, finish a stop: the queue may be gone afterwards. */
 void queue_publish(struct queue *queue);
 void queue_disable_kicks(struct queue *queue);
 void queue_enable_kicks(struct queue *queue);

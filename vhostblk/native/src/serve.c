@@ -175,8 +175,7 @@ static void serve_flush(struct request *request)
 	} else if (fd < 0 || load_relaxed(&request->queue->attachment->disk->flush_failed)) {
 		hand_to_control(request, 0);
 	} else {
-		/* Everything the driver may count on (VIRTIO 1.2 §5.2.6.2) has completed, so it is in the file already.
-		 */
+		/* All that the driver may count on (VIRTIO 1.2 §5.2.6.2) has completed, so it is in the file. */
 		request->op = (struct aio_op){.kind = VB_IO_FDATASYNC, .buffer = -1, .fd = fd};
 		begin_io(request, 0);
 	}

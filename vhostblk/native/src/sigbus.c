@@ -75,8 +75,7 @@ static void call_previous(int signal, siginfo_t *info, void *context)
 	if (previous.sa_flags & SA_SIGINFO) {
 		previous.sa_sigaction(signal, info, context);
 	} else if (previous.sa_handler == SIG_DFL || (previous.sa_handler == SIG_IGN && info->si_code > 0)) {
-		/* Back to the default: the access faults again, or the signal that was sent comes again, and ends us.
-		 */
+		/* Back to the default: the access faults again, or the signal comes again, and ends us. */
 		sigaction(SIGBUS, &(struct sigaction){.sa_handler = SIG_DFL}, NULL);
 		if (info->si_code <= 0)
 			raise(signal);

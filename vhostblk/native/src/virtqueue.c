@@ -4,12 +4,11 @@
  * The counters obey, modulo 65536:  used_idx <= next_avail <= avail.idx <= used_idx + size.  The first two are ours,
  * the third is checked whenever it is read.
  *
- * Barriers, and who is on the other side in the driver (VIRTIO 1.2 §2.7.13, §2.7.14):
+ * Barriers; behind the bar what the driver does on the other side (VIRTIO 1.2 §2.7.13, §2.7.14):
  *   [A] avail.idx is loaded before the entries and descriptors behind it | stored after them
- *   [B] used.idx is stored after the used elements and the data           | loaded before them
- *   [C] used.idx is stored before flags/used_event are loaded             | used_event stored before used.idx is loaded
- *   [D] flags/avail_event are stored before avail.idx is loaded           | avail.idx stored before avail_event is
- * loaded
+ *   [B] used.idx is stored after the used elements and the data          | loaded before them
+ *   [C] used.idx stored, full fence, flags or used_event loaded          | used_event stored, fence, used.idx loaded
+ *   [D] flags or avail_event stored, full fence, avail.idx loaded        | avail.idx stored, fence, avail_event loaded
  */
 #include <endian.h>
 #include <errno.h>
@@ -182,8 +181,7 @@ static int walk(struct virtqueue *vq, const struct vb_memory *memory, uint16_t h
 		copy_once(&d, in_table ? &vq->table[index] : &vq->desc[index], sizeof(d));
 		flags = le16toh(d.flags);
 		if (flags & VRING_DESC_F_INDIRECT) {
-			/* §2.7.5.3.2: direct descriptors may come before an indirect one. §2.7.5.3.1: none in a table.
-			 */
+			/* §2.7.5.3.2: direct ones may come before an indirect one. §2.7.5.3.1: none in a table. */
 			result = in_table ? -VB_BROKEN_INDIRECT : load_table(vq, memory, &d);
 			if (result < 0)
 				return result;
