@@ -18,8 +18,8 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.limits import MAX_REQUEST
 from vhostblk.block.node import BlockSizes
 from vhostblk.block.options import NodeOptions, describe_options
+from vhostblk.cli import storage_daemon
 from vhostblk.cli.serve import _MAGIC
-from vhostblk.daemon import IOThreadConfig
 from vhostblk.export import options as export_options
 from vhostblk.export.blk_device import SEG_MAX, BlkDevice
 from vhostblk.export.error_log import ErrorLog
@@ -58,11 +58,11 @@ def test_options_have_the_names_values_and_defaults_of_the_code(
 
 
 def test_iothread_has_its_options() -> None:
-    rows = {
-        row["option"]: row["values"] for row in table(read("docs/storage-daemon.md"), "Objects")
-    }
-    assert rows.keys() == {"qom-type", "id", "poll-max-ns"}
-    assert f"(default: {IOThreadConfig('').poll_max_ns})" in rows["poll-max-ns"]
+    (kind, *rows) = table(read("docs/storage-daemon.md"), "Objects")
+    assert (kind["option"], kind["values"]) == ("qom-type", "iothread (required)")
+    documented = [(row["option"], row["values"]) for row in rows]
+    expected = describe_options(storage_daemon._IOThreadOptions)
+    assert documented == [(name, values) for name, values, _ in expected]
 
 
 # ---------------------------------------------------------------- block-nodes.md
