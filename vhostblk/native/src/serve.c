@@ -50,8 +50,8 @@ static void report_failure(struct request *request, int error)
 		thread_post(queue->thread, &message);
 }
 
-/* The kernel reports writes that it lost to one fdatasync, once. After that nothing may flush by luck: control has to
- * say what is still true (VB_FLUSH_SET). Flushes of other threads that end later fail with it. */
+/* The kernel reports writes that it lost to one fdatasync, once. After that no flush may succeed by luck: control answers
+ * all of them, and those of other threads that end later fail with this one. */
 static int64_t check_flush(struct vb_disk *disk, int64_t result)
 {
 	if (result < 0)
