@@ -25,13 +25,11 @@ class ErrorLog:
 
         Args:
             kind: what failed and how, without offsets: what makes two failures the same.
-            detail: where it happened, shown the first time only.
+            detail: where it happened, shown the first time only, directly behind `kind`.
         """
         self._seen[kind] += 1
         if self._seen[kind] == 1:
-            self._log.warning(
-                "%s%s (logged once, counted from now on)", kind, f" {detail}" if detail else ""
-            )
+            self._log.warning("%s%s (logged once, counted from now on)", kind, detail)
 
     def record_io_error(self, operation: str, error: int, offset: int, length: int) -> None:
         """Count a request that the block layer or the kernel failed.
@@ -43,7 +41,7 @@ class ErrorLog:
         name = errno.errorcode.get(error, str(error))
         self.record(
             f"{operation} failed: {os.strerror(error)} ({name})",
-            f"at offset {offset}, {length} bytes",
+            f" at offset {offset}, {length} bytes",
         )
 
     def summarize(self) -> None:

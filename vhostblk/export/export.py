@@ -50,6 +50,8 @@ class Export:
         self.config = config
         self.log = _Prefix(logging.getLogger(__name__), {"export": config.id})
         self._errors = ErrorLog(self.log)
+        # What front-ends and guests do wrong, per session: they could do it all day.
+        self._offences = ErrorLog(self.log)
         self._backend = backend
         self.device = BlkDevice(
             backend,
@@ -193,7 +195,12 @@ class Export:
                 connection.close()
                 return
             self._front_end = FrontEnd(
-                connection, self.device, self._path, self.config.num_queues, self.log
+                connection,
+                self.device,
+                self._path,
+                self.config.num_queues,
+                self.log,
+                self._offences,
             )
             self._serving = asyncio.create_task(self._serve(self._front_end))
 
@@ -205,13 +212,14 @@ class Export:
             self.log.exception("a bug: the session died")
         finally:
             self._front_end = None
+            self._offences.summarize()
         self.log.info("the front-end has left")
 
     # ------------------------------------------------------------------ DataPathEvents
 
     def queue_broken(self, index: int, reason: str) -> None:
         """Log it: the front-end has been told through the queue's error fd."""
-        self.log.warning("queue %d: broken by the guest: %s", index, reason)
+        self._offences.record(f"queue {index}: broken by the guest", f": {reason}")
 
     def memory_faulted(self) -> None:
         """The session cannot go on in memory that is gone."""

@@ -15,9 +15,11 @@ from vhostblk import native
 from vhostblk.errors import BlockError, GuestError, PeerError, SessionError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPath
+from vhostblk.export.error_log import ErrorLog
 from vhostblk.vhost import action
 from vhostblk.vhost.connection import BackendChannel, Connection
 from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.message import FRONTEND_TABLE
 from vhostblk.vhost.session import MAX_MEM_SLOTS, Session
 from vhostblk.virtio.blk import CONFIG_SIZE, WRITEBACK_OFFSET
 
@@ -31,6 +33,7 @@ class FrontEnd:
     Args:
         connection: becomes this object's.
         device, data_path: the export's; nobody else uses them meanwhile.
+        offences: where messages that are refused are counted.
 
     Context: the control loop. Owns: the connection, the session, guest memory, the back-end channel.
     """
@@ -42,11 +45,13 @@ class FrontEnd:
         data_path: DataPath,
         num_queues: int,
         log: Log,
+        offences: ErrorLog,
     ) -> None:
         self._connection = connection
         self._device = device
         self._path = data_path
         self._log = log
+        self._offences = offences
         self._session = Session(
             device_features=device.offered_features,
             num_queues=num_queues,
@@ -96,7 +101,9 @@ class FrontEnd:
                 result = answer if answer is not None else result
         refusal = error or self._session.refusal
         if refusal is not None:
-            self._log.warning("refused: %s", refusal)
+            known = message.request in FRONTEND_TABLE
+            name = message.name() if known else "a request that is not supported"
+            self._offences.record(f"refused {name}", f": {refusal}")
         reply = self._session.complete(result, error=error)
         if reply is not None:
             await self._connection.send(reply)

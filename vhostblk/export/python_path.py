@@ -22,6 +22,7 @@ from vhostblk.vhost.vring import VringFd, VringSnapshot
 from vhostblk.virtio import blk_request
 from vhostblk.virtio.blk import RequestType
 from vhostblk.virtio.blk_request import BlkRequest
+from vhostblk.virtio.chain import Broken
 from vhostblk.virtio.features import Feature
 from vhostblk.virtio.split import SplitVirtqueue
 
@@ -166,6 +167,7 @@ class _Queue:
         self._again: asyncio.Handle | None = None
         self._notify_scheduled = False
         self._watched: int | None = None
+        self._is_broken = False
         try:
             self._ring: SplitVirtqueue | None = self._make_ring(memory, vring.base)
         except GuestError as exc:
@@ -206,10 +208,12 @@ class _Queue:
             self._ring = None
 
     def resume_with(self, memory: MemTable | None) -> None:
-        """Go on in this memory map; without one the queue stays paused."""
-        if memory is None:
-            return
+        """Go on in this memory map; without one the queue is broken."""
+        if self._is_broken:
+            return  # until it is stopped, whatever else changes
         try:
+            if memory is None:
+                raise GuestError("its memory was taken away", Broken.RING_ADDRESS)
             self._ring = self._make_ring(memory, self._next_avail)
         except GuestError as exc:
             self._break(exc)
@@ -228,7 +232,7 @@ class _Queue:
         self._fds[which] = fd
         if which is VringFd.CALL and fd is not None:
             event_fd.signal(fd)  # what the old one was told of may have been missed
-        if self._ring is not None:
+        if self._ring is not None and not self._is_broken:
             self._watch()
 
     def _watch(self) -> None:
@@ -262,7 +266,7 @@ class _Queue:
     def _process(self) -> None:
         self._again = None
         ring = self._ring
-        if ring is None or not self._enabled:
+        if ring is None or self._is_broken or not self._enabled:
             return
         ring.disable_notification()
         try:
@@ -327,6 +331,7 @@ class _Queue:
             self._stats.calls_suppressed += 1
 
     def _break(self, error: GuestError) -> None:
+        self._is_broken = True
         self._unwatch()
         error_fd = self._fds[VringFd.ERR]
         if error_fd is not None:
