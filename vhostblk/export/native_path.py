@@ -86,6 +86,7 @@ class NativeDataPath:
         self._by_key: dict[tuple[IOThread, int], _Queue] = {}
         self._stats: dict[int, native.QueueStats] = {}  # by index, for as long as we live
         self._memory: native.Memory | None = None
+        self._write_through = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
@@ -183,7 +184,7 @@ class NativeDataPath:
 
     async def set_write_through(self, write_through: bool) -> None:
         """See `DataPath.set_write_through`."""
-        self._disk.set_write_through(write_through)
+        self._write_through = write_through
         await self.revoke(0, _EVERYTHING)
 
     def set_capacity(self, capacity: int) -> None:
@@ -198,6 +199,8 @@ class NativeDataPath:
             for thread in self._threads
         ]
         if offset == 0 and length >= self._backend.length:
+            # Until extents are installed again, see `_fault`.
+            self._disk.set_write_through(self._write_through)
             commands += [
                 thread.command(MessageType.FLUSH_SET, disk=disk, result=native.FLUSH_MISS)
                 for thread in self._threads
@@ -263,6 +266,8 @@ class NativeDataPath:
         if not offload.covers(extents, offset, length, write):
             return False
         # No wait between the backend's answer and the message: a revocation would come between them.
+        if offload.flush_target(self._backend) == native.FLUSH_NOTHING:
+            self._disk.set_write_through(False)  # cache.no-flush: nothing is ever made durable
         entries = native.extents([offload.entry(extent) for extent in extents])
         thread.command(
             MessageType.MAP,
