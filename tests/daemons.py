@@ -116,8 +116,13 @@ class Disks:
     def dial(self, export: str = "disk") -> socket.socket:
         """A connection on which nothing is said."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            # Blocking: with a timeout of Python's a full backlog would be an error.
+            sock.connect(os.fspath(self.socket(export)))
+        except BaseException:
+            sock.close()
+            raise
         sock.settimeout(10)
-        sock.connect(os.fspath(self.socket(export)))
         return sock
 
     def mark(self) -> None:

@@ -42,7 +42,11 @@ class DataPath(Protocol):
         """Whether a started queue takes requests."""
 
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
-        """Exchange a running queue's fd; returns when the old one is out of use."""
+        """Exchange a running queue's fd; returns when the old one is out of use.
+
+        Raises:
+            PeerError: nobody can wait for such a kick fd; the queue has none now, and is polled.
+        """
 
     async def set_write_through(self, write_through: bool) -> None:
         """Whether writes must be durable when they complete; returns when no write is in flight that began under the

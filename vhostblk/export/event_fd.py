@@ -14,25 +14,35 @@ _ONE = (1).to_bytes(8, "little")
 
 
 def clear(fd: int) -> bool:
-    """Read a kick away; says whether there was one. Call when the fd is readable."""
+    """Read a kick away; says whether there was one. Call when the fd is readable.
+
+    Raises:
+        OSError: it is ready and will stay so whatever is read: nobody can wait for such an fd.
+    """
     try:
         # RWF_NOWAIT instead of O_NONBLOCK: another reader may have been faster.
-        return os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT) > 0
+        count = os.preadv(fd, [bytearray(8)], -1, os.RWF_NOWAIT)
     except BlockingIOError:
         return False
     except OSError as exc:
         if exc.errno != errno.EOPNOTSUPP:
             raise
-    return bool(_ready(fd, select.POLLIN) and os.read(fd, 8))
+        if not _ready(fd, select.POLLIN):
+            return False
+        count = len(os.read(fd, 8))
+    if not count:
+        raise OSError(errno.EPIPE, "the other end of the kick fd is closed")
+    return True
 
 
 def signal(fd: int) -> None:
-    """Signal a call or error fd. One that cannot take more is signalled already."""
+    """Signal a call or error fd. One that cannot take more is signalled already; what cannot be written to is the
+    front-end's loss."""
     # A front-end that saturates its own blocking fd between these two lines stops this loop until it reads it.
     if _ready(fd, select.POLLOUT):
         try:
             os.write(fd, _ONE)
-        except (BlockingIOError, BrokenPipeError):
+        except OSError:
             pass
 
 

@@ -188,7 +188,7 @@ class Export:
                 assert self._front_end is not None
                 if not self._front_end.is_leaving:
                     connection.close()
-                    self.log.warning("refused a second front-end: one is connected")
+                    self._offences.record("refused a second front-end: one is connected")
                     continue
                 await self._serving
             if listener.fileno() < 0:

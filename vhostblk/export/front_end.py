@@ -104,7 +104,11 @@ class FrontEnd:
             known = message.request in FRONTEND_TABLE
             name = message.name() if known else "a request that is not supported"
             self._offences.record(f"refused {name}", f": {refusal}")
-        reply = self._session.complete(result, error=error)
+        try:
+            reply = self._session.complete(result, error=error)
+        finally:
+            # An exception that names the frame that names it would keep guest memory mapped until it is collected.
+            error = refusal = None
         if reply is not None:
             await self._connection.send(reply)
         self._send_pending()

@@ -154,9 +154,7 @@ class NativeDataPath:
         )
         if answer[9] < 0:
             del self._by_key[thread, queue.key]
-            raise PeerError(
-                f"queue {vring.index}: {_WHY_NOT_STARTED.get(-answer[9], os.strerror(-answer[9]))}"
-            )
+            raise PeerError(f"queue {vring.index}: {_why(-answer[9])}")
         self._queues[vring.index] = queue
 
     async def stop_queue(self, index: int) -> int:
@@ -176,11 +174,14 @@ class NativeDataPath:
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
         """See `DataPath.set_queue_fd`."""
         queue = self._queues[index]
-        await self._check(
-            queue.thread.command(
-                MessageType.QUEUE_FD, queue=queue.key, aux=_QUEUE_FD[which], result=_fd(fd)
-            )
+        set_fd = partial(
+            queue.thread.command, MessageType.QUEUE_FD, queue=queue.key, aux=_QUEUE_FD[which]
         )
+        answer = await set_fd(result=_fd(fd))
+        if answer[9] < 0:
+            # The old one is closed whatever happens, so it must be out of use: the ring is polled from here on.
+            await self._check(set_fd(result=_fd(None)))
+            raise PeerError(f"queue {index}: {_why(-answer[9])}")
 
     async def set_write_through(self, write_through: bool) -> None:
         """See `DataPath.set_write_through`."""
@@ -308,6 +309,12 @@ _WHY_NOT_STARTED = {
     errno.ENOMEM: "out of memory",
     errno.ENOSPC: "too many queues",
 }
+
+
+def _why(error: int) -> str:
+    return _WHY_NOT_STARTED.get(error, os.strerror(error))
+
+
 # The engine writes the status itself.
 _NOWHERE = memoryview(bytearray(1))
 

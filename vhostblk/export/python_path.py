@@ -233,12 +233,21 @@ class _Queue:
         if which is VringFd.CALL and fd is not None:
             event_fd.signal(fd)  # what the old one was told of may have been missed
         if self._ring is not None and not self._is_broken:
-            self._watch()
+            try:
+                self._watch()
+            except PeerError:
+                self._fds[VringFd.KICK] = None
+                self._watch()  # the old one is closed whatever happens: the ring is polled from here on
+                raise
 
     def _watch(self) -> None:
         kick = self._fds[VringFd.KICK]
         if kick is not None:
-            self._loop.add_reader(kick, self._kicked)
+            try:
+                self._loop.add_reader(kick, self._kicked)
+            except OSError as exc:
+                index = self._vring.index
+                raise PeerError(f"queue {index}: nobody can wait for this kick fd: {exc}") from None
             self._watched = kick
         self._process_soon()
 
@@ -260,7 +269,12 @@ class _Queue:
     def _kicked(self) -> None:
         self._stats.kicks += 1
         assert self._watched is not None
-        event_fd.clear(self._watched)
+        try:
+            event_fd.clear(self._watched)
+        except OSError:
+            # Ready for ever, so it would keep us awake: the ring is polled instead.
+            self._unwatch()
+            self._fds[VringFd.KICK] = None
         self._process()
 
     def _process(self) -> None:

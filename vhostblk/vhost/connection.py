@@ -17,6 +17,7 @@ import asyncio
 import os
 import select
 import socket
+import struct
 import time
 from collections.abc import Mapping
 
@@ -224,8 +225,14 @@ class BlockingConnection(_Stream):
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
-            sock.settimeout(timeout)
+            # Python's own timeout makes the socket non-blocking, and then a full backlog is an error at once.
+            microseconds = int(timeout * 1_000_000)
+            limit = struct.pack("@ll", *divmod(microseconds, 1_000_000))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             sock.connect(path)
+        except BlockingIOError:
+            sock.close()
+            raise TimeoutError(f"{path}: nobody accepts connections") from None
         except BaseException:
             sock.close()
             raise

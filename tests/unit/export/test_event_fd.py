@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 from collections.abc import Iterator
 
 import pytest
@@ -63,3 +64,21 @@ def test_signal_survives_a_pipe_that_nobody_reads_any_more() -> None:
     os.close(reader)
     event_fd.signal(writer)
     os.close(writer)
+
+
+def test_clear_tells_of_fds_that_are_ready_for_ever() -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    poller = select.epoll()
+    for fd in (reader, poller.fileno()):
+        with pytest.raises(OSError):
+            event_fd.clear(fd)
+    poller.close()
+    os.close(reader)
+
+
+def test_signal_survives_whatever_cannot_be_written_to() -> None:
+    full, read_only = os.open("/dev/full", os.O_WRONLY), os.open("/dev/zero", os.O_RDONLY)
+    for fd in (full, read_only):
+        event_fd.signal(fd)
+        os.close(fd)
