@@ -272,7 +272,7 @@ class PosixNode(BlockNode):
         )
 
     def flush_target(self) -> int | FlushTarget:
-        """The file, unless flushes are off, or have failed before."""
+        """The file, unless flushes are off, have failed before, or belong into our own threads (aio=threads)."""
         if self.no_flush:
             return FlushTarget.NOTHING
-        return FlushTarget.ASK if self._flush_error else self._fd
+        return FlushTarget.ASK if self._flush_error or self._pool else self._fd

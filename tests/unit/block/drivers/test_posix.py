@@ -239,6 +239,13 @@ def test_no_flush_syncs_nothing_ever(image: Path, watch: Callable[[FileNode], Wa
     with_file(image, scenario, **{"cache.no-flush": "on"})
 
 
+def test_flush_with_aio_threads_never_goes_through_the_engines_io_uring(image: Path) -> None:
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        assert backend.flush_target() is FlushTarget.ASK
+
+    with_file(image, scenario, aio="threads")
+
+
 @pytest.mark.warns("the test: flush at close failed", "node 'd': flush at close failed")
 def test_flush_that_failed_once_through_the_page_cache_fails_for_ever(
     image: Path, watch: Callable[[FileNode], Watched]
