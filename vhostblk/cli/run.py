@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from vhostblk.daemon import Daemon, DaemonConfig
 
@@ -18,6 +20,10 @@ def run_daemon(config: DaemonConfig, *, detach: bool = False) -> None:
         detach: go to the background once everything listens; the caller's process ends with 0 then, with 1 (and the
             reason on standard error) if it did not come that far.
     """
+    # The soft limit is there for programs that use select(2); exports and guest memory take a few fds each.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    with suppress(ValueError, OSError):  # then with what we have
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     on_ready = _detach() if detach else None
 
     async def serve() -> None:
