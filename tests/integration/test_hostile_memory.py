@@ -224,10 +224,12 @@ def test_a_request_to_memory_that_was_removed_breaks_the_queue(disks: Disks) -> 
 # ---------------------------------------------------------------- memory is truncated: SIGBUS
 
 
-def shrinking(disks: Disks, export: str) -> Client:
+def shrinking(disks: Disks, export: str, *, alignment: int = 4096) -> Client:
     """Rings in the first region, data of requests in the second one."""
-    memory = SharedMemory([1 << 20, 4 << 20], spread=False)
-    client = disks.connect(export, queues=2, queue_size=64, memory=memory, strict=False)
+    memory = SharedMemory([1 << 20, 4 << 20])
+    client = disks.connect(
+        export, queues=2, queue_size=64, memory=memory, alignment=alignment, strict=False
+    )
     client.memory.allocate(_room_left(client), contiguous=True)
     return client
 
@@ -331,18 +333,23 @@ def test_memory_is_truncated_before_a_ring_starts(disks: Disks) -> None:
     next_client_is_served(disks)
 
 
-def test_memory_that_was_truncated_never_reaches_the_disk_as_zeroes(disks: Disks) -> None:
-    with disks.connect("disk") as client:
+@pytest.mark.parametrize("export", ["disk", "direct", "memory"])
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+def test_memory_that_was_truncated_never_reaches_the_disk_as_zeroes(
+    disks: Disks, export: str, aligned: bool
+) -> None:
+    with disks.connect(export) as client:
         client.write(0, b"#" * (1 << 20))
-    client = shrinking(disks, "disk")
-    pending = [client.submit(RequestType.OUT, 0, out=b"@" * 65536, notify=False) for _ in range(4)]
-    assert pending
-    client.memory.regions[1].truncate(0)
+    client = shrinking(disks, export, alignment=4096 if aligned else 16)
+    request = client.queues[0].submit(RequestType.OUT, 0, out=b"@" * 66048)
+    assert request.buffer.gpa == client.memory.regions[1].gpa
+    # The header stays, so the daemon comes as far as the data.
+    client.memory.regions[1].truncate(PAGE)
     client.queues[0].notify()
     try:
         barrier(client)
     except (SessionError, PeerError):
         pass
     leave(client)
-    with disks.connect("disk") as client:
-        assert set(client.read(0, 65536)) <= set(b"#@")
+    with disks.connect(export) as client:
+        assert set(client.read(0, 70000 // 512 * 512)) <= set(b"#@")

@@ -11,7 +11,9 @@ connection, because the driver does: a front-end that reconnects does not tell u
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
+import mmap
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from typing import ClassVar
@@ -83,6 +85,8 @@ class BlkDevice:
         self._writeback = backend.write_cache
         self.offered_features = self._offer()
         self.features = 0
+        self.memory_faulted: Callable[[], bool] = lambda: False
+        """Whether the front-end has truncated memory that was used since; the data path knows."""
 
     @property
     def read_only(self) -> bool:
@@ -200,6 +204,13 @@ class BlkDevice:
         return int(Status.OK), request.length
 
     async def _write(self, request: BlkRequest) -> Outcome:
+        # Memory that was truncated reads as zeroes once it was touched: touch it before it is copied to the disk.
+        for view in request.data:
+            for at in range(0, len(view), mmap.PAGESIZE):
+                view[at]
+            view[-1]
+        if self.memory_faulted():
+            raise BlockError(errno.EFAULT)
         await self.backend.pwritev(request.offset, IoVec(request.data))
         return _OK
 

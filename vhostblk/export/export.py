@@ -223,6 +223,6 @@ class Export:
 
     def memory_faulted(self) -> None:
         """The session cannot go on in memory that is gone."""
-        self.log.warning("the front-end truncated the memory it shares: the session ends")
+        self._offences.record("the front-end truncated the memory it shares: the session ends")
         if self._front_end is not None:
             self._front_end.disconnect()

@@ -88,6 +88,7 @@ class NativeDataPath:
         self._memory: native.Memory | None = None
         self._write_through = False
         self._tasks: set[asyncio.Task[None]] = set()
+        device.memory_faulted = self._memory_faulted
 
     async def open(self) -> None:
         """Make the disk known to the threads. Call once, before anything else."""
@@ -260,6 +261,12 @@ class NativeDataPath:
             if aux == _FLUSH:
                 # The kernel reports a lost write once: from here on the block layer answers flushes.
                 self._backend.flush_failed(-result)
+
+    def _memory_faulted(self) -> bool:
+        if self._memory is None or not self._memory.faulted:
+            return False
+        self._events.memory_faulted()
+        return True
 
     async def _fault(self, thread: IOThread, offset: int, length: int, write: bool) -> bool:
         """Install what the graph can map around a request; says whether that serves it."""

@@ -58,6 +58,7 @@ class PythonDataPath:
         self._guard: native.Memory | None = None
         self._queues: dict[int, _Queue] = {}
         self._stats: dict[int, QueueStatistics] = {}
+        device.memory_faulted = self.memory_faulted
 
     async def open(self) -> None:
         """Nothing to prepare."""
