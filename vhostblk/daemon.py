@@ -151,6 +151,9 @@ class Daemon:
     ) -> None:
         if config.id in self.exports:
             raise ConfigError("this id is in use")
+        for other in self.exports.values():
+            if config.fd is not None and config.fd == other.config.fd:
+                raise ConfigError(f"fd {config.fd} is used by export '{other.config.id}'")
         threads = self._threads_for(config) if use_native else []
         node = self.graph.find(config.node_name)
         export = await Export.open(config, node, threads)
