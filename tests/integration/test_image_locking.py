@@ -1,0 +1,159 @@
+"""Daemons and QEMU's programs keep each other from writing one image, and from reading what another writes."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.requirements import require
+from vhostblk.client.client import Client
+from vhostblk.testing.daemon_process import VHOSTBLK
+from vhostblk.testing.plugin import DaemonStarter
+
+HELD = 'Failed to get shared "write" lock: is another process using the image'
+WRITES = 'Failed to get "write" lock'
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(65536))
+    return path
+
+
+def qemu_io(image: Path, *options: str) -> str:
+    """What qemu-io complains about when it opens the image."""
+    words = [require("qemu-io", group="qemu"), *options, "-f", "raw", "-c", "read 0 512"]
+    done = subprocess.run(
+        [*words, str(image)], capture_output=True, text=True, timeout=30, check=False
+    )
+    return done.stderr
+
+
+@contextmanager
+def held_by_qemu(image: Path, *options: str) -> Iterator[None]:
+    """A qemu-io that has the image open and waits for commands."""
+    words = [require("qemu-io", group="qemu"), *options, "-f", "raw", str(image)]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("length\n")
+        process.stdin.flush()
+        while "64 KiB" not in process.stdout.readline():
+            assert process.poll() is None
+        yield
+        process.stdin.close()
+        process.wait(30)
+
+
+def refusal(image: Path, socket: Path, *options: str) -> str:
+    """What `vhostblk serve` says when it may not have the image."""
+    done = subprocess.run(
+        [*VHOSTBLK, "serve", str(image), "--socket", str(socket), *options],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert not socket.exists()
+    return done.stderr
+
+
+def test_qemu_is_kept_out_until_the_daemon_ends(
+    daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    sock = socket_directory / "s"
+    process = daemon("serve", image, "--socket", sock, sockets=[sock])
+    assert WRITES in qemu_io(image)
+    assert qemu_io(image, "-r", "-U") == ""  # force-share looks on
+    with Client.connect(sock) as client:  # with and without a client
+        client.write(0, bytes(512))
+        assert WRITES in qemu_io(image)
+    assert process.stop() == 0
+    assert qemu_io(image) == ""
+
+
+def test_killed_daemon_holds_no_lock(
+    daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    sock = socket_directory / "s"
+    process = daemon("serve", image, "--socket", sock, sockets=[sock])
+    process.kill()
+    assert qemu_io(image) == ""
+
+
+def test_read_only_daemon_lets_others_read(
+    daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    one, two = socket_directory / "1", socket_directory / "2"
+    daemon("serve", image, "--socket", one, "--read-only", sockets=[one])
+    daemon("serve", image, "--socket", two, "--read-only", sockets=[two])
+    assert qemu_io(image, "-r") == ""
+    assert WRITES in qemu_io(image)
+    assert WRITES in refusal(image, socket_directory / "3")
+
+
+def test_two_daemons_do_not_write_one_image(
+    daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    sock = socket_directory / "s"
+    daemon("serve", image, "--socket", sock, sockets=[sock])
+    for options in ((), ("--read-only",), ("--cache", "none"), ("--data-path", "python")):
+        said = refusal(image, socket_directory / "t", *options)
+        assert f"[{image}]" in said
+        assert "is another process using the image" in said
+
+
+def test_daemon_does_not_take_what_qemu_writes(image: Path, socket_directory: Path) -> None:
+    with held_by_qemu(image):
+        for options in ((), ("--read-only",)):
+            assert HELD in refusal(image, socket_directory / "s", *options)
+
+
+def test_daemon_reads_what_qemu_reads(
+    daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    sock = socket_directory / "s"
+    with held_by_qemu(image, "-r"):
+        daemon("serve", image, "--socket", sock, "--read-only", sockets=[sock])
+        with Client.connect(sock) as client:
+            assert client.read(0, 512) == bytes(512)
+        assert WRITES in refusal(image, socket_directory / "t")
+
+
+def test_two_writable_exports_of_one_node_are_refused(
+    storage_daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    words = ["--blockdev", f"file,node-name=d,filename={image}"]
+    for name in ("a", "b"):
+        words += [
+            "--export",
+            f"vhost-user-blk,id={name},node-name=d,writable=on,addr.type=unix,"
+            f"addr.path={socket_directory / name}",
+        ]
+    said = storage_daemon(*words).expect_end(1)
+    assert said.startswith("vhostblk: --export id=b: ")
+    assert "export 'a'" in said
+    assert qemu_io(image) == ""
+
+
+def test_locking_off_takes_no_part(
+    storage_daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    sock = socket_directory / "s"
+    with held_by_qemu(image):
+        storage_daemon(
+            *["--blockdev", f"file,node-name=d,filename={image},locking=off", "--export"],
+            f"vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={sock}",
+            sockets=[sock],
+        )
+        with Client.connect(sock) as client:
+            client.write(0, b"w" * 512)
