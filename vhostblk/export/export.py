@@ -71,6 +71,7 @@ class Export:
         self._serving: asyncio.Task[None] | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._resizing: asyncio.Task[None] | None = None
+        self._resize_due = False
 
     @classmethod
     async def open(
@@ -157,14 +158,18 @@ class Export:
 
     def refresh_size(self) -> None:
         """Look at the size of the disk again; the guest is told if it changed."""
+        self._resize_due = True
         if self._resizing is None or self._resizing.done():
             self._resizing = asyncio.create_task(self._refresh_size())
 
     async def _refresh_size(self) -> None:
-        try:
-            await self._backend.node.refresh_length()
-        except BlockError as exc:
-            self.log.warning("cannot tell the size of the disk: %s", exc)
+        # It may change once more while we look.
+        while self._resize_due:
+            self._resize_due = False
+            try:
+                await self._backend.node.refresh_length()
+            except BlockError as exc:
+                self.log.warning("cannot tell the size of the disk: %s", exc)
 
     def _resized(self, length: int) -> None:
         self.log.info("the disk has %d bytes now", self.device.capacity)
