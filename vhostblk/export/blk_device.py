@@ -126,12 +126,14 @@ class BlkDevice:
             self.backend.limits,
             self._logical_block_size,
         )
+        min_io = max(sizes.min_io // block, 1)
         config = BlkConfig(
             capacity=self.capacity // SECTOR,
             seg_max=SEG_MAX,
             blk_size=block,
             physical_block_exp=max(sizes.physical // block, 1).bit_length() - 1,
-            min_io_size=max(sizes.min_io // block, 1),
+            # 16 bits: a stripe that does not fit is not told of, because half of one would be wrong.
+            min_io_size=min_io if min_io <= 0xFFFF else 0,
             opt_io_size=sizes.opt_io // block,
             writeback=int(self._writeback),
             num_queues=self._num_queues,

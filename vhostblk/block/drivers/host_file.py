@@ -131,7 +131,8 @@ def device_range(fd: int, request: int, offset: int, length: int) -> None:
 
 
 def _ioctl_int(fd: int, request: int) -> int:
-    value = array.array("i", [0])
+    # Unsigned: some bridges report optimal sizes just below 4 GiB.
+    value = array.array("I", [0])
     fcntl.ioctl(fd, request, value)
     return value[0]
 
