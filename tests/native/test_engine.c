@@ -25,13 +25,13 @@ static void collect(struct engine *engine, const struct vb_message *m)
 	collected[collected_count++] = *m;
 }
 
-/* Nobody takes messages while three queues offer more misses than the ring holds. */
+/* Nobody takes messages while four queues offer more misses than the ring has room for. */
 TEST(a_full_ring_loses_nothing)
 {
 	struct engine *engine = engine_new(VB_IO_AUTO, 0);
 	struct vb_disk *disk = disk_new(1, SIZE);
-	struct driver_config config = {.size = 2048, .data_bytes = 512, .indirect = true, .event_idx = true};
-	struct driver drivers[3];
+	struct driver_config config = {.size = 1024, .data_bytes = 512, .indirect = true, .event_idx = true};
+	struct driver drivers[4];
 	struct guest guest;
 	struct vb_message revoke = {.type = VB_REVOKE, .disk = (uint64_t)disk, .length = SIZE};
 	uint64_t cookies[500], end = now_ns() + DEADLINE, in_flight;
@@ -40,12 +40,12 @@ TEST(a_full_ring_loses_nothing)
 	engine->on_message = collect;
 	guest_init(&guest);
 	disk_attach(engine, disk, guest.memory);
-	for (uint32_t i = 0; i < 3; i++) {
+	for (uint32_t i = 0; i < 4; i++) {
 		driver_init(&drivers[i], &guest, &config);
 		driver_start(&drivers[i], engine, disk, i);
 	}
-	for (int i = 0; i < 3; i++) {
-		for (uint16_t token = 0; token < 2048; token++)
+	for (int i = 0; i < 4; i++) {
+		for (uint16_t token = 0; token < 1024; token++)
 			driver_add(&drivers[i], token, VIRTIO_BLK_T_IN, 0, 512);
 		driver_publish(&drivers[i]);
 	}
@@ -53,7 +53,7 @@ TEST(a_full_ring_loses_nothing)
 	do {
 		CHECK(now_ns() < end);
 		in_flight = 0;
-		for (int i = 0; i < 3; i++)
+		for (int i = 0; i < 4; i++)
 			in_flight += load_relaxed(&drivers[i].stats->in_flight);
 	} while (in_flight < 3000);
 	/* Commands still find room for their answers, as many as are promised. */
@@ -62,20 +62,139 @@ TEST(a_full_ring_loses_nothing)
 	CHECK_EQUAL(collected_count, 0);
 	for (int i = 0; i < 500; i++)
 		CHECK_EQUAL(engine_wait(engine, cookies[i]).result, 0);
-	engine_until(engine, collected_count == 3 * 2048);
+	engine_until(engine, collected_count == 4 * 1024);
 	for (int i = 0; i < collected_count; i++)
 		engine_tell(engine, (struct vb_message){.type = VB_COMPLETE, .cookie = collected[i].cookie});
-	while (finished < 3 * 2048) {
+	while (finished < 4 * 1024) {
 		CHECK(now_ns() < end);
-		for (int i = 0; i < 3; i++)
+		for (int i = 0; i < 4; i++)
 			while (driver_reap(&drivers[i], NULL) >= 0)
 				finished++;
 		engine_pump(engine, 0);
 	}
-	for (int i = 0; i < 3; i++) {
-		CHECK_EQUAL(driver_stop(&drivers[i]), 2048);
+	for (int i = 0; i < 4; i++) {
+		CHECK_EQUAL(driver_stop(&drivers[i]), 1024);
 		driver_deinit(&drivers[i]);
 	}
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	guest_deinit(&guest);
+}
+
+static void answer_collected(struct engine *engine)
+{
+	for (int i = 0; i < collected_count; i++)
+		engine_tell(engine, (struct vb_message){.type = VB_COMPLETE, .cookie = collected[i].cookie});
+	collected_count = 0;
+}
+
+/* What a driver can make us hold does not grow with its ring. */
+TEST(a_long_ring_waits_for_what_was_popped)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 4096, .data_bytes = 512, .indirect = true, .event_idx = true};
+	struct vb_message revoke = {.type = VB_REVOKE, .disk = (uint64_t)disk, .length = SIZE};
+	struct driver driver;
+	struct guest guest;
+	int finished = 0;
+
+	engine->on_message = collect;
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	driver_init(&driver, &guest, &config);
+	for (uint16_t token = 0; token < 4096; token++)
+		driver_add(&driver, token, VIRTIO_BLK_T_IN, 0, 512);
+	driver_publish(&driver);
+	driver_start(&driver, engine, disk, 1);
+	for (int round = 1; round <= 4; round++) {
+		engine_until(engine, collected_count == 1024);
+		/* An answer to a command says that all there was to pop has been popped. */
+		for (int i = 0; i < 20; i++)
+			CHECK_EQUAL(engine_command(engine, revoke).result, 0);
+		CHECK_EQUAL(collected_count, 1024);
+		CHECK_EQUAL(load_relaxed(&driver.stats->in_flight), 1024);
+		answer_collected(engine);
+		for (uint64_t end = now_ns() + DEADLINE; finished < 1024 * round;) {
+			CHECK(now_ns() < end);
+			finished += driver_reap(&driver, NULL) >= 0;
+		}
+	}
+	CHECK_EQUAL(driver_stop(&driver), 4096);
+	driver_deinit(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	guest_deinit(&guest);
+}
+
+/* Each queue has room for its breakage put aside in the ring up: they must not use up what commands need. */
+TEST(queues_beyond_a_number_are_refused_and_the_thread_goes_on)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 512};
+	struct driver driver;
+	struct guest guest;
+	struct vb_queue_config queue;
+	struct vb_message start = {.type = VB_QUEUE_START, .disk = (uint64_t)disk, .pointer = (uint64_t)&queue};
+	uint32_t started = 0;
+	int result = 0;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 0);
+	disk_map(engine, disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
+	queue = driver_queue_config(&driver);
+	queue.enabled = 0;
+	queue.kick_fd = -1;
+	while (!result && started < 10000) {
+		start.queue = started + 1;
+		result = engine_command(engine, start).result;
+		started += !result;
+	}
+	CHECK_EQUAL(result, -ENOSPC);
+	CHECK(started >= 1024);
+	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_OUT, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	for (; started; started--)
+		CHECK_EQUAL(
+			engine_command(engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = started}).result, 0);
+	driver_stop(&driver);
+	driver_deinit(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	guest_deinit(&guest);
+}
+
+/* The wish to be kicked is in guest memory, so it does not move to another mapping with the queue. */
+TEST(kicks_are_asked_for_anew_in_new_memory)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 0);
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct driver_config config = {.size = 8, .data_bytes = 512, .event_idx = true};
+	struct vb_message set = {.type = VB_MEMORY_SET, .disk = (uint64_t)disk};
+	struct driver driver;
+	struct guest guest;
+	uint16_t *avail_event;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	avail_event = (uint16_t *)&driver.used->ring[config.size];
+	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	engine_until(engine, load_acquire(avail_event) == 1);
+	store_release(avail_event, 77); /* as if the other memory had never seen this ring */
+	set.pointer = (uint64_t)guest.memory;
+	CHECK_EQUAL(engine_command(engine, set).result, 0);
+	engine_until(engine, load_acquire(avail_event) == 1);
+	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	driver_stop(&driver);
+	driver_deinit(&driver);
 	disk_detach(engine, disk);
 	engine_delete(engine);
 	vb_disk_unref(disk);

@@ -129,10 +129,15 @@ void queue_enable_kicks(struct queue *queue)
 
 /* ---------------------------------------------------------------- start, stop, break */
 
+static size_t request_count(const struct queue *queue)
+{
+	return MIN(queue->config.size, (uint32_t)QUEUE_REQUESTS);
+}
+
 static void queue_free(struct queue *queue)
 {
 	if (queue->requests)
-		munmap(queue->requests, queue->config.size * sizeof(*queue->requests));
+		munmap(queue->requests, request_count(queue) * sizeof(*queue->requests));
 	virtqueue_deinit(&queue->vq);
 	free(queue->chain);
 	free(queue);
@@ -162,7 +167,7 @@ static int take_slot(struct vb_thread *thread)
 /* The pool of requests: address space only, until a request is used for the first time. */
 static int allocate(struct queue *queue)
 {
-	void *requests = mmap(NULL, queue->config.size * sizeof(*queue->requests), PROT_READ | PROT_WRITE,
+	void *requests = mmap(NULL, request_count(queue) * sizeof(*queue->requests), PROT_READ | PROT_WRITE,
 		MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 
 	if (requests == MAP_FAILED)
@@ -268,6 +273,7 @@ void queue_move(struct queue *queue)
 
 	if (!use || virtqueue_move(&queue->vq, use->memory, &queue->config))
 		queue_break(queue, VB_BROKEN_RING_ADDRESS);
+	queue->kicks_off = true; /* as far as we know: it was the old memory that asked for them */
 }
 
 void queue_check_memory(struct queue *queue)
@@ -289,7 +295,8 @@ struct request *request_find(struct vb_thread *thread, uint64_t cookie)
 	return request && request->state == REQUEST_CONTROL && request_cookie(request) == cookie ? request : NULL;
 }
 
-/* There always is one: the virtqueue never lets more chains be in flight than the ring has descriptors. */
+/* There always is one: the virtqueue never lets more chains be in flight than the ring has descriptors, and may_pop
+ * not more than QUEUE_REQUESTS. */
 static struct request *request_take(struct queue *queue)
 {
 	struct request *request = queue->free;
@@ -435,8 +442,8 @@ static void accept_chain(struct queue *queue)
 
 static bool may_pop(const struct queue *queue)
 {
-	return queue->enabled && !queue->stopping && !queue->broken && queue->spilled < SPILLED_MAX &&
-	       thread_room(queue->thread) > ROOM_RESERVE;
+	return queue->enabled && !queue->stopping && !queue->broken && queue->in_flight < QUEUE_REQUESTS &&
+	       queue->spilled < SPILLED_MAX && thread_room(queue->thread) > ROOM_RESERVE;
 }
 
 bool queue_ready(const struct queue *queue)

@@ -14,6 +14,10 @@
 /* Pieces that a request has room for without allocating: Linux sends at most 128 + header and status. */
 #define REQUEST_PIECES 130
 
+/* Requests of one queue at a time; a longer ring waits. Devices are busy with far fewer, and what a driver can make us
+ * hold, here and in control, is bounded by this and the number of queues. */
+#define QUEUE_REQUESTS 1024
+
 /* Chains popped from one queue before others get their turn. */
 #define QUEUE_BATCH 64
 
