@@ -1,4 +1,5 @@
 /* test_requests.c: one request at a time: VIRTIO 1.2 §5.2.6 and what becomes of each kind. */
+#include <dirent.h>
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/uio.h>
@@ -258,6 +259,49 @@ TEST(more_requests_than_io_uring_is_given)
 		finished++;
 	CHECK_EQUAL(finished, driver.config.start);
 	driver_deinit(&driver);
+	rig_down();
+}
+
+static int thread_count(void)
+{
+	DIR *tasks = opendir("/proc/self/task");
+	int count = 0;
+
+	while (readdir(tasks))
+		count++;
+	closedir(tasks);
+	return count;
+}
+
+/* What would hold up everybody on the thread goes to the pool, although the file never blocks. */
+TEST(long_requests_are_not_served_inline)
+{
+	struct driver_config config = {.size = 8, .data_bytes = 3u << 20};
+	struct driver driver;
+	uint32_t written;
+	int fd, before;
+
+	rig_up(VB_IO_AUTO, &(struct vb_disk_config){.capacity = 4u << 20});
+	fd = file_new(false, 4u << 20);
+	disk_map(rig.engine, rig.disk, whole_file(fd, 4u << 20, RW | VB_EXTENT_INLINE));
+	driver_init(&driver, &rig.guest, &config);
+	driver_start(&driver, rig.engine, rig.disk, 9);
+	before = thread_count();
+	for (int half = 0; half < 2; half++) {
+		uint32_t length = half ? 3u << 20 : 1u << 20;
+
+		memset(driver_data(&driver, 0), 'a' + half, length);
+		CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_OUT, 8, length, NULL), VIRTIO_BLK_S_OK);
+		memset(driver_data(&driver, 0), 0, length);
+		CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 8, length, &written), VIRTIO_BLK_S_OK);
+		CHECK_EQUAL(written, length + 1);
+		for (uint32_t i = 0; i < length; i++)
+			CHECK_EQUAL(driver_data(&driver, 0)[i], 'a' + half);
+		CHECK_EQUAL(thread_count() > before, half); /* the pool's first */
+	}
+	driver_stop(&driver);
+	driver_deinit(&driver);
+	close(fd);
 	rig_down();
 }
 

@@ -70,7 +70,7 @@ enum vb_extent_flag {
 	VB_EXTENT_WRITE = 2,   /* writes may use it */
 	VB_EXTENT_ZERO = 4,    /* reads as zeroes; no file */
 	VB_EXTENT_NULL = 8,    /* accepts anything, keeps nothing; without ZERO, leaves read buffers alone; no file */
-	VB_EXTENT_INLINE = 16, /* the file never blocks (tmpfs): preadv/pwritev at once */
+	VB_EXTENT_INLINE = 16, /* the file never blocks (tmpfs): preadv/pwritev at once; long ones in the pool */
 	VB_EXTENT_POOL = 32,   /* use the thread pool even where io_uring works (aio=threads) */
 	VB_EXTENT_FIXED = 64   /* io_uring fixed buffers pay here (O_DIRECT) */
 };

@@ -7,6 +7,9 @@
 #include "sigbus.h"
 #include "stats.h"
 
+/* Copying that many bytes is not noticed by those who share the thread; more is given to the pool. */
+#define INLINE_MAX (1u << 20)
+
 /* `flags`: what VB_REQUEST says beyond VB_REQUEST_RETRIED. */
 static void hand_to_control(struct request *request, uint16_t flags)
 {
@@ -124,17 +127,19 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 	bool write = blk->op == VB_OP_WRITE;
 	bool durable = write && load_relaxed(&request->queue->attachment->disk->write_through);
 	bool fixed = extent->flags & VB_EXTENT_FIXED && blk->pieces == 1;
+	bool at_once = extent->flags & VB_EXTENT_INLINE && blk->length <= INLINE_MAX;
+	bool pool = extent->flags & (VB_EXTENT_POOL | VB_EXTENT_INLINE);
 
 	request->op = (struct aio_op){
 		.iov = blk->data,
 		.pieces = blk->pieces,
 		.kind = write ? VB_IO_WRITE : VB_IO_READ,
-		.flags = (uint8_t)((durable ? AIO_DSYNC : 0) | (extent->flags & VB_EXTENT_POOL ? AIO_POOL : 0)),
+		.flags = (uint8_t)((durable ? AIO_DSYNC : 0) | (pool ? AIO_POOL : 0)),
 		.buffer = (int16_t)(fixed ? memory_use_buffer(request->memory, blk->data) : -1),
 		.fd = extent->fd,
 		.offset = extent->host_offset + (blk->offset - extent->offset),
 	};
-	if (extent->flags & VB_EXTENT_INLINE) {
+	if (at_once) {
 		aio_run(&request->op);
 		finish_io(request, request->op.result);
 	} else {
