@@ -233,7 +233,9 @@ class BlockNode:
         """Release everything; must work after a failed `open()` too. Children are closed by the graph."""
 
     async def refresh_length(self) -> None:
-        """Set `length` to what it is now."""
+        """Set `length` to what it is now; by default what the children, which look first, make of it."""
+        for edge in tuple(self.children.values()):
+            await edge.node.refresh_length()
 
     def refresh_limits(self) -> None:
         """Adjust `limits`, which are merged from the children already (row B12.2)."""

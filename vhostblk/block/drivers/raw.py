@@ -50,7 +50,8 @@ class RawNode(BlockNode):
         self.length = self._window(child.length)
 
     async def refresh_length(self) -> None:
-        """As long as the child allows."""
+        """As long as the child allows, which has to look first."""
+        await super().refresh_length()
         self.child_resized(self._file)
 
     def _window(self, available: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import pytest
 
@@ -54,6 +56,25 @@ def test_every_request_is_shifted_and_stays_inside() -> None:
         assert inside[9192:] == b"\xff" * (65536 - 9192)
 
     with_window(",offset=1000,size=8k", scenario)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_growth_of_the_file_is_noticed_through_every_layer(tmp_path: Path, layers: int) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(8192))
+    options: dict[str, object] = {"driver": "file", "filename": str(image)}
+    for _ in range(layers):
+        options = {"driver": "raw", "file": options}
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        node = await graph.add(options)
+        os.truncate(image, 20480)
+        await node.refresh_length()
+        assert node.length == 20480
+        await graph.close_all()
+
+    asyncio.run(scenario())
 
 
 def test_extents_are_the_childs_cut_to_the_window_and_shifted() -> None:
