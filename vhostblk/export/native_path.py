@@ -87,6 +87,7 @@ class NativeDataPath:
         self._stats: dict[int, native.QueueStats] = {}  # by index, for as long as we live
         self._memory: native.Memory | None = None
         self._write_through = False
+        self._flush_failed = False  # of the engine, and the block layer knows
         self._tasks: set[asyncio.Task[None]] = set()
         device.memory_faulted = self._memory_faulted
 
@@ -188,6 +189,7 @@ class NativeDataPath:
         """See `DataPath.set_write_through`."""
         self._write_through = write_through
         await self.revoke(0, _EVERYTHING)
+        self._learn_of_failed_flush()
 
     def set_capacity(self, capacity: int) -> None:
         """See `DataPath.set_capacity`."""
@@ -240,6 +242,7 @@ class NativeDataPath:
             request.offset, request.length = offset, length
             request.data = native.iov_views(pointer, count)
         elif kind == _FLUSH:
+            self._learn_of_failed_flush()
             if not flags & _DO_NOT_MAP and self._allow_flush(thread):
                 return None
         else:
@@ -260,7 +263,14 @@ class NativeDataPath:
             self._errors.record_io_error(name, -result, offset, length)
             if aux == _FLUSH:
                 # The kernel reports a lost write once: from here on the block layer answers flushes.
+                self._flush_failed = True
                 self._backend.flush_failed(-result)
+
+    def _learn_of_failed_flush(self) -> None:
+        """Its message may still be on the way, or dropped for want of room; the block layer must not flush before."""
+        if self._disk.flush_failed and not self._flush_failed:
+            self._flush_failed = True
+            self._backend.flush_failed(errno.EIO)
 
     def _memory_faulted(self) -> bool:
         if self._memory is None or not self._memory.faulted:

@@ -64,6 +64,11 @@ class Disk:
         """How many writes the engine has completed by itself."""
         return int(lib.vb_disk_write_gen(self._disk))
 
+    @property
+    def flush_failed(self) -> bool:
+        """Whether an fdatasync of the engine has failed, ever."""
+        return bool(lib.vb_disk_flush_failed(self._disk))
+
     def set_capacity(self, capacity: int) -> None:
         """Bytes; requests that start later see it. Shrinking: then revoke what is gone."""
         lib.vb_disk_set_capacity(self._disk, capacity)

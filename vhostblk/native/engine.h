@@ -63,6 +63,9 @@ void vb_disk_set_write_through(struct vb_disk *disk, int write_through);
 /* Writes the engine has completed by itself, so that control's flush generations can count them. Grows before the
  * guest is told. */
 uint64_t vb_disk_write_gen(const struct vb_disk *disk);
+/* Whether an fdatasync of the engine has failed. It is set before anybody is told, and VB_IO_ERROR, which tells control,
+ * may come late or not at all: so control looks here before it flushes. */
+int vb_disk_flush_failed(const struct vb_disk *disk);
 
 /* An entry of the extent map: this range of the disk is that range of a file, until it is revoked. */
 enum vb_extent_flag {

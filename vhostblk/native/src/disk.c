@@ -59,6 +59,11 @@ uint64_t vb_disk_write_gen(const struct vb_disk *disk)
 	return load_acquire(&disk->write_gen);
 }
 
+int vb_disk_flush_failed(const struct vb_disk *disk)
+{
+	return (int)load_acquire(&disk->flush_failed);
+}
+
 struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *disk)
 {
 	struct attachment *a = calloc(1, sizeof(*a));

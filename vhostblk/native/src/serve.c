@@ -58,7 +58,7 @@ static void report_failure(struct request *request, int error)
 static int64_t check_flush(struct vb_disk *disk, int64_t result)
 {
 	if (result < 0)
-		store_relaxed(&disk->flush_failed, 1);
+		store_release(&disk->flush_failed, 1);
 	return load_relaxed(&disk->flush_failed) && !result ? -EIO : result;
 }
 

@@ -1,0 +1,113 @@
+"""What the control loop does for the engine, where timing cannot be left to chance."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from vhostblk import native
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.node import FlushTarget
+from vhostblk.export.export import Export
+from vhostblk.export.io_thread import IOThread
+from vhostblk.export.native_path import NativeDataPath
+from vhostblk.export.options import ExportConfig
+from vhostblk.testing.plugin import ExpectedLog
+from vhostblk.testing.requirements import require
+from vhostblk.virtio.blk import RequestType, Status
+
+FLUSH = (int(native.MessageType.REQUEST), 0, 0, 1, 0, 0, 0, 0, 0, 0, int(RequestType.FLUSH))
+
+
+def with_export(image: Path, options: str, scenario: Callable[[Export], Awaitable[None]]) -> None:
+    """An export on a file with a thread of the engine, without a socket."""
+    require("engine")
+
+    async def everything() -> None:
+        graph = BlockGraph()
+        node = await graph.add(f"file,node-name=d,filename={image}{options}")
+        thread = IOThread("test")
+        export = await Export.open(
+            ExportConfig(id="e", node_name="d", writable=True), node, [thread]
+        )
+        try:
+            await scenario(export)
+        finally:
+            await export.close()
+            thread.close()
+            await graph.close_all()
+
+    asyncio.run(everything())
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(65536))
+    return path
+
+
+async def flush(export: Export) -> int | None:
+    """A guest's flush that the engine has passed on; its status, or None if the engine is to do it."""
+    path = export._path
+    assert isinstance(path, NativeDataPath)
+    outcome = await path._serve(path._threads[0], FLUSH)
+    return None if outcome is None else outcome[0]
+
+
+def test_flush_that_the_engine_failed_is_known_before_its_message_comes(
+    image: Path, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectedLog
+) -> None:
+    """Another fdatasync would succeed: the kernel has told of the lost pages, and forgotten them."""
+    expect_log.expect("flush failed: ", "flush at close failed")
+
+    async def scenario(export: Export) -> None:
+        assert await flush(export) is None
+        with monkeypatch.context() as patch:
+            patch.setattr(native.Disk, "write_gen", 1)
+            patch.setattr(native.Disk, "flush_failed", True)
+            assert await flush(export) == Status.IOERR
+            patch.setattr(native.Disk, "flush_failed", False)
+            assert await flush(export) == Status.IOERR
+            assert export.device.backend.flush_target() is FlushTarget.ASK
+            await export.device.backend.close()
+
+    with_export(image, "", scenario)
+
+
+def test_without_a_page_cache_a_failed_flush_is_no_verdict(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native.Disk, "flush_failed", True)
+
+    async def scenario(export: Export) -> None:
+        assert await flush(export) is None
+
+    with_export(image, ",cache.direct=on", scenario)
+
+
+def test_nothing_is_durable_with_no_flush_and_everything_again_after_a_revocation(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    real = native.Disk.set_write_through
+
+    def spy(disk: native.Disk, write_through: bool) -> None:
+        said.append(write_through)
+        real(disk, write_through)
+
+    monkeypatch.setattr(native.Disk, "set_write_through", spy)
+
+    async def scenario(export: Export) -> None:
+        path = export._path
+        await path.set_write_through(True)
+        assert said == [True]
+        assert await path._fault(path._threads[0], 0, 512, True)
+        assert said == [True, False]
+        await path.revoke(0, 65536)  # who knows what the graph is going to be
+        assert said == [True, False, True]
+
+    with_export(image, ",cache.no-flush=on", scenario)
