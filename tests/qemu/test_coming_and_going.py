@@ -88,6 +88,34 @@ def test_guest_works_on_when_its_daemon_is_stopped_and_started_again(
     assert same(image, reference)
 
 
+def test_requests_of_a_slow_disk_are_done_once_when_its_daemon_is_stopped_under_them(
+    storage_daemon: DaemonStarter, socket_directory: Path
+) -> None:
+    """A daemon that hung up before it had drained made QEMU start the next one too early in the ring."""
+    path = socket_directory / "disk"
+    command = (
+        *("--blockdev", "driver=null-co,node-name=d,size=64M,latency-ns=700000000,read-zeroes=on"),
+        "--export",
+        f"type=vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={path}",
+    )
+    first = storage_daemon(*command, sockets=[path])
+    with Guest([GuestDisk(path, reconnect_seconds=1)], programs=()) as guest:
+        guest.check(
+            ">/tmp/ended; for place in 1 2 3 4; do"
+            " (dd if=/dev/zero of=/dev/vda bs=4k seek=${place}0 count=3 conv=notrunc oflag=direct"
+            " 2>/dev/null; echo $? >>/tmp/ended) >/dev/null 2>&1 & done;"
+            " until grep -q '[1-9]' /sys/block/vda/inflight; do usleep 1000; done"
+        )
+        assert first.stop() == 0
+        storage_daemon(*command, sockets=[path])
+        ended = guest.check(
+            "until [ $(wc -l </tmp/ended) = 4 ]; do usleep 1000; done; cat /tmp/ended"
+        )
+        assert ended.split() == ["0"] * 4
+        assert guest.check("dmesg | grep -c 'not a head' || true").strip() == "0"
+        guest.power_off()
+
+
 def wait_for_growth(image: Path, size: int, seconds: float = 30.0) -> None:
     """Waits until the image takes more than `size` bytes: somebody is writing."""
     deadline = time.monotonic() + seconds

@@ -61,11 +61,12 @@ class FrontEnd:
         self._memory = MemTable(native.address_of, MAX_MEM_SLOTS)
         self._channel: BackendChannel | None = None
         self._running: set[int] = set()  # queues
+        self._leaving = False
 
     @property
     def is_leaving(self) -> bool:
-        """Whether the peer has hung up, although its last requests may still be in flight."""
-        return self._connection.is_closed or self._connection.has_hung_up()
+        """Whether this is the end on either side, although the last requests may still be in flight."""
+        return self._leaving or self._connection.has_hung_up()
 
     async def run(self) -> None:
         """Serve until the front-end leaves, breaks the protocol, or `disconnect` is called.
@@ -81,8 +82,9 @@ class FrontEnd:
             await self._leave()
 
     def disconnect(self) -> None:
-        """Hang up; `run` comes to its end."""
-        self._connection.close()
+        """Take no more messages; `run` comes to its end, and hangs up once the queues are drained."""
+        self._leaving = True
+        self._connection.finish()
 
     def config_changed(self) -> None:
         """Tell the guest to look at the configuration space again, as soon as that is possible."""
@@ -119,11 +121,14 @@ class FrontEnd:
             self._log.warning("the front-end does not take messages: %s is lost", message.name())
 
     async def _leave(self) -> None:
-        self._connection.close()
+        self._leaving = True
         for step in self._session.close():
             # After a bug of ours the session may believe that a queue runs which does not.
             if not isinstance(step, action.StopVring) or step.index in self._running:
                 await self._perform(step)
+        # Not before the queues are drained: from what the used ring says when we hang up, a front-end concludes what is
+        # done. QEMU has the next back-end begin there, and a request that completed later would be done twice.
+        self._connection.close()
         await self._use_memory(MemTable(native.address_of, MAX_MEM_SLOTS))
         if self._channel is not None:
             self._channel.close()

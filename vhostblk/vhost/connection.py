@@ -104,18 +104,19 @@ class Connection(_Stream):
     def __init__(self, sock: socket.socket, table: Mapping[int, Row] = FRONTEND_TABLE) -> None:
         super().__init__(sock, table)
         sock.setblocking(False)
+        self._finished = False
         self._waiters: set[asyncio.Future[None]] = set()
 
     async def receive(self) -> Message | None:
         """Give the next message; its fds are the caller's.
 
         Returns:
-            None at the end of the stream, or once `close` was called.
+            None at the end of the stream, or once `finish` or `close` was called.
 
         Raises:
             SessionError: the stream is broken; see `Decoder` and the module.
         """
-        while not self.is_closed:
+        while not self.is_closed and not self._finished:
             try:
                 goes_on, message = self._take()
             except BlockingIOError:
@@ -139,7 +140,7 @@ class Connection(_Stream):
         """Send a message; its fds stay the caller's. Waits while the peer does not read.
 
         Raises:
-            SessionError: the peer is gone, or `close` was called.
+            SessionError: the peer is gone, `close` was called, or `finish` was and the peer does not read.
         """
         data = memoryview(message.encode())
         fds = message.fds
@@ -149,19 +150,25 @@ class Connection(_Stream):
             try:
                 sent = self._socket.sendmsg([data], _rights(fds), socket.MSG_NOSIGNAL)
             except BlockingIOError:
+                if self._finished:
+                    raise SessionError(f"cannot send {message.name()}: nobody reads it") from None
                 await self._wait(write=True)
                 continue
             except OSError as error:
                 raise SessionError(f"cannot send {message.name()}: {error}") from error
             data, fds = data[sent:], ()
 
+    def finish(self) -> None:
+        """Hand out no more messages and wait for nothing any more; the peer does not notice until `close`."""
+        self._finished = True
+        for waiter in self._waiters:
+            wake(waiter)
+
     def close(self) -> None:
         """Close the socket; a `receive` or `send` that waits ends. Idempotent."""
         if self.is_closed:
             return
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self.finish()
         if self._waiters:
             # Before the descriptor is closed, and its number perhaps used again.
             loop = asyncio.get_running_loop()

@@ -187,6 +187,47 @@ def test_close_ends_a_receive_that_waits(sockets: Sockets) -> None:
     run(main)
 
 
+def test_finish_ends_a_receive_that_waits_and_the_peer_does_not_notice(sockets: Sockets) -> None:
+    ours, theirs = sockets
+
+    async def main() -> None:
+        connection = Connection(ours)
+        receiving = asyncio.create_task(connection.receive())
+        await asyncio.sleep(0)
+        connection.finish()
+        assert await receiving is None
+        theirs.sendall(Message(Request.SET_OWNER).encode())
+        assert await connection.receive() is None
+        # Replies can still be sent, and there is no end of the stream.
+        await connection.send(Message(Request.GET_FEATURES, 5, U64(1)))
+        assert theirs.recv(4096) == Message(Request.GET_FEATURES, 5, U64(1)).encode()
+        theirs.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+        connection.close()
+
+    run(main)
+
+
+def test_finish_ends_a_send_that_waits(sockets: Sockets) -> None:
+    ours, _ = sockets
+
+    async def main() -> None:
+        connection = Connection(ours)
+        message = Message(77, 5, Raw(bytes(4096)))
+        while True:
+            sending = asyncio.create_task(connection.send(message))
+            await asyncio.sleep(0)
+            if not sending.done():
+                break
+        connection.finish()
+        with pytest.raises(SessionError, match="nobody reads"):
+            await sending
+        connection.close()
+
+    run(main)
+
+
 def test_cancelled_receive_can_be_repeated(sockets: Sockets) -> None:
     ours, theirs = sockets
 
