@@ -75,7 +75,16 @@ Serve = Callable[..., Served]
 
 
 @pytest.fixture
-def serve(storage_daemon: DaemonStarter, socket_directory: Path, path: str) -> Serve:
+def stack(_nothing_leaks: None) -> Iterator[ExitStack]:
+    """For what must outlive the daemon: `serve` comes after it, and so ends before it."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def serve(
+    stack: ExitStack, storage_daemon: DaemonStarter, socket_directory: Path, path: str
+) -> Serve:
     """Starts a daemon on a file with some more options of the node."""
 
     def start(
@@ -104,13 +113,6 @@ def serve(storage_daemon: DaemonStarter, socket_directory: Path, path: str) -> S
         return Served(process, socket_directory)
 
     return start
-
-
-@pytest.fixture
-def stack(serve: Serve) -> Iterator[ExitStack]:
-    """For what must outlive the daemon."""
-    with ExitStack() as stack:
-        yield stack
 
 
 def fails(action: Callable[[], object], times: int = 3) -> None:
