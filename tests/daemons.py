@@ -53,6 +53,7 @@ _FILE = "driver=file,filename={image},discard=unmap"
 _EXPORTS = {
     "disk": (_FILE + "{aio}", "writable=on,max-segments=32,iothread=io0"),
     "direct": (_FILE + ",cache.direct=on{aio}", "writable=on,max-segments=32,iothread=io1"),
+    "pinned": (_FILE + ",cache.direct=on{aio}", "writable=on,pin-memory=on,iothread=io1"),
     "big-blocks": (_FILE + "{aio}", "writable=on,logical-block-size=4096,iothread=io1"),
     "read-only": ("driver=file,filename={image},read-only=on{aio}", "iothread=io0"),
     "grows": (_FILE + "{aio}", "writable=on,iothread=io1"),

@@ -475,7 +475,7 @@ def test_a_random_workload_reads_what_it_wrote(disks: Disks, memory: str, one_by
         workload.verify()
 
 
-@pytest.mark.parametrize("export", ["direct", "big-blocks", "memory", "write-through"])
+@pytest.mark.parametrize("export", ["direct", "pinned", "big-blocks", "memory", "write-through"])
 def test_a_random_workload_on_every_kind_of_disk(disks: Disks, export: str) -> None:
     with disks.connect(export, queues=4, queue_size=64, alignment=512) as client:
         workload = Workload(client, seed=7, span=(512, 1 << 20), depth=24)

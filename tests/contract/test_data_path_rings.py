@@ -12,6 +12,7 @@ import random
 import pytest
 
 from tests.daemons import ALL_PATHS, SERIAL, Disks, barrier, eventually, finish
+from vhostblk.block.host_io import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from vhostblk.client.client import FEATURES, Client
 from vhostblk.client.queue import Pending, whole
 from vhostblk.client.shared_memory import SharedMemory
@@ -454,7 +455,26 @@ def test_memory_that_is_added_is_used_for_requests(disks: Disks) -> None:
         client.memory.free(blocked)
 
 
-@pytest.mark.parametrize("export", ["slow", "direct"])
+@pytest.mark.parametrize("export", ["disk", "direct"])
+def test_pages_that_a_balloon_took_and_gave_back_are_read_into(disks: Disks, export: str) -> None:
+    """The VMM punches a hole in the file; what is at that address afterwards is another page."""
+    with disks.connect(export, queue_size=8) as client:
+        data = random.Random(6).randbytes(4096)
+        client.write(0, data)
+        region = client.memory.regions[0]
+        region.view[:] = bytes(region.view).replace(data, bytes(4096))
+        assert client.read(0, 4096) == data
+        at = bytes(region.view).index(data)
+        assert at % 4096 == 0
+        fallocate(
+            region.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, region.offset + at, 4096
+        )
+        assert not any(region.view[at : at + 4096])
+        assert client.read(0, 4096) == data
+        assert region.view[at : at + 4096] == data
+
+
+@pytest.mark.parametrize("export", ["slow", "direct", "pinned"])
 def test_the_memory_table_is_replaced_while_rings_run(disks: Disks, export: str) -> None:
     with disks.connect(export, queues=2, memory=SharedMemory([8 << 20] * 2)) as client:
         for _ in range(4):

@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="OPTIONS",
         help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix|fd,addr.path=…|addr.str=…"
         "[,writable=on|off][,writethrough=on|off][,iothread=…][,logical-block-size=…]"
-        "[,num-queues=…][,max-segments=…][,serial=…]; repeatable",
+        "[,num-queues=…][,max-segments=…][,pin-memory=on|off][,serial=…]; repeatable",
     )
     parser.add_argument(
         "--object",

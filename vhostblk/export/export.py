@@ -62,7 +62,9 @@ class Export:
             errors=self._errors,
         )
         self._path: DataPath = (
-            NativeDataPath(self.device, threads, self, self._errors)
+            NativeDataPath(
+                self.device, threads, self, self._errors, pin_memory=config.pin_memory
+            )
             if threads
             else PythonDataPath(self.device, self)
         )

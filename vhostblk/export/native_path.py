@@ -59,6 +59,9 @@ class NativeDataPath:
         threads: queue i runs on thread i modulo their number. They may be shared with other exports.
         events: who hears of broken queues.
         errors: where requests that the engine failed are counted.
+        pin_memory: register guest memory as fixed buffers where those pay. What is registered stays pinned: after the
+            guest has given a page back (a balloon, free page reporting, virtio-mem, postcopy) and got another for it,
+            reads would still end in the old one. vhost-user has no way to tell a VMM that it must not take pages.
 
     Context: the control loop.
     Owns: the engine's disk, its queues and the memory snapshots; not the threads.
@@ -70,11 +73,14 @@ class NativeDataPath:
         threads: Sequence[IOThread],
         events: DataPathEvents,
         errors: ErrorLog,
+        *,
+        pin_memory: bool = False,
     ) -> None:
         self._device = device
         self._threads = tuple(threads)
         self._events = events
         self._errors = errors
+        self._pin_memory = pin_memory
         self._disk = native.Disk(
             disk_id=id(self),
             capacity=device.capacity,
@@ -106,7 +112,7 @@ class NativeDataPath:
     async def set_memory(self, memory: MemTable | None) -> None:
         """See `DataPath.set_memory`."""
         fresh = native.Memory(memory.regions) if memory is not None else None
-        flags = int(fresh is not None and await self._uses_fixed_buffers())
+        flags = int(fresh is not None and self._pin_memory and await self._uses_fixed_buffers())
         await asyncio.gather(
             *(
                 self._check(

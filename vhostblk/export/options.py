@@ -43,6 +43,7 @@ class ExportConfig:
         io_threads: names of iothread objects; without any, `own_threads` threads of its own.
         max_segments: of one DISCARD or WRITE_ZEROES request.
         logical_block_size: bytes; None: the disk's own.
+        pin_memory: with O_DIRECT, keep guest memory pinned. Only for guests that never give memory back.
     """
 
     id: str
@@ -55,6 +56,7 @@ class ExportConfig:
     num_queues: int = DEFAULT_QUEUES
     max_segments: int = DEFAULT_SEGMENTS
     logical_block_size: int | None = None
+    pin_memory: bool = False
     io_threads: tuple[str, ...] = ()
     own_threads: int = 1
 
@@ -74,7 +76,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """`--export`, as qemu-storage-daemon spells it; `serial` and `max-segments` are ours."""
+    """`--export`, as qemu-storage-daemon spells it; `serial`, `max-segments` and `pin-memory` are ours."""
 
     type: str = option(choice("vhost-user-blk"), about="the protocol")
     id: str = option(IDENTIFIER, about="name of the export")
@@ -90,6 +92,9 @@ class _Options:
     num_queues: int = option(INTEGER, DEFAULT_QUEUES, about="most queues a guest may use")
     max_segments: int = option(
         INTEGER, QEMU_SEGMENTS, about="segments of one discard or write-zeroes request"
+    )
+    pin_memory: bool = option(
+        BOOLEAN, False, about="pin guest memory for O_DIRECT; never with ballooning"
     )
     serial: str = option(STRING, DEFAULT_SERIAL, about="at most 20 bytes")
 
@@ -133,5 +138,6 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         num_queues=parsed.num_queues,
         max_segments=parsed.max_segments,
         logical_block_size=parsed.logical_block_size,
+        pin_memory=parsed.pin_memory,
         io_threads=(parsed.iothread,) if parsed.iothread is not None else (),
     )
