@@ -351,9 +351,6 @@ def test_daemonize_fails_in_the_foreground(
     assert os.listdir(socket_directory) == []
 
 
-# ---------------------------------------------------------------- many
-
-
 @PATHS
 def test_two_hundred_exports_start_and_stop(
     storage_daemon: DaemonStarter, socket_directory: Path, path: str
@@ -397,9 +394,6 @@ def test_exports_share_a_node_and_an_iothread(
         assert one.read(0, 4096) == two.read(0, 4096)
     with Client.connect(sockets[2]) as client:
         assert client.get_id() == "c"
-
-
-# ---------------------------------------------------------------- SIGHUP
 
 
 @PATHS
