@@ -74,6 +74,9 @@ class FrontEnd:
         When this returns nothing of the session is left: queues are drained and stopped, memory is unmapped.
         """
         try:
+            # What was agreed with the front-end before is nothing that this one has said. Without SET_FEATURES there is
+            # no flush, so writes are durable.
+            await self._perform(action.SetFeatures(0))
             while (message := await self._connection.receive()) is not None:
                 await self._handle(message)
         except SessionError as exc:
@@ -94,11 +97,18 @@ class FrontEnd:
     async def _handle(self, message: Any) -> None:
         result: Result = None
         error: PeerError | None = None
-        for step in self._session.receive(message):
+        steps = self._session.receive(message)
+        for position, step in enumerate(steps):
             try:
                 answer = await self._perform(step)
             except PeerError as exc:
                 error = error or exc
+            except BaseException:
+                # A bug of ours ends the session; it must not cost the daemon the fds of the message, too.
+                for rest in steps[position + 1 :]:
+                    if isinstance(rest, action.CloseFds):
+                        await self._perform(rest)
+                raise
             else:
                 result = answer if answer is not None else result
         refusal = error or self._session.refusal
