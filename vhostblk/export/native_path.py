@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from functools import partial
 from vhostblk import native
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.node import ExtentFlag
-from vhostblk.errors import PeerError
+from vhostblk.errors import BlockError, PeerError
 from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice, Outcome
 from vhostblk.export.data_path import DataPathEvents
@@ -28,9 +29,11 @@ from vhostblk.export.statistics import QueueStatistics
 from vhostblk.native import Message, MessageType
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
-from vhostblk.virtio.blk import RequestType
+from vhostblk.virtio.blk import RequestType, Status
 from vhostblk.virtio.blk_request import BlkRequest, Segment
 from vhostblk.virtio.features import Feature
+
+log = logging.getLogger(__name__)
 
 _IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
 # It was retried already, or the map has its range but the request is not aligned enough for it.
@@ -240,6 +243,14 @@ class NativeDataPath:
         run_eagerly(self._serve(thread, message), partial(_answer, thread, message[3]), self._tasks)
 
     async def _serve(self, thread: IOThread, message: Message) -> Outcome | None:
+        try:
+            return await self._map_or_execute(thread, message)
+        except Exception:
+            # A request without an answer would keep its queue from ever stopping.
+            log.exception("a bug: a request failed")
+            return int(Status.IOERR), 0
+
+    async def _map_or_execute(self, thread: IOThread, message: Message) -> Outcome | None:
         _, flags, _, _, _, offset, length, pointer, count, _, kind = message
         request = BlkRequest(head=0, status_byte=_NOWHERE, type=kind)
         if kind in (_IN, _OUT):
@@ -286,7 +297,10 @@ class NativeDataPath:
 
     async def _fault(self, thread: IOThread, offset: int, length: int, write: bool) -> bool:
         """Install what the graph can map around a request; says whether that serves it."""
-        extents = await self._backend.extents(offset, length)
+        try:
+            extents = await self._backend.extents(offset, length)
+        except BlockError:
+            return False  # the request itself will meet the error, and tell
         if not offload.covers(extents, offset, length, write):
             return False
         # No wait between the backend's answer and the message: a revocation would come between them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 
 from vhostblk import native
 from vhostblk.block.graph import BlockGraph
-from vhostblk.block.node import FlushTarget
+from vhostblk.block.node import FlushTarget, HostExtent
+from vhostblk.errors import BlockError
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.native_path import NativeDataPath
@@ -111,3 +113,32 @@ def test_nothing_is_durable_with_no_flush_and_everything_again_after_a_revocatio
         assert said == [True, False, True]
 
     with_export(image, ",cache.no-flush=on", scenario)
+
+
+READ = (int(native.MessageType.REQUEST), 0, 0, 1, 0, 0, 512, 0, 0, 0, int(RequestType.IN))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(BlockError(errno.EIO), Status.OK), (ZeroDivisionError("planted"), Status.IOERR)],
+    ids=["the disk's", "a bug"],
+)
+def test_request_that_nobody_can_map_is_answered_all_the_same(
+    image: Path, expect_log: ExpectedLog, error: Exception, status: Status
+) -> None:
+    """One without an answer would keep its queue from ever stopping."""
+    if status != Status.OK:
+        expect_log.expect("a bug: a request failed")
+
+    async def scenario(export: Export) -> None:
+        async def fail(offset: int, length: int) -> list[HostExtent]:
+            raise error
+
+        export.device.backend.extents = fail  # type: ignore[method-assign]
+        path = export._path
+        assert isinstance(path, NativeDataPath)
+        outcome = await path._serve(path._threads[0], READ)
+        assert outcome is not None
+        assert outcome[0] == status
+
+    with_export(image, "", scenario)
