@@ -280,6 +280,9 @@ class _Queue:
 
     def _process(self) -> None:
         self._again = None
+        if self._poll_timer is not None:
+            self._poll_timer.cancel()  # one is enough, whoever called
+            self._poll_timer = None
         ring = self._ring
         if ring is None or self._is_broken or not self._enabled:
             return
