@@ -466,9 +466,7 @@ def test_pages_that_a_balloon_took_and_gave_back_are_read_into(disks: Disks, exp
         assert client.read(0, 4096) == data
         at = bytes(region.view).index(data)
         assert at % 4096 == 0
-        fallocate(
-            region.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, region.offset + at, 4096
-        )
+        fallocate(region.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, region.offset + at, 4096)
         assert not any(region.view[at : at + 4096])
         assert client.read(0, 4096) == data
         assert region.view[at : at + 4096] == data

@@ -62,9 +62,7 @@ class Export:
             errors=self._errors,
         )
         self._path: DataPath = (
-            NativeDataPath(
-                self.device, threads, self, self._errors, pin_memory=config.pin_memory
-            )
+            NativeDataPath(self.device, threads, self, self._errors, pin_memory=config.pin_memory)
             if threads
             else PythonDataPath(self.device, self)
         )
