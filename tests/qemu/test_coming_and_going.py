@@ -63,10 +63,10 @@ def test_guest_works_on_when_its_daemon_is_stopped_and_started_again(
         assert writing.result().status == 0
         assert guest_is_waiting.result().output.split() == ["0", "0"]
         # Busy when it stops: what has begun is completed, the rest is for the next one.
-        guest.check(f"{write_pattern(300_000, 8 * MIB, '/tmp/eight')}; sync")
+        guest.check(f"{write_pattern(300_000, 2 * MIB, '/tmp/busy')}; sync")
         writing = guest.submit(
-            "for time in $(seq 8); do"
-            " dd if=/tmp/eight of=/dev/vda bs=16k seek=256 conv=notrunc oflag=direct 2>/dev/null ||"
+            "for time in $(seq 4); do"
+            " dd if=/tmp/busy of=/dev/vda bs=4k seek=1024 conv=notrunc oflag=direct 2>/dev/null ||"
             " exit 1; done"
         )
         wait_for_growth(image, 2 * MIB)
@@ -76,12 +76,12 @@ def test_guest_works_on_when_its_daemon_is_stopped_and_started_again(
         guest.check("dd if=/dev/null of=/dev/vda conv=notrunc,fsync 2>/dev/null")
         guest.check(
             "echo 3 >/proc/sys/vm/drop_caches;"
-            " dd if=/dev/vda bs=1M skip=4 count=8 2>/dev/null | cmp - /tmp/eight"
+            " dd if=/dev/vda bs=1M skip=4 count=2 2>/dev/null | cmp - /tmp/busy"
         )
         guest.power_off()
         assert third.stop() == 0
     contents = pattern(100_000, MIB) + pattern(200_000, MIB) + bytes(2 * MIB)
-    contents += pattern(300_000, 8 * MIB)
+    contents += pattern(300_000, 2 * MIB)
     reference = fresh_image(tmp_path / "reference", SIZE)
     with reference.open("r+b") as file:
         file.write(contents)
