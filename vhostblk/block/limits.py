@@ -16,6 +16,9 @@ MAX_LENGTH = (1 << 63) - MAX_ALIGNMENT
 # Largest buffer of zeroes, or of bounced data, that one request may hold.
 MAX_ZEROES_BOUNCE = 16 << 20
 MAX_BOUNCE = 1 << 20
+# How many requests of one node may hold a bounce buffer at once. Guests choose where their memory
+# begins, and how much they ask for at once.
+MAX_BOUNCING = 64
 
 IOV_MAX = 1024
 _INT_MAX = 0x7FFF_FFFF

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
-from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
+from vhostblk.block.limits import MAX_BOUNCING, SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.tracking import RequestTracker
 from vhostblk.errors import BlockError
@@ -207,6 +207,7 @@ class BlockNode:
         self.bounce = BouncePool()
         # State of the pipeline.
         self.tracker = RequestTracker()
+        self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
         self.in_flight = 0
         self.quiesced = 0
         self.write_gen = 0

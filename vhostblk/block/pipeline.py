@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import (
@@ -116,13 +117,9 @@ async def _aligned_read(node: BlockNode, offset: int, iov: IoVec) -> None:
     done = 0
     for part in _parts(limits, iov.slice(0, min(length, readable))):
         if _must_bounce(limits, part):
-            buffer = node.bounce.acquire(part.length, limits.opt_mem_alignment)
-            try:
-                whole = buffer[: part.length]
+            async with _bounce_buffer(node, part.length) as whole:
                 await node.driver_preadv(offset + done, part.length, IoVec([whole]))
                 part.copy_from(whole)
-            finally:
-                node.bounce.release(buffer)
         else:
             await node.driver_preadv(offset + done, part.length, part)
         done += part.length
@@ -134,6 +131,20 @@ def _must_bounce(limits: BlockLimits, iov: IoVec) -> bool:
     return len(iov.views) > limits.max_iov or (
         limits.min_mem_alignment > 1 and not iov.is_aligned(limits.min_mem_alignment)
     )
+
+
+@asynccontextmanager
+async def _bounce_buffer(node: BlockNode, length: int) -> AsyncIterator[memoryview]:
+    """Memory the driver can take, when it is this request's turn (row B13.1).
+
+    Whoever holds one waits for the driver only, and what is below finds it aligned, so nobody waits in a circle.
+    """
+    async with node.bouncing:
+        buffer = node.bounce.acquire(length, node.limits.opt_mem_alignment)
+        try:
+            yield buffer[:length]
+        finally:
+            node.bounce.release(buffer)
 
 
 def _parts(limits: BlockLimits, iov: IoVec) -> Iterator[IoVec]:
@@ -249,15 +260,11 @@ async def _fragmented_write(node: BlockNode, offset: int, iov: IoVec, flags: int
     limits = node.limits
     for part in _parts(limits, iov):
         if _must_bounce(limits, part):
-            buffer = node.bounce.acquire(part.length, limits.opt_mem_alignment)
-            try:
-                whole = buffer[: part.length]
+            async with _bounce_buffer(node, part.length) as whole:
                 part.copy_to(whole)
                 await node.driver_pwritev(
                     offset, part.length, IoVec([whole]), flags & ~_REGISTERED_BUF
                 )
-            finally:
-                node.bounce.release(buffer)
         else:
             await node.driver_pwritev(offset, part.length, part, flags)
         offset += part.length

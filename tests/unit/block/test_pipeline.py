@@ -11,7 +11,7 @@ import pytest
 from tests.unit.block.fakes import ArrayNode, put_above, run_now, turns
 from vhostblk.block import clear, pipeline
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import MAX_LENGTH, MAX_REQUEST, BlockLimits
+from vhostblk.block.limits import MAX_BOUNCING, MAX_LENGTH, MAX_REQUEST, BlockLimits
 from vhostblk.block.node import Req
 from vhostblk.block.options import NodeOptions
 from vhostblk.errors import BlockError
@@ -170,6 +170,39 @@ def test_bounce_buffers_are_bounded() -> None:
     memory = memoryview(mmap.mmap(-1, (3 << 20) + 4096))
     run_now(pipeline.pwritev(node, 0, IoVec([memory[1 : 1 + (3 << 20)]])))
     assert node.asked.of("write") == [(n << 20, 1 << 20) for n in range(3)]
+
+
+def test_so_many_requests_hold_bounce_buffers_at_once_and_the_others_wait() -> None:
+    """A guest may have thousands of requests in flight, and choose where their memory begins."""
+    limits = BlockLimits(request_alignment=512, min_mem_alignment=512)
+    node = ArrayNode(limits=limits)
+    memory = memoryview(mmap.mmap(-1, 8192))
+    count = 3 * MAX_BOUNCING + 1
+
+    async def everything() -> None:
+        gate = asyncio.Event()
+
+        async def pause() -> None:
+            await gate.wait()
+
+        node.pause = pause
+        requests = [
+            asyncio.create_task(pipeline.preadv(node, 0, IoVec([memory[1 : 1 + 512]])))
+            if n % 2
+            else asyncio.create_task(
+                pipeline.pwritev(node, 512, IoVec([memory[1025 : 1025 + 512]]))
+            )
+            for n in range(count)
+        ]
+        aligned = asyncio.create_task(pipeline.preadv(node, 0, IoVec([memory[4096 : 4096 + 512]])))
+        await turns(10)
+        assert len(node.asked.calls) == MAX_BOUNCING + 1  # who needs none does not wait
+        gate.set()
+        await asyncio.gather(*requests, aligned)
+        assert len(node.asked.calls) == count + 1
+
+    asyncio.run(everything())
+    assert idle(node)
 
 
 # ---------------------------------------------------------------- read-modify-write
