@@ -21,7 +21,7 @@
 
 /* Pieces of unusually long requests that may be allocated per queue (16 bytes each): what a hostile driver can make us
  * allocate is bounded by this. */
-#define SPILLED_MAX (1u << 20)
+#define SPILLED_MAX (1u << 16)
 
 /* ---------------------------------------------------------------- notifications */
 
