@@ -4,6 +4,9 @@ Theory of operation: everything for the engine goes through one outbox and so ke
 relies on ("map, then retry"). Commands are sent at once. Completions of requests that finished inside a batch of
 received messages are sent together when the batch is done, others at the end of the loop's turn.
 
+A turn ends after a while, whatever still waits: a guest decides how long its requests keep us busy, and others share
+the loop. The engine's eventfd stays readable until `receive` has returned nothing, so the loop calls again by itself.
+
 Knows nothing about vhost-user, virtio or block nodes.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from typing import Any, Protocol
 
 from vhostblk import native
@@ -23,8 +27,8 @@ _ACK = int(MessageType.ACK)
 _COMPLETE = int(MessageType.COMPLETE)
 _RETRY = int(MessageType.RETRY)
 
-# After so many batches other callbacks of the loop get their turn.
-_BATCHES_PER_TURN = 8
+# After so many seconds other callbacks of the loop get their turn.
+_TURN = 0.002
 
 
 class Sink(Protocol):
@@ -49,6 +53,7 @@ class IOThread:
         self._loop = asyncio.get_running_loop()
         self._thread = native.EngineThread(name, poll_max_ns=poll_max_ns, io=io, workers=workers)
         self._sinks: dict[int, Sink] = {}
+        self._inbox: deque[Message] = deque()
         self._outbox: list[Message] = []
         self._flush_scheduled = False
         self._receiving = False
@@ -138,22 +143,26 @@ class IOThread:
 
     def _receive(self) -> None:
         self._receiving = True
+        inbox, until = self._inbox, self._loop.time() + _TURN
         try:
-            for _ in range(_BATCHES_PER_TURN):
-                messages = self._thread.receive()
-                if not messages:
-                    return
-                for message in messages:
-                    kind = message[0]
-                    if kind == _REQUEST:
-                        self._sinks[message[4]].engine_request(self, message)
-                    elif kind == _ACK:
-                        future, _ = self._commands.pop(message[3])
-                        if not future.cancelled():
-                            future.set_result(message)
-                    else:
-                        self._sinks[message[4]].engine_event(self, message)
-                self._flush()
+            while self._loop.time() < until:
+                if not inbox:
+                    self._flush()
+                    inbox.extend(self._thread.receive())
+                    if not inbox:
+                        return
+                self._dispatch(inbox.popleft())
         finally:
             self._receiving = False
-        self._loop.call_soon(self._receive)
+            self._flush()
+
+    def _dispatch(self, message: Message) -> None:
+        kind = message[0]
+        if kind == _REQUEST:
+            self._sinks[message[4]].engine_request(self, message)
+        elif kind == _ACK:
+            future, _ = self._commands.pop(message[3])
+            if not future.cancelled():
+                future.set_result(message)
+        else:
+            self._sinks[message[4]].engine_event(self, message)
