@@ -15,7 +15,7 @@ from tests.docs.documents import DOCS, ROOT, read, table
 from vhostblk import native
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
-from vhostblk.block.limits import MAX_REQUEST
+from vhostblk.block.limits import MAX_BOUNCING, MAX_REQUEST
 from vhostblk.block.node import BlockSizes
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.cli import storage_daemon
@@ -191,10 +191,21 @@ def test_requests_are_served_as_the_table_says() -> None:
 
 # ---------------------------------------------------------------- limits.md
 
+
+def _c_constant(header: str, name: str) -> int:
+    source = read(f"vhostblk/native/src/{header}")
+    found = re.search(rf"^#define {name} (\d+)", source, re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
 LIMITS: dict[str, int] = {
     "front-ends for each export at a time": 1,
     "queues of an export": MAX_QUEUES,
     "entries of a queue": MAX_RING_SIZE,
+    "requests of a queue at a time": _c_constant("queue.h", "QUEUE_REQUESTS"),
+    "queues of an engine thread": _c_constant("message_ring.h", "MESSAGE_RING_SIZE") // 2,
+    "bounce buffers of a disk at a time, of 1 MiB": MAX_BOUNCING,
     "memory regions": MAX_MEM_SLOTS,
     "data segments of a request (seg_max)": SEG_MAX,
     "ranges of a discard or write-zeroes request": export_options._MAX_SEGMENTS,
