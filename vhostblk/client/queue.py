@@ -119,7 +119,6 @@ class ClientQueue:
         """Finished chains that were not made by `submit` but with `driver.add`."""
         self.is_polled = False
         """The back-end was given no call fd: nothing will wake the driver."""
-        """The back-end was given no call fd: nothing will wake the driver."""
         self.kicks = 0
         """Notifications sent."""
         self.calls = 0
