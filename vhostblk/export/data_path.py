@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from vhostblk import native
+from vhostblk.errors import PeerError
 from vhostblk.export.statistics import QueueStatistics
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
@@ -20,7 +22,11 @@ class DataPath(Protocol):
     """
 
     async def set_memory(self, memory: MemTable | None) -> None:
-        """Use this map for what comes; returns when nothing in flight uses the one before."""
+        """Use this map for what comes; returns when nothing in flight uses the one before.
+
+        Raises:
+            PeerError: there is no room for it; the one before stays in use. Never when memory is taken away (None).
+        """
 
     async def open(self) -> None:
         """Get ready; call once, first."""
@@ -76,3 +82,15 @@ class DataPathEvents(Protocol):
 
     def memory_faulted(self) -> None:
         """The front-end truncated memory it shares."""
+
+
+def guarded(memory: MemTable) -> native.Memory:
+    """A snapshot of this map whose truncation does not kill us; the caller closes it.
+
+    Raises:
+        PeerError: memory, or room for more regions, has run out: front-ends decide how many there are.
+    """
+    try:
+        return native.Memory(memory.regions)
+    except OSError as exc:
+        raise PeerError(str(exc.strerror)) from None

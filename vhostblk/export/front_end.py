@@ -18,7 +18,7 @@ from vhostblk.export.data_path import DataPath
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.vhost import action
 from vhostblk.vhost.connection import BackendChannel, Connection
-from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.mem_table import MemTable, Region
 from vhostblk.vhost.message import FRONTEND_TABLE
 from vhostblk.vhost.session import MAX_MEM_SLOTS, Session
 from vhostblk.virtio.blk import CONFIG_SIZE, WRITEBACK_OFFSET
@@ -164,17 +164,21 @@ class FrontEnd:
     async def _use_memory(self, memory: MemTable) -> None:
         """Announce what is new (B13.3), move the data path over, then let go of what is old."""
         old = self._memory
-        kept = set(old.regions) & set(memory.regions)
         backend = self._device.backend
-        for region in memory.regions:
-            if region not in kept:
-                backend.register_buf(region.hva, region.size)
-        await self._path.set_memory(memory if memory.regions else None)
+        for region in _beyond(memory, old):
+            backend.register_buf(region.hva, region.size)
+        try:
+            await self._path.set_memory(memory if memory.regions else None)
+        except BaseException:
+            self._forget_memory(memory, but=old)
+            raise
         self._memory = memory
-        for region in old.regions:
-            if region not in kept:
-                backend.unregister_buf(region.hva)
-        old.close()
+        self._forget_memory(old, but=memory)
+
+    def _forget_memory(self, memory: MemTable, *, but: MemTable) -> None:
+        for region in _beyond(memory, but):
+            self._device.backend.unregister_buf(region.hva)
+        memory.close()
 
     async def _start_vring(self, step: action.StartVring) -> None:
         await self._path.start_queue(step.vring, self._session.features)
@@ -253,3 +257,9 @@ class FrontEnd:
         action.ResetDevice: _reset_device,
         action.CloseFds: _close_fds,
     }
+
+
+def _beyond(memory: MemTable, other: MemTable) -> list[Region]:
+    """The regions that the other table does not have."""
+    held = set(other.regions)
+    return [region for region in memory.regions if region not in held]

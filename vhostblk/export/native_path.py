@@ -21,7 +21,7 @@ from vhostblk.block.node import ExtentFlag
 from vhostblk.errors import BlockError, PeerError
 from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice, Outcome
-from vhostblk.export.data_path import DataPathEvents
+from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.io_thread import IOThread
@@ -114,25 +114,41 @@ class NativeDataPath:
 
     async def set_memory(self, memory: MemTable | None) -> None:
         """See `DataPath.set_memory`."""
-        fresh = native.Memory(memory.regions) if memory is not None else None
-        flags = int(fresh is not None and self._pin_memory and await self._uses_fixed_buffers())
-        await asyncio.gather(
-            *(
-                self._check(
-                    thread.command(
-                        MessageType.MEMORY_SET,
-                        disk=self._disk.pointer,
-                        flags=flags,
-                        pointer=fresh.pointer if fresh else 0,
-                        keep=fresh,
-                    )
-                )
-                for thread in self._threads
-            )
-        )
+        fresh = guarded(memory) if memory is not None else None
+        try:
+            answers = await self._send_memory(self._threads, fresh)
+            if any(answer[9] == -errno.ENOMEM for answer in answers):
+                # Threads that have moved already go back.
+                moved = [t for t, a in zip(self._threads, answers, strict=True) if a[9] == 0]
+                for answer in await self._send_memory(moved, self._memory):
+                    _insist(answer)
+                raise PeerError("guest memory: the engine is out of memory")
+            for answer in answers:
+                _insist(answer)
+        except BaseException:
+            if fresh is not None:
+                fresh.close()
+            raise
         if self._memory is not None:
             self._memory.close()
         self._memory = fresh
+
+    async def _send_memory(
+        self, threads: Sequence[IOThread], memory: native.Memory | None
+    ) -> list[Message]:
+        flags = int(memory is not None and self._pin_memory and await self._uses_fixed_buffers())
+        return await asyncio.gather(
+            *(
+                thread.command(
+                    MessageType.MEMORY_SET,
+                    disk=self._disk.pointer,
+                    flags=flags,
+                    pointer=memory.pointer if memory else 0,
+                    keep=memory,
+                )
+                for thread in threads
+            )
+        )
 
     async def start_queue(self, vring: VringSnapshot, features: int) -> None:
         """See `DataPath.start_queue`."""
@@ -330,11 +346,14 @@ class NativeDataPath:
 
     async def _check(self, command: asyncio.Future[Message]) -> Message:
         """Await a command that only a bug of ours can make fail."""
-        answer = await command
-        if answer[9] < 0:
-            code = errno.errorcode.get(-answer[9], answer[9])
-            raise RuntimeError(f"the engine refused a command: {code}")
-        return answer
+        return _insist(await command)
+
+
+def _insist(answer: Message) -> Message:
+    if answer[9] < 0:
+        code = errno.errorcode.get(-answer[9], answer[9])
+        raise RuntimeError(f"the engine refused a command: {code}")
+    return answer
 
 
 # What VB_QUEUE_START may be refused for by the front-end's fault, and by the machine's.

@@ -14,7 +14,7 @@ from vhostblk import native
 from vhostblk.errors import GuestError, PeerError
 from vhostblk.export import event_fd
 from vhostblk.export.blk_device import BlkDevice, Outcome
-from vhostblk.export.data_path import DataPathEvents
+from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.statistics import OPERATIONS, QueueStatistics
 from vhostblk.vhost.mem_table import MemTable
@@ -65,9 +65,9 @@ class PythonDataPath:
 
     async def set_memory(self, memory: MemTable | None) -> None:
         """See `DataPath.set_memory`."""
+        guard = guarded(memory) if memory is not None and native.available else None
         for queue in self._queues.values():
             await queue.pause()
-        guard = native.Memory(memory.regions) if memory is not None and native.available else None
         old_guard, self._guard, self._memory = self._guard, guard, memory
         for queue in self._queues.values():
             queue.resume_with(memory)

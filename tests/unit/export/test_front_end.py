@@ -7,11 +7,13 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
 from tests.unit.block.fakes import ArrayNode
 from vhostblk.block.backend import BlockBackend
+from vhostblk.errors import PeerError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.front_end import FrontEnd
@@ -22,28 +24,28 @@ from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.payload import MemoryRegion
 from vhostblk.virtio.features import Feature
 
+PLANTED = RuntimeError("planted")
 LOG = logging.LoggerAdapter(logging.getLogger(__name__))
 
 
 class Path(PythonDataPath):
     """Fails when it is given memory."""
 
-    def __init__(self, device: BlkDevice) -> None:
+    def __init__(self, device: BlkDevice, failure: Exception) -> None:
         super().__init__(device, self)
         self.write_through: list[bool] = []
+        self._failure = failure
 
     async def set_memory(self, memory: MemTable | None) -> None:
         if memory is not None:
-            raise RuntimeError("planted")
+            raise self._failure
 
     async def set_write_through(self, write_through: bool) -> None:
         self.write_through.append(write_through)
 
 
-@pytest.fixture
-def device() -> Iterator[BlkDevice]:
-    backend = BlockBackend(ArrayNode(), "test", writable=True)
-    yield BlkDevice(
+def make_device(backend: BlockBackend) -> BlkDevice:
+    return BlkDevice(
         backend,
         serial="",
         num_queues=1,
@@ -51,12 +53,23 @@ def device() -> Iterator[BlkDevice]:
         logical_block_size=None,
         errors=ErrorLog(LOG),
     )
+
+
+@pytest.fixture
+def device() -> Iterator[BlkDevice]:
+    backend = BlockBackend(ArrayNode(), "test", writable=True)
+    yield make_device(backend)
     asyncio.run(backend.close())
 
 
-def run(device: BlkDevice, data: bytes = b"", fds: tuple[int, ...] = ()) -> Path:
+def run(
+    device: BlkDevice,
+    data: bytes = b"",
+    fds: tuple[int, ...] = (),
+    failure: Exception = PLANTED,
+) -> Path:
     """A front-end says this and leaves."""
-    path = Path(device)
+    path = Path(device, failure)
 
     async def session() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -75,6 +88,38 @@ def test_nothing_is_agreed_before_a_front_end_has_said_so(device: BlkDevice) -> 
     path = run(device)
     assert device.features == 0
     assert path.write_through == [True]
+
+
+class Buffers(ArrayNode):
+    """Notes the memory that was announced to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.announced: list[int] = []
+        self.most = 0
+
+    def register_buf(self, host: int, size: int) -> None:
+        self.announced.append(host)
+        self.most = max(self.most, len(self.announced))
+
+    def unregister_buf(self, host: int) -> None:
+        self.announced.remove(host)
+
+
+@pytest.mark.parametrize("failure", [PLANTED, PeerError("no room")], ids=["a bug", "refused"])
+def test_memory_that_the_data_path_refuses_is_forgotten(failure: Exception) -> None:
+    """That it is unmapped and its fd closed is seen by the plugin."""
+    node = Buffers()
+    backend = BlockBackend(node, "test", writable=True)
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 65536)
+    message = Frontend().set_mem_table([MemoryRegion(0, 65536, 1 << 40, 0)], [fd])
+    with suppress(RuntimeError):
+        run(make_device(backend), message.encode(), (fd,), failure)
+    os.close(fd)
+    asyncio.run(backend.close())
+    assert node.most == 1
+    assert node.announced == []
 
 
 def test_bug_in_an_action_does_not_cost_the_fds_of_the_message(device: BlkDevice) -> None:

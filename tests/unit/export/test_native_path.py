@@ -4,42 +4,50 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from vhostblk import native
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.node import FlushTarget, HostExtent
-from vhostblk.errors import BlockError
+from vhostblk.errors import BlockError, PeerError
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.native_path import NativeDataPath
 from vhostblk.export.options import ExportConfig
+from vhostblk.export.python_path import PythonDataPath
+from vhostblk.native import Message, MessageType
 from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.testing.requirements import require
+from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.payload import MemoryRegion
 from vhostblk.virtio.blk import RequestType, Status
 
 FLUSH = (int(native.MessageType.REQUEST), 0, 0, 1, 0, 0, 0, 0, 0, 0, int(RequestType.FLUSH))
 
 
-def with_export(image: Path, options: str, scenario: Callable[[Export], Awaitable[None]]) -> None:
-    """An export on a file with a thread of the engine, without a socket."""
+def with_export(
+    image: Path, options: str, scenario: Callable[[Export], Awaitable[None]], threads: int = 1
+) -> None:
+    """An export on a file with threads of the engine, without a socket."""
     require("engine")
 
     async def everything() -> None:
         graph = BlockGraph()
         node = await graph.add(f"file,node-name=d,filename={image}{options}")
-        thread = IOThread("test")
-        export = await Export.open(
-            ExportConfig(id="e", node_name="d", writable=True), node, [thread]
-        )
+        io_threads = [IOThread(f"test{number}") for number in range(threads)]
+        config = ExportConfig(id="e", node_name="d", writable=True)
+        export = await Export.open(config, node, io_threads)
         try:
             await scenario(export)
         finally:
             await export.close()
-            thread.close()
+            for thread in io_threads:
+                thread.close()
             await graph.close_all()
 
     asyncio.run(everything())
@@ -142,3 +150,70 @@ def test_request_that_nobody_can_map_is_answered_all_the_same(
         assert outcome[0] == status
 
     with_export(image, "", scenario)
+
+
+# ---------------------------------------------------------------- guest memory there is no room for
+
+
+@pytest.fixture
+def guest() -> Iterator[MemTable]:
+    fd = os.memfd_create("guest")
+    os.ftruncate(fd, 65536)
+    empty = MemTable(native.address_of, 8)
+    table = empty.replaced([MemoryRegion(0, 65536, 1 << 40, 0)], [fd])
+    os.close(fd)
+    yield table
+    table.close()
+
+
+def test_memory_that_cannot_be_guarded_is_refused_and_the_old_map_stays(
+    image: Path, guest: MemTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A front-end decides how many regions there are: running out of room for them is no bug of ours."""
+
+    def full(_regions: object) -> native.Memory:
+        raise OSError(errno.ENOSPC, "guest memory: No space left on device")
+
+    async def scenario(export: Export) -> None:
+        for path in (export._path, PythonDataPath(export.device, export)):
+            assert isinstance(path, NativeDataPath | PythonDataPath)
+            await path.set_memory(guest)
+            before = path._memory
+            with monkeypatch.context() as patch:
+                patch.setattr(native, "Memory", full)
+                with pytest.raises(PeerError, match="guest memory: No space left"):
+                    await path.set_memory(guest)
+            assert path._memory is before
+            await path.set_memory(None)
+
+    with_export(image, "", scenario)
+
+
+def test_thread_without_room_for_memory_takes_the_others_back(
+    image: Path, guest: MemTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, int]] = []
+    real = IOThread.command
+
+    def command(thread: IOThread, kind: MessageType, **words: Any) -> asyncio.Future[Message]:
+        if kind != MessageType.MEMORY_SET:
+            return real(thread, kind, **words)
+        sent.append((thread.name, words["pointer"]))
+        if thread.name == "test1" and len(sent) == 4:
+            answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+            answer.set_result((64, 0, 0, 0, 0, 0, 0, 0, 0, -errno.ENOMEM, 0))
+            return answer
+        return real(thread, kind, **words)
+
+    monkeypatch.setattr(IOThread, "command", command)
+
+    async def scenario(export: Export) -> None:
+        path = export._path
+        await path.set_memory(guest)
+        with pytest.raises(PeerError, match="out of memory"):
+            await path.set_memory(guest)
+        first = sent[0][1]
+        assert sent[1] == ("test1", first)
+        assert sent[4:] == [("test0", first)]
+
+    with_export(image, "", scenario, threads=2)
