@@ -1,5 +1,5 @@
 /*
- * queue.c: a virtqueue at work: its fds, its requests, its end.
+ * queue.c: a virtqueue at work: its fds, its turns, its end.
  *
  * Theory of operation: a queue pops while it is enabled, and not stopping, and not broken. Broken is for what the
  * driver or the front-end did: nothing is popped any more, what was popped is still completed. Where the rings or the
@@ -8,7 +8,6 @@
  */
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/virtio_blk.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
@@ -284,160 +283,6 @@ void queue_check_memory(struct queue *queue)
 		queue_break(queue, VB_BROKEN_MEMORY_FAULT);
 }
 
-/* ---------------------------------------------------------------- requests */
-
-struct request *request_find(struct vb_thread *thread, uint64_t cookie)
-{
-	uint16_t slot = (uint16_t)(cookie >> 16), index = (uint16_t)cookie;
-	struct queue *queue = slot < thread->slots ? thread->queues[slot] : NULL;
-	struct request *request = queue && index < queue->fresh ? &queue->requests[index] : NULL;
-
-	return request && request->state == REQUEST_CONTROL && request_cookie(request) == cookie ? request : NULL;
-}
-
-/* There always is one: the virtqueue never lets more chains be in flight than the ring has descriptors, and may_pop
- * not more than QUEUE_REQUESTS. */
-static struct request *request_take(struct queue *queue)
-{
-	struct request *request = queue->free;
-
-	if (request) {
-		queue->free = request->next_free;
-	} else {
-		request = &queue->requests[queue->fresh];
-		request->index = (uint16_t)queue->fresh++;
-		request->queue = queue;
-	}
-	request->generation++;
-	request->state = REQUEST_ENGINE;
-	request->head = queue->chain->head;
-	request->missed = false;
-	request->started_ns = queue->thread->now;
-	request->memory = queue->attachment->memory;
-	memory_use_get(request->memory);
-	queue->in_flight++;
-	stat_add(queue->stats->in_flight, 1);
-	return request;
-}
-
-static void request_release(struct request *request)
-{
-	struct queue *queue = request->queue;
-
-	if (request->spilled) {
-		free(request->spilled);
-		queue->spilled -= request->spilled_pieces;
-		request->spilled = NULL;
-	}
-	memory_use_put(queue->attachment, request->memory);
-	request->state = REQUEST_FREE;
-	request->next_free = queue->free;
-	queue->free = request;
-	queue->in_flight--;
-	stat_add(queue->stats->in_flight, -1);
-}
-
-/* Of the disk that a request was about: for statistics. */
-static uint64_t bytes_of(const struct blk_request *blk)
-{
-	const struct vb_segment *segments = (const void *)blk->data;
-	uint64_t bytes = 0;
-
-	if (blk->op != VB_OP_DISCARD && blk->op != VB_OP_WRITE_ZEROES)
-		return blk->length;
-	for (uint32_t i = 0; i < blk->pieces; i++)
-		bytes += segments[i].length;
-	return bytes;
-}
-
-void request_complete(struct request *request, int status, uint64_t written)
-{
-	struct queue *queue = request->queue;
-	struct blk_request *blk = &request->blk;
-	bool failed = status != VIRTIO_BLK_S_OK;
-
-	if (!queue->dead) {
-		/* Guest memory was written: the data and this byte (for the dirty log of live migration). After a
-		 * failure nothing is vouched for but the status, VIRTIO 1.2 §2.7.8.2. */
-		store_relaxed(blk->status_byte, (uint8_t)status);
-		written = failed ? 1 : MIN(written, blk->length) + 1;
-		virtqueue_push(&queue->vq, request->head, (uint32_t)MIN(written, UINT32_MAX));
-	}
-	if (!request->missed)
-		stat_add(queue->stats->hits, 1);
-	stats_finish(queue->stats, blk->op, failed ? 0 : bytes_of(blk), failed, now_ns() - request->started_ns);
-	request_release(request);
-}
-
-/* Room for `size` bytes: inside the request, or allocated. */
-static void *request_room(struct request *request, uint64_t size)
-{
-	if (size <= sizeof(request->room))
-		return &request->room;
-	request->spilled = malloc(size);
-	if (!request->spilled)
-		return NULL;
-	request->spilled_pieces = (uint32_t)(size / sizeof(struct iovec));
-	request->queue->spilled += request->spilled_pieces;
-	return request->spilled;
-}
-
-/* The chain is scratch: keep what the request needs of it. -1 or a status. */
-static int keep_data(struct request *request)
-{
-	struct blk_request *blk = &request->blk;
-	size_t size = blk->pieces * sizeof(*blk->data);
-	void *room = request_room(request, size);
-
-	if (!room)
-		return VIRTIO_BLK_S_IOERR;
-	if (size)
-		memcpy(room, blk->data, size);
-	blk->data = room;
-	return -1;
-}
-
-static int keep_segments(struct request *request, const struct blk_limits *limits)
-{
-	struct blk_request *blk = &request->blk;
-	uint64_t count = blk->length / sizeof(struct virtio_blk_discard_write_zeroes);
-	void *room = request_room(request, count * sizeof(struct vb_segment));
-	int status = room ? blk_read_segments(blk, limits, room) : VIRTIO_BLK_S_IOERR;
-
-	blk->data = room;
-	blk->pieces = (uint32_t)count;
-	return status;
-}
-
-static struct blk_limits limits_of(const struct vb_disk *disk)
-{
-	return (struct blk_limits){
-		.capacity = load_relaxed(&disk->capacity),
-		.read_only = disk->config.read_only,
-		.max_segments = disk->config.max_segments,
-	};
-}
-
-static void accept_chain(struct queue *queue)
-{
-	struct blk_limits limits = limits_of(queue->attachment->disk);
-	struct request *request;
-	struct blk_request blk;
-	int broken = blk_parse(queue->chain, &limits, &blk);
-
-	if (broken) {
-		queue_break(queue, (enum vb_broken) - broken);
-		return;
-	}
-	request = request_take(queue);
-	request->blk = blk;
-	if (blk.status < 0 && (blk.op == VB_OP_DISCARD || blk.op == VB_OP_WRITE_ZEROES))
-		request->blk.status = keep_segments(request, &limits);
-	else if (blk.status < 0)
-		request->blk.status = keep_data(request);
-	request_serve(request);
-}
-
 /* ---------------------------------------------------------------- a turn */
 
 static bool may_pop(const struct queue *queue)
@@ -465,7 +310,7 @@ bool queue_run(struct queue *queue)
 		if (result < 0)
 			queue_break(queue, (enum vb_broken) - result);
 		else
-			accept_chain(queue);
+			request_accept(queue);
 	}
 	return popped;
 }

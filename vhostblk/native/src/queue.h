@@ -96,6 +96,9 @@ void queue_kicked(struct queue *queue);
 
 void queue_break(struct queue *queue, enum vb_broken reason);
 
+/* request.c: take what was popped into queue->chain as a request, and serve it. */
+void request_accept(struct queue *queue);
+
 /* What control calls a request: generation, slot of the queue, index. */
 static inline uint64_t request_cookie(const struct request *request)
 {
