@@ -107,7 +107,7 @@ int vb_memory_faulted(const struct vb_memory *memory)
 	return 0;
 }
 
-void *memory_at(const struct vb_memory *memory, uint64_t gpa, uint64_t *length)
+void *memory_search(const struct vb_memory *memory, struct memory_window *window, uint64_t gpa, uint64_t *length)
 {
 	uint32_t low = 0, high = memory->count;
 
@@ -120,8 +120,8 @@ void *memory_at(const struct vb_memory *memory, uint64_t gpa, uint64_t *length)
 		} else if (gpa - r->gpa >= r->size) {
 			low = middle + 1;
 		} else {
-			*length = MIN(*length, r->size - (gpa - r->gpa));
-			return (void *)(r->hva + (gpa - r->gpa));
+			*window = (struct memory_window){r->gpa, r->size, r->hva};
+			return memory_at(memory, window, gpa, length);
 		}
 	}
 	return NULL;

@@ -5,9 +5,28 @@
 
 struct vb_memory *memory_ref(struct vb_memory *memory);
 
+/* Remembers one region, so that most translations need no search. All zero: none. Valid for one snapshot only. */
+struct memory_window {
+	uint64_t gpa;
+	uint64_t size;
+	uint64_t hva;
+};
+
+/* memory_at outside of the window, which is moved to what it finds. */
+void *memory_search(const struct vb_memory *memory, struct memory_window *window, uint64_t gpa, uint64_t *length);
+
 /* Where the bytes at guest physical address `gpa` are in this process, or NULL. Cuts *length down to what lies in one
  * piece behind it. */
-void *memory_at(const struct vb_memory *memory, uint64_t gpa, uint64_t *length);
+static inline void *memory_at(
+	const struct vb_memory *memory, struct memory_window *window, uint64_t gpa, uint64_t *length)
+{
+	uint64_t offset = gpa - window->gpa;
+
+	if (offset >= window->size)
+		return memory_search(memory, window, gpa, length);
+	*length = MIN(*length, window->size - offset);
+	return (void *)(window->hva + offset);
+}
 
 /* A ring area, by its address in the front-end, or NULL unless all of it lies in one region. */
 void *memory_ring(const struct vb_memory *memory, uint64_t uva, uint64_t length);

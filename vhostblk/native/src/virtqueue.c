@@ -48,6 +48,7 @@ int virtqueue_move(struct virtqueue *vq, const struct vb_memory *memory, const s
 	vq->desc = desc;
 	vq->avail = avail;
 	vq->used = used;
+	vq->window = (struct memory_window){0};
 	return 0;
 }
 
@@ -114,8 +115,8 @@ static int append_piece(struct chain *chain, void *address, uint64_t length, boo
 }
 
 /* A buffer may cross from one region into the next, so it may become several pieces. */
-static int append_buffer(
-	struct chain *chain, const struct vb_memory *memory, uint64_t gpa, uint32_t length, bool writable)
+static int append_buffer(struct virtqueue *vq, struct chain *chain, const struct vb_memory *memory, uint64_t gpa,
+	uint32_t length, bool writable)
 {
 	uint64_t left = length;
 
@@ -127,7 +128,7 @@ static int append_buffer(
 	chain->saw_writable |= writable;
 	while (left) {
 		uint64_t piece = left;
-		void *address = memory_at(memory, gpa, &piece);
+		void *address = memory_at(memory, &vq->window, gpa, &piece);
 		int error = address ? append_piece(chain, address, piece, writable) : -VB_BROKEN_ADDRESS;
 
 		if (error)
@@ -142,10 +143,34 @@ static int append_buffer(
 	return 0;
 }
 
-/* Copy an indirect table, once, before anything in it is looked at. Number of entries, or -enum vb_broken. */
-static int load_table(struct virtqueue *vq, const struct vb_memory *memory, const struct vring_desc *d)
+/* Copy an indirect table that is not in one piece, before anything in it is looked at. */
+static int copy_table(struct virtqueue *vq, const struct vb_memory *memory, uint64_t gpa, uint64_t length)
 {
-	uint64_t gpa = le64toh(d->addr), length = le32toh(d->len), done = 0;
+	uint64_t done = 0;
+
+	while (done < length) {
+		uint64_t piece = length - done;
+		void *from = memory_at(memory, &vq->window, gpa + done, &piece);
+
+		if (!from)
+			return -VB_BROKEN_ADDRESS;
+		copy_once((char *)vq->table + done, from, piece);
+		done += piece;
+	}
+	return 0;
+}
+
+/* What descriptors are read from: the queue's table, or an indirect one. */
+struct table {
+	const char *entries; /* at any address: nothing says that an indirect one is aligned */
+	uint32_t count;
+};
+
+/* Find an indirect table. 0 or -enum vb_broken. */
+static int find_table(
+	struct virtqueue *vq, const struct vb_memory *memory, const struct vring_desc *d, struct table *ret)
+{
+	uint64_t gpa = le64toh(d->addr), length = le32toh(d->len), piece = length;
 
 	/* VIRTIO 1.2 §2.7.5.3.1: only if negotiated, never together with NEXT. §2.7.5.3.2: WRITE is ignored. */
 	if (!vq->indirect || le16toh(d->flags) & VRING_DESC_F_NEXT)
@@ -154,22 +179,21 @@ static int load_table(struct virtqueue *vq, const struct vb_memory *memory, cons
 		return -VB_BROKEN_INDIRECT;
 	if (gpa > UINT64_MAX - length)
 		return -VB_BROKEN_ADDRESS;
-	while (done < length) {
-		uint64_t piece = length - done;
-		void *from = memory_at(memory, gpa + done, &piece);
-
-		if (!from)
-			return -VB_BROKEN_ADDRESS;
-		copy_once((char *)vq->table + done, from, piece);
-		done += piece;
-	}
-	return (int)(length / sizeof(*d));
+	ret->count = (uint32_t)(length / sizeof(*d));
+	ret->entries = memory_at(memory, &vq->window, gpa, &piece);
+	if (!ret->entries)
+		return -VB_BROKEN_ADDRESS;
+	if (piece == length)
+		return 0;
+	ret->entries = (const char *)vq->table;
+	return copy_table(vq, memory, gpa, length);
 }
 
-/* Follow the chain that starts at `head`, which is in range. */
+/* Follow the chain that starts at `head`, which is in range. Each descriptor is read once, where the guest has it. */
 static int walk(struct virtqueue *vq, const struct vb_memory *memory, uint16_t head, struct chain *chain)
 {
-	uint32_t entries = vq->size, left = vq->size, index = head;
+	struct table table = {(const char *)vq->desc, vq->size};
+	uint32_t left = vq->size, index = head;
 	bool in_table = false;
 
 	/* VIRTIO 1.2 §2.7.5.3.1: no chain is longer than the queue, so one that is has a loop. */
@@ -178,25 +202,25 @@ static int walk(struct virtqueue *vq, const struct vb_memory *memory, uint16_t h
 		uint16_t flags;
 		int result;
 
-		copy_once(&d, in_table ? &vq->table[index] : &vq->desc[index], sizeof(d));
+		copy_once(&d, table.entries + index * sizeof(d), sizeof(d));
 		flags = le16toh(d.flags);
 		if (flags & VRING_DESC_F_INDIRECT) {
 			/* §2.7.5.3.2: direct ones may come before an indirect one. §2.7.5.3.1: none in a table. */
-			result = in_table ? -VB_BROKEN_INDIRECT : load_table(vq, memory, &d);
-			if (result < 0)
+			result = in_table ? -VB_BROKEN_INDIRECT : find_table(vq, memory, &d, &table);
+			if (result)
 				return result;
-			entries = left = (uint32_t)result;
+			left = table.count;
 			index = 0;
 			in_table = true;
 			continue;
 		}
-		result = append_buffer(chain, memory, le64toh(d.addr), le32toh(d.len), flags & VRING_DESC_F_WRITE);
+		result = append_buffer(vq, chain, memory, le64toh(d.addr), le32toh(d.len), flags & VRING_DESC_F_WRITE);
 		if (result)
 			return result;
 		if (!(flags & VRING_DESC_F_NEXT))
 			return 1;
 		index = le16toh(d.next);
-		if (index >= entries)
+		if (index >= table.count)
 			return -VB_BROKEN_CHAIN_NEXT;
 	}
 	return -VB_BROKEN_CHAIN_LOOP;

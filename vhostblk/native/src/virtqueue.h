@@ -39,7 +39,10 @@ struct virtqueue {
 	struct vring_avail *avail;
 	struct vring_used *used;
 
-	struct vring_desc *table; /* our copy of an indirect table: table_max entries */
+	/* The piece of guest memory that the last address was in: the next one nearly always is too. */
+	struct memory_window window;
+
+	struct vring_desc *table; /* our copy of an indirect table that is not in one piece: table_max entries */
 	uint32_t table_max;
 };
 
