@@ -101,10 +101,24 @@ class NativeDataPath:
         device.memory_faulted = self._memory_faulted
 
     async def open(self) -> None:
-        """Make the disk known to the threads. Call once, before anything else."""
-        for thread in self._threads:
-            thread.add_sink(self._disk.id, self)
-            await self._check(thread.command(MessageType.DISK_ATTACH, disk=self._disk.pointer))
+        """Make the disk known to the threads. Call once, before anything else.
+
+        Raises:
+            BlockError: a thread is out of memory; no thread knows the disk then.
+        """
+        attached: list[IOThread] = []
+        try:
+            for thread in self._threads:
+                command = thread.command(MessageType.DISK_ATTACH, disk=self._disk.pointer)
+                error = (await command)[9]
+                if error < 0:
+                    raise BlockError(-error, f"{thread.name}: {os.strerror(-error)}")
+                thread.add_sink(self._disk.id, self)
+                attached.append(thread)
+        except BaseException:
+            await self._detach(attached)
+            self._disk.close()
+            raise
 
     @property
     def _backend(self) -> BlockBackend:
@@ -247,10 +261,13 @@ class NativeDataPath:
     async def close(self) -> None:
         """See `DataPath.close`."""
         await self.set_memory(None)
-        for thread in self._threads:
+        await self._detach(self._threads)
+        self._disk.close()
+
+    async def _detach(self, threads: Sequence[IOThread]) -> None:
+        for thread in threads:
             await self._check(thread.command(MessageType.DISK_DETACH, disk=self._disk.pointer))
             thread.remove_sink(self._disk.id)
-        self._disk.close()
 
     # ------------------------------------------------------------------ Sink: what the engine says
 

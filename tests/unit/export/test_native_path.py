@@ -14,7 +14,8 @@ import pytest
 from vhostblk import native
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.node import FlushTarget, HostExtent
-from vhostblk.errors import BlockError, PeerError
+from vhostblk.daemon import Daemon, DaemonConfig
+from vhostblk.errors import BlockError, ConfigError, PeerError, StateError
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.native_path import NativeDataPath
@@ -217,3 +218,50 @@ def test_thread_without_room_for_memory_takes_the_others_back(
         assert sent[4:] == [("test0", first)]
 
     with_export(image, "", scenario, threads=2)
+
+
+# ---------------------------------------------------------------- a thread that has no room for a disk
+
+
+def test_failed_start_on_the_second_thread_leaves_nothing_on_the_first(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread with a disk cannot end: that would be told instead of what went wrong."""
+    require("engine")
+    real = IOThread.command
+
+    def command(thread: IOThread, kind: MessageType, **words: Any) -> asyncio.Future[Message]:
+        if kind != MessageType.DISK_ATTACH or thread.name != "e/1":
+            return real(thread, kind, **words)
+        answer: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        answer.set_result((64, 0, 0, 0, 0, 0, 0, 0, 0, -errno.ENOMEM, 0))
+        return answer
+
+    monkeypatch.setattr(IOThread, "command", command)
+    config = ExportConfig(id="e", node_name="d", socket_path="s", own_threads=2)
+    blockdev = {"driver": "file", "node-name": "d", "filename": str(image)}
+    daemon = Daemon(DaemonConfig(blockdevs=[blockdev], exports=[config]))
+    with pytest.raises(BlockError, match="e/1: Cannot allocate memory"):
+        asyncio.run(daemon.run())
+
+
+def test_thread_that_cannot_end_does_not_hide_what_went_wrong(
+    image: Path, monkeypatch: pytest.MonkeyPatch, expect_log: ExpectedLog
+) -> None:
+    require("engine")
+    expect_log.expect("a bug: e/0")
+    real = IOThread.close
+
+    def close(thread: IOThread) -> None:
+        real(thread)
+        if thread.name == "e/0":
+            raise StateError("planted")
+
+    monkeypatch.setattr(IOThread, "close", close)
+    config = ExportConfig(
+        id="e", node_name="d", socket_path="/nowhere/s", own_threads=2, writable=True
+    )
+    blockdev = {"driver": "file", "node-name": "d", "filename": str(image)}
+    daemon = Daemon(DaemonConfig(blockdevs=[blockdev], exports=[config]))
+    with pytest.raises(ConfigError, match="/nowhere/s"):
+        asyncio.run(daemon.run())
