@@ -105,6 +105,7 @@ static void start_backlog(struct aio *aio)
 
 void aio_flush(struct aio *aio)
 {
+	aio_pool_flush(aio->pool);
 	if (!aio->uring)
 		return;
 	start_backlog(aio);
@@ -221,6 +222,19 @@ void aio_run(struct aio_op *op)
 	do {
 		result = run_once(op);
 	} while (result == -EINTR || !aio_advance(op, result));
+}
+
+bool aio_try_read(struct aio_op *op)
+{
+	ssize_t result;
+
+	do {
+		result = preadv2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, RWF_NOWAIT);
+		/* Whatever the reason, and whether it is one: who may wait will find out. */
+		if (result < 0)
+			return false;
+	} while (!aio_advance(op, result));
+	return true;
 }
 
 int aio_register_buffer(struct aio *aio, uint64_t address, uint64_t length)

@@ -12,7 +12,8 @@
 
 enum aio_flag {
 	AIO_DSYNC = 1, /* a write that is durable when it completes */
-	AIO_POOL = 2   /* use the thread pool even where io_uring works */
+	AIO_POOL = 2,  /* use the thread pool even where io_uring works */
+	AIO_BRIEF = 4 /* in the pool: a copy that seldom waits, so that one thread does many before a second is woken */
 };
 
 struct aio_op {
@@ -40,7 +41,7 @@ void aio_destroy(struct aio *aio);
 int aio_fd(const struct aio *aio);
 enum vb_io_kind aio_kind(const struct aio *aio);
 
-/* Takes effect at the latest with the next aio_flush. */
+/* Takes effect with the next aio_flush. */
 void aio_start(struct aio *aio, struct aio_op *op);
 void aio_flush(struct aio *aio);
 /* Whether aio_reap would return something, without asking the kernel. */
@@ -50,6 +51,10 @@ struct aio_op *aio_reap(struct aio *aio);
 
 /* Do it here and now: result in op->result. Context: any thread. */
 void aio_run(struct aio_op *op);
+
+/* Read what is in the page cache, without waiting for a device. True: it is done, as after aio_run. False: aio_start
+ * does the rest. Context: any thread. */
+bool aio_try_read(struct aio_op *op);
 
 /* Registered ("fixed") buffers, at most AIO_BUFFER_MAX bytes each: number >= 0 or -errno. */
 #define AIO_BUFFER_MAX (1ull << 30)
@@ -87,5 +92,6 @@ int aio_pool_create(uint32_t workers, struct aio_pool **ret);
 void aio_pool_destroy(struct aio_pool *pool);
 int aio_pool_fd(const struct aio_pool *pool);
 void aio_pool_start(struct aio_pool *pool, struct aio_op *op);
+void aio_pool_flush(struct aio_pool *pool);
 bool aio_pool_pending(const struct aio_pool *pool);
 struct aio_op *aio_pool_reap(struct aio_pool *pool);

@@ -1,5 +1,8 @@
 /*
- * aio_pool.c: a pool of threads that do blocking I/O. Started one by one, when there is more to do than idle threads.
+ * aio_pool.c: a pool of threads that do blocking I/O. Started when there is more to do than there are idle threads.
+ *
+ * What the owner starts is handed over by the next flush, all at once: one lock, and no more wake-ups than there is work
+ * that waits for devices.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -17,16 +20,26 @@ struct aio_pool {
 	struct aio_op *queue;
 	struct aio_op **queue_end;
 	uint32_t queued;
+	uint32_t brief; /* of those queued, AIO_BRIEF */
 	uint32_t idle;
 	bool stopping;
 	struct aio_op *done; /* also looked at without the lock, for being non-empty */
 
 	int event_fd; /* readable while `done` is not empty */
 	/* The owner's. */
+	struct aio_op *fresh; /* started, not yet handed over */
+	struct aio_op **fresh_end;
+	uint32_t fresh_count;
+	uint32_t fresh_brief;
 	uint32_t started;
 	uint32_t max;
 	pthread_t threads[];
 };
+
+static uint32_t is_brief(const struct aio_op *op)
+{
+	return op->flags & AIO_BRIEF ? 1 : 0;
+}
 
 static struct aio_op *take(struct aio_pool *pool)
 {
@@ -41,6 +54,7 @@ static struct aio_op *take(struct aio_pool *pool)
 	if (op) {
 		pool->queue = op->next;
 		pool->queued--;
+		pool->brief -= is_brief(op);
 		if (!pool->queue)
 			pool->queue_end = &pool->queue;
 	}
@@ -81,6 +95,7 @@ int aio_pool_create(uint32_t workers, struct aio_pool **ret)
 		return -ENOMEM;
 	pool->max = max;
 	pool->queue_end = &pool->queue;
+	pool->fresh_end = &pool->fresh;
 	pool->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (pool->event_fd < 0) {
 		int error = -errno;
@@ -132,26 +147,51 @@ static bool start_worker(struct aio_pool *pool)
 
 void aio_pool_start(struct aio_pool *pool, struct aio_op *op)
 {
-	bool more;
-
 	op->next = NULL;
+	*pool->fresh_end = op;
+	pool->fresh_end = &op->next;
+	pool->fresh_count++;
+	pool->fresh_brief += is_brief(op);
+}
+
+/* Not a single thread could be had: slow is better than never. */
+static void run_all(struct aio_pool *pool)
+{
 	pthread_mutex_lock(&pool->lock);
-	*pool->queue_end = op;
-	pool->queue_end = &op->next;
-	pool->queued++;
-	more = pool->queued > pool->idle;
-	pthread_cond_signal(&pool->work);
+	while (pool->queue) {
+		struct aio_op *op = take(pool);
+
+		pthread_mutex_unlock(&pool->lock);
+		aio_run(op);
+		pthread_mutex_lock(&pool->lock);
+		give_back(pool, op);
+	}
 	pthread_mutex_unlock(&pool->lock);
-	if (!more || pool->started == pool->max || start_worker(pool) || pool->started)
+}
+
+void aio_pool_flush(struct aio_pool *pool)
+{
+	uint32_t wanted, idle;
+
+	if (!pool->fresh_count)
 		return;
-	/* Not a single thread could be had: slow is better than never. */
 	pthread_mutex_lock(&pool->lock);
-	op = take(pool);
+	*pool->queue_end = pool->fresh;
+	pool->queue_end = pool->fresh_end;
+	pool->queued += pool->fresh_count;
+	pool->brief += pool->fresh_brief;
+	wanted = pool->queued - pool->brief + (pool->brief ? 1 : 0);
+	idle = pool->idle;
 	pthread_mutex_unlock(&pool->lock);
-	aio_run(op);
-	pthread_mutex_lock(&pool->lock);
-	give_back(pool, op);
-	pthread_mutex_unlock(&pool->lock);
+	pool->fresh = NULL;
+	pool->fresh_end = &pool->fresh;
+	pool->fresh_count = pool->fresh_brief = 0;
+	for (uint32_t i = 0; i < MIN(wanted, idle); i++)
+		pthread_cond_signal(&pool->work);
+	while (idle++ < wanted && pool->started < pool->max && start_worker(pool))
+		;
+	if (!pool->started)
+		run_all(pool);
 }
 
 bool aio_pool_pending(const struct aio_pool *pool)
