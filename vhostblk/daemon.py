@@ -2,7 +2,8 @@
 
 Start: block nodes, engine threads, exports, the pid file's lock, all sockets, then "ready". Stop, at `stop()`: exports
 stop taking requests, drain and flush; then nodes are closed, which releases their locks. Whatever fails at the start
-undoes what was done, and no socket exists before all options were found right.
+undoes what was done, and no socket exists before all options were found right. A last flush that fails makes the end a
+failure, once everything has been put away: whoever stops the daemon takes a good end to mean that all is on the disk.
 
 Context: `run()` is the whole life, on one asyncio loop, in any thread. Two daemons in one process do not know of each
 other; signals belong to the process, hence to whoever made the daemons (`cli.run`).
@@ -11,6 +12,7 @@ other; signals belong to the process, hence to whoever made the daemons (`cli.ru
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -23,7 +25,7 @@ from typing import Any
 
 from vhostblk import native
 from vhostblk.block.graph import BlockGraph
-from vhostblk.errors import ConfigError, StateError
+from vhostblk.errors import BlockError, ConfigError, StateError
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.options import ExportConfig
@@ -70,6 +72,7 @@ class Daemon:
         self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._threads: dict[str, IOThread] = {}
+        self._is_durable = True
         self.graph = BlockGraph()
         self.exports: dict[str, Export] = {}
         """By id."""
@@ -83,12 +86,12 @@ class Daemon:
 
         Raises:
             ConfigError: an option is wrong; nothing is left behind.
-            BlockError: a disk cannot be opened.
+            BlockError: a disk cannot be opened, or, after an orderly end, a last flush failed.
             OSError: a socket or the pid file cannot be made.
         """
         use_native = self._choose_data_path()
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self.graph.close_all)
+            stack.push_async_callback(self._close_nodes)
             for options in self._config.blockdevs:
                 await self._open_node(options)
             if use_native:
@@ -112,6 +115,8 @@ class Daemon:
             await self._stop.wait()
             log.info("stopping")
             await asyncio.gather(*(export.stop() for export in self.exports.values()))
+        if not self._is_durable:
+            raise BlockError(errno.EIO, "what was written last may be lost: a flush failed")
 
     async def _open_node(self, options: dict[str, Any]) -> None:
         with _told_by(self._config.blockdev_option):
@@ -148,7 +153,7 @@ class Daemon:
         threads = self._threads_for(config) if use_native else []
         node = self.graph.find(config.node_name)
         export = await Export.open(config, node, threads)
-        stack.push_async_callback(export.close)
+        stack.push_async_callback(self._close_export, export)
         self.exports[config.id] = export
 
     def _threads_for(self, config: ExportConfig) -> list[IOThread]:
@@ -167,6 +172,12 @@ class Daemon:
         if name not in self._threads:
             self._threads[name] = IOThread(name, poll_max_ns=poll_max_ns)
         return self._threads[name]
+
+    async def _close_export(self, export: Export) -> None:
+        self._is_durable &= await export.close()
+
+    async def _close_nodes(self) -> None:
+        self._is_durable &= await self.graph.close_all()
 
     def _close_threads(self) -> None:
         for thread in self._threads.values():

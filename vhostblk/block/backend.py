@@ -272,19 +272,31 @@ class BlockBackend:
         await self.node.drained_begin()
         self.node.drained_end()
 
-    async def close(self) -> None:
-        """Drain, flush, and give up the permissions; errors of the flush are logged. Idempotent."""
+    async def settle(self) -> None:
+        """Return when none of our requests is in flight; those that come meanwhile wait, other users go on."""
+        await self.child_drained_begin(self._edge)
+        self.child_drained_end(self._edge)
+
+    async def close(self) -> bool:
+        """Drain, flush, and give up the permissions; errors of the flush are logged. Idempotent.
+
+        Returns:
+            False if this call's flush failed.
+        """
         if self._closed:
-            return
+            return True
         self._closed = True
+        is_durable = True
         await self.drain()
         if self.writable:
             try:
                 await pipeline.flush(self.node)
             except BlockError as error:
                 log.error("%s: flush at close failed: %s", self.name, error)
+                is_durable = False
         self._edge.detach()
         self.attach()
+        return is_durable
 
     # ------------------------------------------------------------------ what the edge calls
     # (node.EdgeParent)

@@ -52,6 +52,7 @@ class BlockGraph:
         self._kept: set[BlockNode] = set()  # from add(); the others live as long as their parents
         self._host_io: dict[str | None, HostIO] = {}
         self._next_name = 100
+        self._flush_failed = False  # of a node at its end
 
     async def add(self, options: Mapping[str, Any] | str) -> BlockNode:
         """Open a node.
@@ -89,8 +90,11 @@ class BlockGraph:
             raise ConfigError(f"Node '{name}' is in use: {node.parents[0].describe()}")
         await self._close(node)
 
-    async def close_all(self) -> None:
+    async def close_all(self) -> bool:
         """Close every node, parents first, and all file I/O.
+
+        Returns:
+            False if a node's last flush failed, now or when it was removed; that is in the log.
 
         Raises:
             StateError: somebody outside the graph still uses a node; the others are closed.
@@ -106,6 +110,7 @@ class BlockGraph:
             await host_io.close()
         self._host_io.clear()
         self.bounce.close()
+        return not self._flush_failed
 
     def host_io(self, aio: str | None) -> HostIO:
         """The file I/O of this kind, shared by all nodes.
@@ -171,6 +176,7 @@ class BlockGraph:
             await pipeline.flush(node)
         except BlockError as error:
             log.error("node '%s': flush at close failed: %s", node.node_name, error)
+            self._flush_failed = True
         finally:
             node.drained_end()
         await self._dissolve(node)

@@ -6,6 +6,10 @@ written to the guest come out.
 The write cache is the one the guest is told of: `writeback` starts as the backend's mode and follows what the driver
 sets; without VIRTIO_BLK_F_FLUSH every write is durable when it completes (§5.2.6.2). What the driver set outlives the
 connection, because the driver does: a front-end that reconnects does not tell us again. Only a device reset forgets it.
+
+The field means something only to a driver that negotiated VIRTIO_BLK_F_CONFIG_WCE (§5.2.5). But a write to it cannot be
+refused for the want of that: vhost-user tells us a driver's features when the device starts, and the driver may set the
+field before. So it is always taken, and has an effect while the feature is negotiated.
 """
 
 from __future__ import annotations
@@ -158,7 +162,10 @@ class BlkDevice:
     @property
     def write_through(self) -> bool:
         """Whether every write must be durable when it completes."""
-        return not self._writeback or not self.features & Feature.VIRTIO_BLK_F_FLUSH
+        if not self.features & Feature.VIRTIO_BLK_F_FLUSH:
+            return True
+        has_field = self.features & Feature.VIRTIO_BLK_F_CONFIG_WCE
+        return not (self._writeback if has_field else self._configured_writeback)
 
     def reset(self) -> None:
         """Forget what a driver negotiated and set."""
@@ -191,15 +198,28 @@ class BlkDevice:
             The VIRTIO_BLK_S_* status and the data bytes written to the guest.
         """
         if request.status is not None:
+            if request.status == Status.IOERR:
+                self.record_io_error(request.type, errno.EINVAL, request.offset, request.length)
             return int(request.status), 0
         try:
             return await self._HANDLERS[request.type](self, request)
         except BlockError as exc:
-            name = RequestType(request.type).name.lower()
-            self._errors.record_io_error(name, exc.errno or 0, request.offset, request.length)
+            self.record_io_error(request.type, exc.errno or 0, request.offset, request.length)
         except Exception:
             self._log.exception("a bug: request %s failed", RequestType(request.type).name)
         return _IOERR
+
+    def record_io_error(self, kind: int, error: int, offset: int, length: int) -> None:
+        """Count a request that ended with IOERR.
+
+        Args:
+            kind: `RequestType`, or anything else where there was no header to say it.
+            error: positive errno; EINVAL if it broke a rule of `blk_request`.
+            offset, length: bytes on the disk.
+        """
+        known = kind in self._HANDLERS
+        name = RequestType(kind).name.lower() if known else "a request without a header"
+        self._errors.record_io_error(name, error, offset, length)
 
     async def _read(self, request: BlkRequest) -> Outcome:
         await self.backend.preadv(request.offset, IoVec(request.data))

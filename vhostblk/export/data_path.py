@@ -21,6 +21,9 @@ class DataPath(Protocol):
     Context: the control loop.
     """
 
+    description: str
+    """How data is moved, for people; known once `open` has returned."""
+
     async def set_memory(self, memory: MemTable | None) -> None:
         """Use this map for what comes; returns when nothing in flight uses the one before.
 

@@ -62,7 +62,7 @@ class Export:
             errors=self._errors,
         )
         self._path: DataPath = (
-            NativeDataPath(self.device, threads, self, self._errors, pin_memory=config.pin_memory)
+            NativeDataPath(self.device, threads, self, pin_memory=config.pin_memory)
             if threads
             else PythonDataPath(self.device, self)
         )
@@ -122,10 +122,11 @@ class Export:
         config = self.config
         assert self._listener is not None
         self.log.info(
-            "%s, %d bytes, %s, listening on %s",
+            "%s, %d bytes, %s, %s, listening on %s",
             f"node '{config.node_name}'",
             self.device.capacity,
             "read-only" if self.device.read_only else "writable",
+            self._path.description,
             config.socket_path or f"fd {config.fd}",
         )
         self._accepting = asyncio.create_task(self._accept(self._listener))
@@ -140,17 +141,22 @@ class Export:
             if task is not None:
                 await task
 
-    async def close(self) -> None:
-        """Stop, make everything durable and let go of the node."""
+    async def close(self) -> bool:
+        """Stop, make everything durable and let go of the node.
+
+        Returns:
+            False if the last flush failed; that is in the log.
+        """
         await self.stop()
         # The backend's last drain and flush still need to know what the data path did.
-        await self._backend.close()
+        is_durable = await self._backend.close()
         await self._path.close()
         self._errors.summarize()
         served = self.statistics()
         if served.requests:
             for line in describe(served):
                 self.log.info("%s", line)
+        return is_durable
 
     def statistics(self) -> QueueStatistics:
         """What was served so far, all queues together."""

@@ -33,7 +33,7 @@ class FrontEnd:
     Args:
         connection: becomes this object's.
         device, data_path: the export's; nobody else uses them meanwhile.
-        offences: where messages that are refused are counted.
+        offences: where messages that are refused, and whatever else a guest can do all day, are counted.
 
     Context: the control loop. Owns: the connection, the session, guest memory, the back-end channel.
     """
@@ -208,9 +208,8 @@ class FrontEnd:
             raise PeerError(str(exc)) from None
         after = self._device.write_through
         if after != before:
-            self._log.info(
-                "the guest made its write cache %s", "write through" if after else "write back"
-            )
+            mode = "write through" if after else "write back"
+            self._offences.record(f"the guest made its write cache {mode}", level=logging.INFO)
             await self._path.set_write_through(after)
             if after:
                 await self._make_durable()
@@ -218,7 +217,8 @@ class FrontEnd:
     async def _make_durable(self) -> None:
         """Everything that completed while the guest had a write cache is on the disk when this returns."""
         try:
-            await self._device.backend.drain()
+            # Only ours: a guest that does this all day must not hold up the node's other users.
+            await self._device.backend.settle()
             await self._device.backend.flush()
         except BlockError as exc:
             raise PeerError(f"the flush that ends write-back failed: {exc}") from None

@@ -23,7 +23,6 @@ from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice, Outcome
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
-from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.statistics import QueueStatistics
 from vhostblk.native import Message, MessageType
@@ -61,7 +60,6 @@ class NativeDataPath:
         device: what the queues belong to.
         threads: queue i runs on thread i modulo their number. They may be shared with other exports.
         events: who hears of broken queues.
-        errors: where requests that the engine failed are counted.
         pin_memory: register guest memory as fixed buffers where those pay. What is registered stays pinned: after the
             guest has given a page back (a balloon, free page reporting, virtio-mem, postcopy) and got another for it,
             reads would still end in the old one. vhost-user has no way to tell a VMM that it must not take pages.
@@ -75,14 +73,12 @@ class NativeDataPath:
         device: BlkDevice,
         threads: Sequence[IOThread],
         events: DataPathEvents,
-        errors: ErrorLog,
         *,
         pin_memory: bool = False,
     ) -> None:
         self._device = device
         self._threads = tuple(threads)
         self._events = events
-        self._errors = errors
         self._pin_memory = pin_memory
         self._disk = native.Disk(
             disk_id=id(self),
@@ -98,6 +94,7 @@ class NativeDataPath:
         self._write_through = False
         self._flush_failed = False  # of the engine, and the block layer knows
         self._tasks: set[asyncio.Task[None]] = set()
+        self.description = ""
         device.memory_faulted = self._memory_faulted
 
     async def open(self) -> None:
@@ -106,6 +103,9 @@ class NativeDataPath:
         Raises:
             BlockError: a thread is out of memory; no thread knows the disk then.
         """
+        kind = "threads" if await self._maps_with(ExtentFlag.POOL) else self._threads[0].io_kind
+        count = len(self._threads)
+        self.description = f"{count} engine thread{'s' * (count > 1)} with {kind}"
         attached: list[IOThread] = []
         try:
             for thread in self._threads:
@@ -150,7 +150,9 @@ class NativeDataPath:
     async def _send_memory(
         self, threads: Sequence[IOThread], memory: native.Memory | None
     ) -> list[Message]:
-        flags = int(memory is not None and self._pin_memory and await self._uses_fixed_buffers())
+        flags = 0
+        if memory is not None and self._pin_memory:
+            flags = int(await self._maps_with(ExtentFlag.FIXED))
         return await asyncio.gather(
             *(
                 thread.command(
@@ -309,8 +311,7 @@ class NativeDataPath:
             elif queue is not None:
                 self._events.queue_broken(queue.index, native.Broken(result).name.lower())
         elif kind == MessageType.IO_ERROR:
-            name = RequestType(aux).name.lower()
-            self._errors.record_io_error(name, -result, offset, length)
+            self._device.record_io_error(aux, -result, offset, length)
             if aux == _FLUSH:
                 # The kernel reports a lost write once: from here on the block layer answers flushes.
                 self._flush_failed = True
@@ -357,9 +358,9 @@ class NativeDataPath:
         thread.command(MessageType.FLUSH_SET, disk=self._disk.pointer, result=target)
         return True
 
-    async def _uses_fixed_buffers(self) -> bool:
+    async def _maps_with(self, flag: ExtentFlag) -> bool:
         extents = await self._backend.extents(0, self._backend.block_sizes.logical)
-        return any(extent.flags & ExtentFlag.FIXED for extent in extents)
+        return any(extent.flags & flag for extent in extents)
 
     async def _check(self, command: asyncio.Future[Message]) -> Message:
         """Await a command that only a bug of ours can make fail."""

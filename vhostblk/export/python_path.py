@@ -51,6 +51,8 @@ class PythonDataPath:
     Owns: the virtqueues, and the guard over the memory snapshot.
     """
 
+    description = "Python data path"
+
     def __init__(self, device: BlkDevice, events: DataPathEvents) -> None:
         self._device = device
         self._events = events

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from vhostblk.block.permissions import Perm
 from vhostblk.errors import BlockError, ConfigError
 
 
-def backend(node: ArrayNode | PassNode, **options: bool) -> BlockBackend:
+def backend(node: ArrayNode | PassNode, **options: Any) -> BlockBackend:
     return BlockBackend(node, "export 'x'", **{"writable": True, **options})
 
 
@@ -250,6 +251,35 @@ def test_drain_revokes_everything_and_waits_for_what_is_in_flight() -> None:
         await user.drain()
         assert write.done()
         assert revoked == [(0, 65536)]
+
+    asyncio.run(scenario())
+
+
+def test_settling_waits_for_our_own_requests_and_holds_up_nobody_else() -> None:
+    """A guest that changes its cache mode all day must not stop the node's other users."""
+
+    async def scenario() -> None:
+        node = ArrayNode()
+        user, other = backend(node, shared=Perm.ALL), backend(node, shared=Perm.ALL)
+        gate = asyncio.Event()
+
+        async def pause() -> None:
+            await gate.wait()
+
+        node.pause = pause
+        write = asyncio.create_task(user.pwritev(0, IoVec.of(b"x")))
+        await turns(2)
+        settling = asyncio.create_task(user.settle())
+        late = asyncio.create_task(user.pwritev(8, IoVec.of(b"y")))
+        await turns(5)
+        assert node.asked.of("write") == [(0, 1)]
+        node.pause = None
+        await other.pwritev(512, IoVec.of(b"z"))
+        assert not settling.done()
+        gate.set()
+        await asyncio.wait_for(settling, 5)
+        assert write.done()
+        await asyncio.wait_for(late, 5)
 
     asyncio.run(scenario())
 

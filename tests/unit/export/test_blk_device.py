@@ -350,6 +350,35 @@ def test_failure_of_the_disk_is_ioerr_and_one_line(
     assert execute(device, *what)[0] == OK
 
 
+def test_the_field_has_an_effect_only_with_its_feature() -> None:
+    """VIRTIO 1.2 §5.2.5; but it may be set before the features are known (vhost-user), so it is kept."""
+    device = make()
+    device.set_features(Feature.VIRTIO_BLK_F_FLUSH)
+    device.write_config(WRITEBACK_OFFSET, b"\0")
+    assert not device.write_through
+    assert device.backend.write_cache
+    device.set_features(Feature.VIRTIO_BLK_F_FLUSH | Feature.VIRTIO_BLK_F_CONFIG_WCE)
+    assert device.write_through
+    assert not device.backend.write_cache
+    through = make(write_cache=False)
+    through.set_features(Feature.VIRTIO_BLK_F_FLUSH)
+    through.write_config(WRITEBACK_OFFSET, b"\1")
+    assert through.write_through
+
+
+def test_request_that_breaks_the_rules_is_one_line(expect_log: ExpectedLog) -> None:
+    expect_log.expect(
+        r"out failed: Invalid argument \(EINVAL\) at offset 4096, 512 bytes",
+        r"a request without a header failed: Invalid argument \(EINVAL\)",
+    )
+    device = make()
+    for made in (request(RequestType.OUT, 4096, [view(512)]), request(-1)):  # type: ignore[arg-type]
+        made.status = Status.IOERR
+        for _ in range(3):
+            assert run_now(device.execute(made)) == (IOERR, 0)
+    assert len(expect_log.messages) == 2
+
+
 def test_refused_request_never_reaches_the_disk() -> None:
     device = make()
     refused = request(RequestType.OUT, 0, [view(512)])

@@ -24,6 +24,16 @@ def test_a_kind_is_logged_once_with_its_first_place(caplog: pytest.LogCaptureFix
     assert "read failed: Input/output error (EIO) at offset 512, 512 bytes" in caplog.text
 
 
+def test_what_is_no_failure_is_counted_at_its_own_level(caplog: pytest.LogCaptureFixture) -> None:
+    errors = make()
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            errors.record("the guest changed its mind", level=logging.INFO)
+        errors.summarize()
+    assert [record.levelno for record in caplog.records] == [logging.INFO] * 2
+    assert caplog.text.endswith("the guest changed its mind: 3 times in all\n")
+
+
 def test_kinds_differ_by_operation_and_errno(caplog: pytest.LogCaptureFixture) -> None:
     errors = make()
     errors.record_io_error("read", errno.EIO, 0, 512)

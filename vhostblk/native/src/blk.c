@@ -112,7 +112,8 @@ int blk_parse(struct chain *chain, const struct blk_limits *limits, struct blk_r
 	struct iovec *readable = chain->iov, *writable = chain->iov + chain->readable;
 	struct virtio_blk_outhdr header;
 
-	*ret = (struct blk_request){.op = VB_OP_OTHER, .status = VIRTIO_BLK_S_IOERR};
+	/* Without a header it is of no type: 0 would be a read. */
+	*ret = (struct blk_request){.type = UINT32_MAX, .op = VB_OP_OTHER, .status = VIRTIO_BLK_S_IOERR};
 	if (!chain->writable_bytes)
 		return -VB_BROKEN_NO_STATUS;
 	ret->status_byte = take_last_byte(writable, &chain->writable);
