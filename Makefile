@@ -18,8 +18,9 @@ FUZZ_SECONDS ?= 60
 
 python := $(VENV)/bin/python
 stamps := build/stamps
-native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostblk/native/build.py
-c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
+native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostblk/native/build.py \
+	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
+c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
 .PHONY: all setup build test test-quick lint format demo fuzz sanitize qtest clean
 .DEFAULT_GOAL := all
@@ -76,6 +77,6 @@ qtest: $(stamps)/system-test build
 	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon
 
 clean:
-	rm -rf build dist *.egg-info vhostblk/native/*.so vhostblk/native/_engine.c
+	rm -rf build dist *.egg-info vhostblk/native/*.so vhostblk/native/_engine.c vhostblk/native/_load.c
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find vhostblk tests -name __pycache__ -type d -prune -exec rm -rf {} +

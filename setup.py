@@ -1,5 +1,5 @@
-"""What pyproject.toml cannot say: that cffi builds an extension."""
+"""What pyproject.toml cannot say: that cffi builds extensions."""
 
 from setuptools import setup
 
-setup(cffi_modules=["vhostblk/native/build.py:ffibuilder"])
+setup(cffi_modules=["vhostblk/native/build.py:ffibuilder", "vhostblk/native/build.py:loadbuilder"])

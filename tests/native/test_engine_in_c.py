@@ -91,7 +91,7 @@ def test_c_files_are_formatted() -> None:
         *HERE.glob("*.[ch]"),
         *ROOT.glob("tests/fuzz/*.c"),
     ]
-    files = [path for path in files if path.name != "_engine.c"]  # written by cffi
+    files = [path for path in files if path.name not in ("_engine.c", "_load.c")]  # written by cffi
 
     subprocess.run(
         [require("clang-format"), "--dry-run", "--Werror", *files], check=True, timeout=60

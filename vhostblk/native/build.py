@@ -1,9 +1,10 @@
-"""Build the engine: `setup.py` names `ffibuilder`, cffi runs this file and compiles what it says.
+"""Build the engine and the load generator: `setup.py` names their builders, cffi runs this file for each.
 
-`engine.h` is the C header and the cffi declarations in one, so the two cannot disagree. The files
-are compiled without liburing where it is missing (the engine then does its I/O with a pool of
-threads), and not at all where there is no C compiler: the extension is optional, `vhostblk.native`
-says so, and exports use the data path written in Python.
+`engine.h` and `load.h` are C headers and cffi declarations in one, so the two cannot disagree. They
+are two extensions, because a daemon has no use for a load generator. The engine is compiled without
+liburing where it is missing (it then does its I/O with a pool of threads), and neither where there is
+no C compiler: the extensions are optional, `vhostblk.native` says so, and exports use the data path
+written in Python.
 
 Environment:
     VHOSTBLK_WERROR=1: warnings are errors. For us, never for the compilers of users.
@@ -86,13 +87,15 @@ def declarations(header: Path) -> str:
     return "\n".join(line for line in lines if not line.startswith(("#include", "#pragma")))
 
 
-def make() -> cffi.FFI:
-    """Describe the extension."""
-    flags = list(CFLAGS)
+def warnings() -> list[str]:
+    """CFLAGS, and whether what they find ends the build."""
+    return [*CFLAGS, *(["-Werror"] if os.environ.get("VHOSTBLK_WERROR") == "1" else [])]
+
+
+def make_engine() -> cffi.FFI:
+    """Describe the engine."""
     macros = [("_GNU_SOURCE", "1")]
     libraries = []
-    if os.environ.get("VHOSTBLK_WERROR") == "1":
-        flags.append("-Werror")
     if has_liburing():
         libraries.append("uring")
     else:
@@ -111,11 +114,35 @@ def make() -> cffi.FFI:
         include_dirs=[str(HERE)],
         libraries=libraries,
         define_macros=macros,
-        extra_compile_args=flags,
+        extra_compile_args=warnings(),
         extra_link_args=["-pthread"],
         optional=True,
     )
     return builder
 
 
-ffibuilder = make()
+def make_load() -> cffi.FFI:
+    """Describe the load generator."""
+    builder = cffi.FFI()
+    builder.cdef(declarations(HERE / "load.h"))
+    builder.set_source(
+        "vhostblk.native._load",
+        '#include "load.h"',
+        sources=sorted(map(str, HERE.glob("load_src/*.c"))),
+        depends=[
+            str(HERE / "load.h"),
+            str(HERE / "src/common.h"),
+            *sorted(map(str, HERE.glob("load_src/*.h"))),
+        ],
+        include_dirs=[str(HERE)],
+        define_macros=[("_GNU_SOURCE", "1")],
+        extra_compile_args=warnings(),
+        extra_link_args=["-pthread"],
+        optional=True,
+    )
+    return builder
+
+
+# Functions, so that each run of this file describes only what it builds.
+ffibuilder = make_engine
+loadbuilder = make_load
