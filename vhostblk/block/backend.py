@@ -33,6 +33,7 @@ from vhostblk.errors import BlockError
 log = logging.getLogger(__name__)
 
 Revoke = Callable[[int, int], Awaitable[None]]
+RevokeFlush = Callable[[], Awaitable[None]]
 
 _FUA = int(Req.FUA)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
@@ -76,6 +77,7 @@ class BlockBackend:
         self._idle: list[asyncio.Future[None]] = []
         self._queued: list[asyncio.Future[None]] = []
         self._revoke: Revoke | None = None
+        self._revoke_flush: RevokeFlush | None = None
         self._resized: Callable[[int], None] | None = None
         self._external_writes: Callable[[], int] | None = None
         perm = Perm.CONSISTENT_READ
@@ -113,17 +115,21 @@ class BlockBackend:
         self,
         *,
         revoke: Revoke | None = None,
+        revoke_flush: RevokeFlush | None = None,
         resized: Callable[[int], None] | None = None,
         external_writes: Callable[[], int] | None = None,
     ) -> None:
         """Say who is to be told.
 
         Args: revoke: awaited with (offset, length) before the graph does something that extents
-            would not see; when it returns, nobody uses an extent that touches the range. resized:
+            would not see; when it returns, nobody uses an extent that touches the range.
+            revoke_flush: awaited before the graph flushes `flush_target()` itself; when it returns,
+            nobody else does, and `flush_failed` was called if somebody's flush has failed. resized:
             called with the new length. external_writes: how many writes were completed through
             extents; only grows. Without it a flush after such writes might be skipped.
         """
         self._revoke = revoke
+        self._revoke_flush = revoke_flush
         self._resized = resized
         self._external_writes = external_writes
 
@@ -243,9 +249,10 @@ class BlockBackend:
     def flush_target(self) -> int | FlushTarget:
         """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).
 
-        May change whenever `revoke` was called, and after `flush_failed`.
+        May change whenever `revoke` or `revoke_flush` was called, and after `flush_failed`. Only one user may have it:
+        the one that writes.
         """
-        if self._quiesced:
+        if self._quiesced or (not self.writable and not self.node.read_only):
             return FlushTarget.ASK
         return FlushTarget.NOTHING if self.node.read_only else self.node.flush_target()
 
@@ -310,6 +317,11 @@ class BlockBackend:
         self._epoch += 1
         if self._revoke is not None:
             await self._revoke(offset, length)
+
+    async def child_revoke_flush(self, edge: Edge) -> None:
+        """Nobody else flushes the node's file once this returns."""
+        if self._revoke_flush is not None:
+            await self._revoke_flush()
 
     def child_resized(self, edge: Edge) -> None:
         """The node's length has changed."""

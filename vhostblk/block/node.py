@@ -145,6 +145,9 @@ class EdgeParent(Protocol):
     async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
         """Nobody above may touch this range of the child on their own once this returns."""
 
+    async def child_revoke_flush(self, edge: Edge) -> None:
+        """Nobody above flushes the child's file on their own once this returns."""
+
     def child_resized(self, edge: Edge) -> None:
         """The child's length has changed."""
 
@@ -350,6 +353,11 @@ class BlockNode:
         for edge in tuple(self.parents):
             await edge.parent.child_revoke(edge, offset, length)
 
+    async def revoke_flush(self) -> None:
+        """Take back the right to flush `flush_target()`; nobody does once this returns, and failures are known."""
+        for edge in tuple(self.parents):
+            await edge.parent.child_revoke_flush(edge)
+
     def describe_use(self, edge: Edge) -> str:
         """Who uses the child and as what, for messages."""
         return f"node '{self.node_name}' as '{edge.name}'"
@@ -360,6 +368,10 @@ class BlockNode:
             await self.revoke(offset, length)
         else:
             await self.revoke(0, self.length)
+
+    async def child_revoke_flush(self, edge: Edge) -> None:
+        """A child flushes by itself now, so nobody above may."""
+        await self.revoke_flush()
 
     def child_resized(self, edge: Edge) -> None:
         """A child's length changed: a filter is as long as its child."""

@@ -66,6 +66,10 @@ class DataPath(Protocol):
 
     async def revoke(self, offset: int, length: int) -> None:
         """Forget what was known about this range of the disk; returns when no I/O based on it is in flight."""
+    async def revoke_flush(self) -> None:
+        """Leave flushes to the block layer from now on; returns when none of ours is in flight, and it was told if one
+        has failed."""
+
 
     def external_writes(self) -> int:
         """How many writes were completed past the block layer; only grows."""

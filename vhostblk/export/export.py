@@ -116,6 +116,7 @@ class Export:
         else:
             assert config.fd is not None
             self._listener = Listener.adopt(config.fd)
+            revoke_flush=export._path.revoke_flush,
 
     def start(self) -> None:
         """Serve whoever connects. `listen` comes first."""

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 _IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
 # It was retried already, or the map has its range but the request is not aligned enough for it.
 _DO_NOT_MAP = int(native.RequestFlag.RETRIED | native.RequestFlag.UNALIGNED)
+_NEEDS_FLUSH = int(native.RequestFlag.NEEDS_FLUSH)
 _EVERYTHING = 2**63
 _QUEUE_FD = {
     VringFd.KICK: native.QueueFd.KICK,
@@ -94,6 +95,7 @@ class NativeDataPath:
         self._write_through = False
         self._flush_failed = False  # of the engine, and the block layer knows
         self._tasks: set[asyncio.Task[None]] = set()
+        self._has_flushed = False  # the engine had the right to flush a file, and may have it now
         self.description = ""
         device.memory_faulted = self._memory_faulted
 
@@ -230,7 +232,6 @@ class NativeDataPath:
         """See `DataPath.set_write_through`."""
         self._write_through = write_through
         await self.revoke(0, _EVERYTHING)
-        self._learn_of_failed_flush()
 
     def set_capacity(self, capacity: int) -> None:
         """See `DataPath.set_capacity`."""
@@ -251,6 +252,24 @@ class NativeDataPath:
                 for thread in self._threads
             ]
         await asyncio.gather(*(self._check(command) for command in commands))
+        self._learn_of_failed_flush()
+
+    async def revoke_flush(self) -> None:
+        """See `DataPath.revoke_flush`.
+
+        Not remembered per thread: an answer to somebody else's FLUSH_SET may be outstanding, and must be waited for.
+        """
+        if self._has_flushed:
+            disk = self._disk.pointer
+            await asyncio.gather(
+                *(
+                    self._check(
+                        thread.command(MessageType.FLUSH_SET, disk=disk, result=native.FLUSH_MISS)
+                    )
+                    for thread in self._threads
+                )
+            )
+            self._learn_of_failed_flush()
 
     def external_writes(self) -> int:
         """See `DataPath.external_writes`."""
@@ -289,7 +308,14 @@ class NativeDataPath:
         _, flags, _, _, _, offset, length, pointer, count, _, kind = message
         request = BlkRequest(head=0, status_byte=_NOWHERE, type=kind)
         if kind in (_IN, _OUT):
-            if not flags & _DO_NOT_MAP and await self._fault(thread, offset, length, kind == _OUT):
+            if flags & _NEEDS_FLUSH:
+                self._learn_of_failed_flush()
+                retry = not flags & _DO_NOT_MAP and self._allow_flush(thread)
+            else:
+                retry = not flags & _DO_NOT_MAP and await self._fault(
+                    thread, offset, length, kind == _OUT
+                )
+            if retry:
                 return None
             request.offset, request.length = offset, length
             request.data = native.iov_views(pointer, count)
@@ -321,7 +347,7 @@ class NativeDataPath:
         """Its message may still be on the way, or dropped for want of room; the block layer must not flush before."""
         if self._disk.flush_failed and not self._flush_failed:
             self._flush_failed = True
-            self._backend.flush_failed(errno.EIO)
+            self._backend.flush_failed(self._disk.flush_failed)
 
     def _memory_faulted(self) -> bool:
         if self._memory is None or not self._memory.faulted:
@@ -336,6 +362,8 @@ class NativeDataPath:
         except BlockError:
             return False  # the request itself will meet the error, and tell
         if not offload.covers(extents, offset, length, write):
+        if write and self._write_through:
+            self._allow_flush(thread)
             return False
         # No wait between the backend's answer and the message: a revocation would come between them.
         if offload.flush_target(self._backend) == native.FLUSH_NOTHING:
@@ -351,6 +379,7 @@ class NativeDataPath:
         return True
 
     def _allow_flush(self, thread: IOThread) -> bool:
+        self._has_flushed |= target != native.FLUSH_NOTHING
         """Let the engine flush by itself, where one fdatasync, or nothing, is a complete flush."""
         target = offload.flush_target(self._backend)
         if target == native.FLUSH_MISS:

@@ -114,6 +114,9 @@ class PythonDataPath:
     def external_writes(self) -> int:
         """All go through the block layer."""
         return 0
+    async def revoke_flush(self) -> None:
+        """All go through the block layer."""
+
 
     def statistics(self) -> dict[int, QueueStatistics]:
         """See `DataPath.statistics`."""

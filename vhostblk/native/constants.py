@@ -99,3 +99,4 @@ class RequestFlag(enum.IntFlag):
 
     RETRIED = 1
     UNALIGNED = 2
+    NEEDS_FLUSH = 4

@@ -65,9 +65,9 @@ class Disk:
         return int(lib.vb_disk_write_gen(self._disk))
 
     @property
-    def flush_failed(self) -> bool:
-        """Whether an fdatasync of the engine has failed, ever."""
-        return bool(lib.vb_disk_flush_failed(self._disk))
+    def flush_failed(self) -> int:
+        """The errno of an fdatasync of the engine that has failed, ever; or 0."""
+        return int(lib.vb_disk_flush_failed(self._disk))
 
     def set_capacity(self, capacity: int) -> None:
         """Bytes; requests that start later see it. Shrinking: then revoke what is gone."""

@@ -58,13 +58,14 @@ int vb_disk_create(const struct vb_disk_config *config, struct vb_disk **ret);
 void vb_disk_unref(struct vb_disk *disk);
 /* Atomic; requests that start later see it. Shrinking: set it, then VB_REVOKE what is gone. */
 void vb_disk_set_capacity(struct vb_disk *disk, uint64_t capacity);
-/* Non-zero: every write that starts later carries RWF_DSYNC (writeback 0, or FLUSH not negotiated). */
+/* Non-zero: every write that starts later is durable when it completes (writeback 0, or FLUSH not negotiated): by
+ * RWF_DSYNC, or where the page cache is in between by an fdatasync behind it, which VB_FLUSH_SET must have allowed. */
 void vb_disk_set_write_through(struct vb_disk *disk, int write_through);
 /* Writes the engine has completed by itself, so that control's flush generations can count them. Grows before the
  * guest is told. */
 uint64_t vb_disk_write_gen(const struct vb_disk *disk);
-/* Whether an fdatasync of the engine has failed. It is set before anybody is told, and VB_IO_ERROR, which tells control,
- * may come late or not at all: so control looks here before it flushes. */
+/* The errno of an fdatasync of the engine that has failed, or 0. It is set before anybody is told, and VB_IO_ERROR, which
+ * tells control, may come late or not at all: so control looks here before it flushes. */
 int vb_disk_flush_failed(const struct vb_disk *disk);
 
 /* An entry of the extent map: this range of the disk is that range of a file, until it is revoked. */
@@ -75,7 +76,7 @@ enum vb_extent_flag {
 	VB_EXTENT_NULL = 8,    /* accepts anything, keeps nothing; without ZERO, leaves read buffers alone; no file */
 	VB_EXTENT_INLINE = 16, /* the file never blocks (tmpfs): preadv/pwritev at once; long ones in the pool */
 	VB_EXTENT_POOL = 32,   /* use the thread pool even where io_uring works (aio=threads) */
-	VB_EXTENT_FIXED = 64   /* io_uring fixed buffers pay here (O_DIRECT) */
+	VB_EXTENT_FIXED = 64   /* O_DIRECT: io_uring fixed buffers pay, and no write is lost behind our back */
 };
 
 struct vb_extent {
@@ -181,8 +182,10 @@ enum vb_message_type {
 	 * their rings over, or break (always, if there is no memory). */
 	VB_MEMORY_SET,
 	/* disk, result = fd that FLUSH may fdatasync, VB_FLUSH_MISS (as after DISK_ATTACH) or VB_FLUSH_NOTHING:
-	 * acknowledged when no flush of the old fd is in flight. Once an fdatasync has failed, all flushes of this disk
-	 * go to control, whatever is set here. */
+	 * acknowledged when no flush of the old fd is in flight on this thread. The threads of a disk do one fdatasync
+	 * at a time, because the kernel tells of a lost write once; so they must have the same fd, and control, before
+	 * it flushes or closes that file itself, sets MISS on all of them and waits. Once an fdatasync has failed, all
+	 * flushes of this disk go to control, whatever is set here: see vb_disk_flush_failed. */
 	VB_FLUSH_SET,
 	/* disk, pointer = vb_extent[count]: copied; each replaces what it overlaps. A request is a hit when one extent
 	 * has all of it; extents that continue each other, also in the file, become one. -EINVAL: nothing was mapped.
@@ -225,8 +228,9 @@ enum vb_message_type {
 
 enum { VB_FLUSH_MISS = -1, VB_FLUSH_NOTHING = -2 };
 enum vb_request_flag {
-	VB_REQUEST_RETRIED = 1,  /* it was given back by VB_RETRY once already */
-	VB_REQUEST_UNALIGNED = 2 /* an extent has its range, but the request is not aligned enough: do not map, serve */
+	VB_REQUEST_RETRIED = 1,    /* it was given back by VB_RETRY once already */
+	VB_REQUEST_UNALIGNED = 2,  /* an extent has its range, but it is not aligned enough: do not map, serve */
+	VB_REQUEST_NEEDS_FLUSH = 4 /* an extent has its range, but it must be durable: VB_FLUSH_SET, or serve */
 };
 enum vb_queue_fd { VB_QUEUE_KICK, VB_QUEUE_CALL, VB_QUEUE_ERR };
 

@@ -51,7 +51,6 @@ class PosixNode(BlockNode):
     Owns: the fd.
     """
 
-    supported_write_flags = _FUA
     supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
 
     _fd = -1
@@ -68,6 +67,7 @@ class PosixNode(BlockNode):
     # After a failed fdatasync the kernel forgets which pages were lost, and the next one succeeds.
     # Ours must not.
     _flush_error = 0
+    _flushing = False  # an fdatasync of ours is in flight, or about to begin
 
     def _adopt(self, file: host_file.HostFile) -> None:
         """Serve this file, opened as `_fd`."""
@@ -76,6 +76,9 @@ class PosixNode(BlockNode):
         self.length = align_up(file.size, SECTOR_SIZE)
         self.block_sizes = file.sizes
         self._inline = file.in_memory
+        # Where there is writeback RWF_DSYNC may take the error of a write that another flush would have to tell of, so
+        # there a durable write is one with a flush behind it: see `driver_flush_to_disk`.
+        self.supported_write_flags = _FUA if self._direct or self._inline else 0
         self._nowait = not self._direct and not file.in_memory
         self._has_punch = file.can_discard
 
@@ -134,7 +137,7 @@ class PosixNode(BlockNode):
             return 0
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
-        """Write; FUA is RWF_DSYNC."""
+        """Write; FUA, where it is supported, is RWF_DSYNC."""
         dsync = bool(flags & _FUA) and not self.no_flush
         if self._inline:
             write_all(self._fd, offset, iov, os.RWF_DSYNC if dsync else 0)
@@ -192,16 +195,26 @@ class PosixNode(BlockNode):
         return self._file.can_discard
 
     async def driver_flush_to_disk(self) -> None:
-        """fdatasync. Once it has failed it fails for ever, unless there is no page cache in between."""
-        if self._flush_error:
-            raise BlockError(
-                self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
-            )
+        """fdatasync. Once it has failed it fails for ever, unless there is no page cache in between.
+
+        The kernel tells of a write that it lost to one fdatasync of an open file, once; of two that overlap one may
+        fail and the other succeed. So there is only one at a time. Here: the pipeline flushes a node once at a time.
+        In the engine: see native/src/flush.c. Between the two: `flush_target` gives nothing out while we are here, what
+        was given out before is taken back, and whether that has failed is known when it is.
+        """
+        self._flushing = True
         try:
+            await self.revoke_flush()
+            if self._flush_error:
+                raise BlockError(
+                    self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
+                )
             await self._io.fdatasync(self._fd)
         except BlockError as error:
             self.flush_failed(error.errno or errno.EIO)
             raise
+        finally:
+            self._flushing = False
 
     def flush_failed(self, error: int) -> None:
         """Somebody's fdatasync failed: see `_flush_error`."""
@@ -272,7 +285,9 @@ class PosixNode(BlockNode):
         )
 
     def flush_target(self) -> int | FlushTarget:
-        """The file, unless flushes are off, have failed before, or belong into our own threads (aio=threads)."""
+        """The file, unless flushes are off, have failed before, are being done here, or belong into our own threads
+        (aio=threads)."""
         if self.no_flush:
             return FlushTarget.NOTHING
-        return FlushTarget.ASK if self._flush_error or self._pool else self._fd
+        ask = self._flush_error or self._flushing or self._pool
+        return FlushTarget.ASK if ask else self._fd

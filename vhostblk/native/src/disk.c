@@ -28,6 +28,7 @@ int vb_disk_create(const struct vb_disk_config *config, struct vb_disk **ret)
 	if (!disk)
 		return -ENOMEM;
 	*disk = (struct vb_disk){.refs = 1, .config = *config, .capacity = config->capacity};
+	flush_line_init(&disk->line);
 	*ret = disk;
 	return 0;
 }
@@ -40,8 +41,10 @@ struct vb_disk *disk_ref(struct vb_disk *disk)
 
 void vb_disk_unref(struct vb_disk *disk)
 {
-	if (disk && !__atomic_sub_fetch(&disk->refs, 1, __ATOMIC_ACQ_REL))
-		free(disk);
+	if (!disk || __atomic_sub_fetch(&disk->refs, 1, __ATOMIC_ACQ_REL))
+		return;
+	flush_line_deinit(&disk->line);
+	free(disk);
 }
 
 void vb_disk_set_capacity(struct vb_disk *disk, uint64_t capacity)
@@ -76,6 +79,7 @@ struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *d
 	extent_map_init(&a->map, disk->config.max_extents);
 	list_init(&a->in_flight);
 	list_init(&a->barriers);
+	list_init(&a->flushes);
 	return a;
 }
 

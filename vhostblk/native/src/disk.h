@@ -7,6 +7,7 @@
 #include "aio.h"
 #include "common.h"
 #include "extent_map.h"
+#include "flush.h"
 #include "memory.h"
 
 struct vb_disk {
@@ -14,7 +15,8 @@ struct vb_disk {
 	struct vb_disk_config config; /* all but capacity never change */
 	uint64_t capacity;
 	uint32_t write_through;
-	uint32_t flush_failed;           /* an fdatasync did: from then on control answers flushes */
+	uint32_t flush_failed; /* the errno of an fdatasync: from then on control answers flushes */
+	struct flush_line line;
 	_Alignas(64) uint64_t write_gen; /* written by several threads */
 };
 
@@ -47,7 +49,7 @@ struct io_track {
 	uint64_t sequence;
 	uint64_t offset;
 	uint64_t length;
-	bool is_flush;
+	bool is_flush; /* an fdatasync, or a write that ends with one */
 };
 
 struct attachment {
@@ -59,9 +61,12 @@ struct attachment {
 	uint32_t retired;          /* memory uses that still have users */
 	int32_t flush_fd;          /* or VB_FLUSH_MISS, VB_FLUSH_NOTHING */
 	uint32_t queues;
-	uint64_t sequence;     /* grows with each I/O that begins and each barrier */
-	struct list in_flight; /* of struct io_track */
-	struct list barriers;  /* of struct barrier */
+	uint64_t sequence;         /* grows with each I/O that begins and each barrier */
+	struct list in_flight;     /* of struct io_track */
+	struct list barriers;      /* of struct barrier */
+	struct list flushes;       /* requests in the disk's line, by their tickets */
+	struct list flush_watcher; /* in disk->line.watchers, while ... */
+	bool watches_flushes;      /* ... this is so; both are guarded by the line's lock */
 };
 
 struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *disk);

@@ -93,6 +93,8 @@ bool thread_turn(struct vb_thread *thread)
 	thread->now = now_ns();
 	any = thread_run_commands(thread);
 	any |= reap(thread);
+	if (load_acquire(&thread->flush_ended))
+		flush_look(thread);
 	for (uint32_t i = 0; i < thread->slots; i++)
 		if (thread->queues[i])
 			any |= queue_run(thread->queues[i]);

@@ -38,12 +38,15 @@ struct request {
 	uint16_t head;
 	uint8_t state; /* enum request_state */
 	bool missed;
+	bool flush_after; /* a write that is durable by an fdatasync behind it */
 	struct memory_use *memory;
 	uint64_t started_ns;
 	struct blk_request blk;
 	struct aio_op op;      /* while an I/O is in flight */
 	struct io_track track; /* the same */
-	void *spilled;         /* what did not fit below, or NULL */
+	struct list in_line;   /* while it waits for an fdatasync: see flush.c */
+	uint64_t ticket;
+	void *spilled; /* what did not fit below, or NULL */
 	uint32_t spilled_pieces;
 	union {
 		struct iovec iov[REQUEST_PIECES];
@@ -113,3 +116,5 @@ void request_complete(struct request *request, int status, uint64_t written);
 void request_serve(struct request *request);
 /* Its I/O has ended. */
 void request_io_done(struct aio_op *op);
+/* All that the file had when the request joined the line of flushes is durable; or -errno. */
+void request_flushed(struct request *request, int error);

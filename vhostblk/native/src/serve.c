@@ -53,23 +53,11 @@ static void report_failure(struct request *request, int error)
 		thread_post(queue->thread, &message);
 }
 
-/* The kernel reports writes that it lost to one fdatasync, once. After that no flush may succeed by luck: control answers
- * all of them, and those of other threads that end later fail with this one. */
-static int64_t check_flush(struct vb_disk *disk, int64_t result)
-{
-	if (result < 0)
-		store_release(&disk->flush_failed, 1);
-	return load_relaxed(&disk->flush_failed) && !result ? -EIO : result;
-}
-
 static void finish_io(struct request *request, int64_t result)
 {
 	struct blk_request *blk = &request->blk;
-	uint64_t expected = blk->op == VB_OP_FLUSH ? 0 : blk->length;
 
-	if (blk->op == VB_OP_FLUSH)
-		result = check_flush(request->queue->attachment->disk, result);
-	if (result < 0 || (uint64_t)result != expected) {
+	if (result < 0 || (uint64_t)result != blk->length) {
 		/* An extent that reaches beyond the end of its file is an error of whoever mapped it. */
 		report_failure(request, result < 0 ? (int)result : -EIO);
 		request_complete(request, VIRTIO_BLK_S_IOERR, 0);
@@ -86,19 +74,34 @@ void request_io_done(struct aio_op *op)
 {
 	struct request *request = container_of(op, struct request, op);
 
-	attachment_io_ended(request->queue->attachment, &request->track);
-	finish_io(request, op->result);
+	if (op->kind == VB_IO_FDATASYNC) {
+		flush_ended(request);
+	} else if (request->flush_after && op->result == (int64_t)request->blk.length) {
+		flush_join(request, op->fd);
+	} else {
+		attachment_io_ended(request->queue->attachment, &request->track);
+		finish_io(request, op->result);
+	}
 }
 
-static void begin_io(struct request *request, uint64_t length)
+void request_flushed(struct request *request, int error)
 {
-	struct attachment *attachment = request->queue->attachment;
+	attachment_io_ended(request->queue->attachment, &request->track);
+	finish_io(request, error ? error : (int64_t)request->blk.length);
+}
 
+/* The range that the engine touches from now on, and whether it flushes: control can wait for both to end. */
+static void track_io(struct request *request, bool is_flush)
+{
 	request->track.offset = request->blk.offset;
-	request->track.length = length;
-	request->track.is_flush = request->blk.op == VB_OP_FLUSH;
-	attachment_io_begins(attachment, &request->track);
-	aio_start(attachment->thread->aio, &request->op);
+	request->track.length = request->blk.length;
+	request->track.is_flush = is_flush;
+	attachment_io_begins(request->queue->attachment, &request->track);
+}
+
+static bool may_flush(const struct attachment *attachment, int fd)
+{
+	return attachment->flush_fd == fd && !load_relaxed(&attachment->disk->flush_failed);
 }
 
 static bool is_aligned(const struct blk_request *blk, const struct vb_extent *extent)
@@ -129,12 +132,20 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 	bool fixed = extent->flags & VB_EXTENT_FIXED && blk->pieces == 1;
 	bool at_once = extent->flags & VB_EXTENT_INLINE && blk->length <= INLINE_MAX;
 	bool pool = extent->flags & (VB_EXTENT_POOL | VB_EXTENT_INLINE);
+	bool cached = !(extent->flags & (VB_EXTENT_FIXED | VB_EXTENT_INLINE));
 
+	/* RWF_DSYNC asks for writeback errors as fdatasync does: of two at a time one may take the error of the other.
+	 * Where there is writeback a write is durable by the line of flushes, which many share at a time. */
+	request->flush_after = durable && cached;
+	if (request->flush_after && !may_flush(request->queue->attachment, extent->fd)) {
+		hand_to_control(request, VB_REQUEST_NEEDS_FLUSH);
+		return;
+	}
 	request->op = (struct aio_op){
 		.iov = blk->data,
 		.pieces = blk->pieces,
 		.kind = write ? VB_IO_WRITE : VB_IO_READ,
-		.flags = (uint8_t)((durable ? AIO_DSYNC : 0) | (pool ? AIO_POOL : 0)),
+		.flags = (uint8_t)((durable && !cached ? AIO_DSYNC : 0) | (pool ? AIO_POOL : 0)),
 		.buffer = (int16_t)(fixed ? memory_use_buffer(request->memory, blk->data) : -1),
 		.fd = extent->fd,
 		.offset = extent->host_offset + (blk->offset - extent->offset),
@@ -143,7 +154,8 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 		aio_run(&request->op);
 		finish_io(request, request->op.result);
 	} else {
-		begin_io(request, blk->length);
+		track_io(request, request->flush_after);
+		aio_start(request->queue->thread->aio, &request->op);
 	}
 }
 
@@ -177,12 +189,12 @@ static void serve_flush(struct request *request)
 
 	if (fd == VB_FLUSH_NOTHING) {
 		request_complete(request, VIRTIO_BLK_S_OK, 0);
-	} else if (fd < 0 || load_relaxed(&request->queue->attachment->disk->flush_failed)) {
+	} else if (fd < 0 || !may_flush(request->queue->attachment, fd)) {
 		hand_to_control(request, 0);
 	} else {
 		/* All that the driver may count on (VIRTIO 1.2 §5.2.6.2) has completed, so it is in the file. */
-		request->op = (struct aio_op){.kind = VB_IO_FDATASYNC, .buffer = -1, .fd = fd};
-		begin_io(request, 0);
+		track_io(request, true);
+		flush_join(request, fd);
 	}
 }
 

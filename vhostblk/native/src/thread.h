@@ -26,6 +26,7 @@ struct vb_thread {
 	uint32_t starved;
 	uint32_t attached; /* disks; written by the engine, for vb_thread_destroy */
 	uint32_t stop;
+	uint32_t flush_ended; /* set by another engine thread, which then writes to down_fd: see flush.c */
 
 	/* From here on the engine's only. */
 	struct aio *aio;

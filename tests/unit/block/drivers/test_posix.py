@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import stat
@@ -199,17 +200,79 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[[FileNode], Watched]:
     return lambda node: Watched(node, monkeypatch)
 
 
-def test_flush_is_fdatasync_and_fua_is_a_durable_write(
+def test_flush_is_fdatasync_and_fua_is_a_write_and_one_more(
     image: Path, watch: Callable[[FileNode], Watched]
 ) -> None:
+    """RWF_DSYNC would take the error of a write that the page cache has lost, and a flush would know nothing of it."""
+
     async def scenario(backend: BlockBackend, node: FileNode) -> None:
         watched = watch(node)
         await backend.pwritev(0, IoVec.of(b"x"))
         await backend.flush()
         await backend.pwritev(0, IoVec.of(b"x"), Req.FUA)
-        assert watched.syncs == 1
-        assert watched.durable_writes == [False, True]
+        assert watched.syncs == 2
+        assert watched.durable_writes == [False, False]
         assert backend.flush_target() == node._fd
+
+    with_file(image, scenario)
+
+
+def test_fua_is_a_durable_write_with_o_direct(
+    image: Path, watch: Callable[[FileNode], Watched]
+) -> None:
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        watched = watch(node)
+        await backend.flush()
+        await backend.pwritev(0, IoVec.of(bytes(4096)), Req.FUA)
+        assert watched.syncs == 1
+        assert watched.durable_writes == [True]
+
+    with_file(image, scenario, **{"cache.direct": "on"})
+
+
+def test_flush_takes_back_the_right_to_flush_before_and_gives_it_again_after(image: Path) -> None:
+    """Of two fdatasyncs at a time one may succeed although the other is told of a lost write."""
+
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        told: list[object] = []
+        real = node._io.fdatasync
+
+        async def revoke_flush() -> None:
+            told.append(backend.flush_target())
+            await asyncio.sleep(0)
+            told.append("the engine has ended")
+
+        async def fdatasync(fd: int) -> None:
+            told.append(backend.flush_target())
+            await real(fd)
+
+        node._io.fdatasync = fdatasync  # type: ignore[method-assign]
+        backend.attach(revoke_flush=revoke_flush)
+        await backend.pwritev(0, IoVec.of(b"x"))
+        assert backend.flush_target() == node._fd
+        await backend.flush()
+        assert told == [FlushTarget.ASK, "the engine has ended", FlushTarget.ASK]
+        assert backend.flush_target() == node._fd
+        node._io.fdatasync = real  # type: ignore[method-assign]
+
+    with_file(image, scenario)
+
+
+@pytest.mark.warns("the test: flush at close failed", "node 'd': flush at close failed")
+def test_flush_of_the_engine_that_fails_while_ours_waits_for_it_is_a_failure_of_ours(
+    image: Path, watch: Callable[[FileNode], Watched]
+) -> None:
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        watched = watch(node)
+
+        async def revoke_flush() -> None:
+            backend.flush_failed(errno.EIO)
+
+        backend.attach(revoke_flush=revoke_flush)
+        await backend.pwritev(0, IoVec.of(b"x"))
+        with pytest.raises(BlockError, match="earlier flush"):
+            await backend.flush()
+        assert watched.syncs == 0
 
     with_file(image, scenario)
 
