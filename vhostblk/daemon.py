@@ -29,6 +29,7 @@ from vhostblk.errors import BlockError, ConfigError, StateError
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.options import ExportConfig
+from vhostblk.export.stats_page import StatsPages
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Daemon:
         self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._threads: dict[str, IOThread] = {}
+        self._pages = StatsPages()
         self._is_durable = True
         self.graph = BlockGraph()
         self.exports: dict[str, Export] = {}
@@ -152,7 +154,7 @@ class Daemon:
                 raise ConfigError(f"fd {config.fd} is used by export '{other.config.id}'")
         threads = self._threads_for(config) if use_native else []
         node = self.graph.find(config.node_name)
-        export = await Export.open(config, node, threads)
+        export = await Export.open(config, node, threads, self._pages)
         stack.push_async_callback(self._close_export, export)
         self.exports[config.id] = export
 

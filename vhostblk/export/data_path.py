@@ -10,7 +10,6 @@ from typing import Protocol
 
 from vhostblk import native
 from vhostblk.errors import PeerError
-from vhostblk.export.statistics import QueueStatistics
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 
@@ -66,16 +65,13 @@ class DataPath(Protocol):
 
     async def revoke(self, offset: int, length: int) -> None:
         """Forget what was known about this range of the disk; returns when no I/O based on it is in flight."""
+
     async def revoke_flush(self) -> None:
         """Leave flushes to the block layer from now on; returns when none of ours is in flight, and it was told if one
         has failed."""
 
-
     def external_writes(self) -> int:
         """How many writes were completed past the block layer; only grows."""
-
-    def statistics(self) -> dict[int, QueueStatistics]:
-        """Per queue index, all that was counted since the export started."""
 
     async def close(self) -> None:
         """Let go of everything. All queues are stopped."""

@@ -24,6 +24,7 @@ from vhostblk.export.native_path import NativeDataPath
 from vhostblk.export.options import ExportConfig
 from vhostblk.export.python_path import PythonDataPath
 from vhostblk.export.statistics import QueueStatistics, describe, total
+from vhostblk.export.stats_page import StatsPage, StatsPages
 from vhostblk.vhost.transport import Listener
 
 # How long to let things be when a client cannot be accepted for want of fds or memory, seconds.
@@ -45,7 +46,11 @@ class Export:
     """
 
     def __init__(
-        self, config: ExportConfig, backend: BlockBackend, threads: Sequence[IOThread]
+        self,
+        config: ExportConfig,
+        backend: BlockBackend,
+        threads: Sequence[IOThread],
+        page: StatsPage,
     ) -> None:
         self.config = config
         self.log = _Prefix(logging.getLogger(__name__), {"export": config.id})
@@ -53,6 +58,7 @@ class Export:
         # What front-ends and guests do wrong, per session: they could do it all day.
         self._offences = ErrorLog(self.log)
         self._backend = backend
+        self._page = page
         self.device = BlkDevice(
             backend,
             serial=config.serial,
@@ -62,9 +68,9 @@ class Export:
             errors=self._errors,
         )
         self._path: DataPath = (
-            NativeDataPath(self.device, threads, self, pin_memory=config.pin_memory)
+            NativeDataPath(self.device, threads, self, page, pin_memory=config.pin_memory)
             if threads
-            else PythonDataPath(self.device, self)
+            else PythonDataPath(self.device, self, page)
         )
         self._listener: Listener | None = None
         self._front_end: FrontEnd | None = None
@@ -75,12 +81,17 @@ class Export:
 
     @classmethod
     async def open(
-        cls, config: ExportConfig, node: BlockNode, threads: Sequence[IOThread]
+        cls,
+        config: ExportConfig,
+        node: BlockNode,
+        threads: Sequence[IOThread],
+        pages: StatsPages | None = None,
     ) -> Export:
         """Take the node's permissions and get ready, without a socket yet.
 
         Args:
             threads: the engine threads that serve it; none: the Python data path does.
+            pages: makes the statistics page; None: nobody outside can look.
 
         Raises:
             ConfigError: the permissions are taken, or an option does not fit the disk.
@@ -91,14 +102,21 @@ class Export:
             writable=config.writable,
             write_cache=config.write_cache,
         )
+        page = (
+            StatsPage.private(config.id, config.num_queues)
+            if pages is None
+            else pages.create(config.id, config.num_queues, is_native=bool(threads))
+        )
         try:
-            export = cls(config, backend, threads)
+            export = cls(config, backend, threads, page)
             await export._path.open()
         except BaseException:
             await backend.close()
+            page.close()
             raise
         backend.attach(
             revoke=export._path.revoke,
+            revoke_flush=export._path.revoke_flush,
             resized=export._resized,
             external_writes=export._path.external_writes,
         )
@@ -116,7 +134,6 @@ class Export:
         else:
             assert config.fd is not None
             self._listener = Listener.adopt(config.fd)
-            revoke_flush=export._path.revoke_flush,
 
     def start(self) -> None:
         """Serve whoever connects. `listen` comes first."""
@@ -150,18 +167,22 @@ class Export:
         """
         await self.stop()
         # The backend's last drain and flush still need to know what the data path did.
-        is_durable = await self._backend.close()
-        await self._path.close()
+        try:
+            is_durable = await self._backend.close()
+            await self._path.close()
+        finally:
+            self._page.unlink()
         self._errors.summarize()
         served = self.statistics()
         if served.requests:
             for line in describe(served):
                 self.log.info("%s", line)
+        self._page.close()  # not before: the engine writes to it as long as there are queues
         return is_durable
 
     def statistics(self) -> QueueStatistics:
         """What was served so far, all queues together."""
-        return total(self._path.statistics().values())
+        return total(self._page.read().values())
 
     def refresh_size(self) -> None:
         """Look at the size of the disk again; the guest is told if it changed."""
@@ -218,12 +239,14 @@ class Export:
 
     async def _serve(self, front_end: FrontEnd) -> None:
         self.log.info("a front-end has connected")
+        self._page.front_end_came()
         try:
             await front_end.run()
         except Exception:
             self.log.exception("a bug: the session died")
         finally:
             self._front_end = None
+            self._page.front_end_left()
             self._offences.summarize()
         self.log.info("the front-end has left")
 

@@ -24,7 +24,7 @@ from vhostblk.export.blk_device import BlkDevice, Outcome
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.io_thread import IOThread
-from vhostblk.export.statistics import QueueStatistics
+from vhostblk.export.stats_page import StatsPage
 from vhostblk.native import Message, MessageType
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
@@ -51,7 +51,6 @@ class _Queue:
     index: int
     thread: IOThread
     key: int
-    stats: native.QueueStats
 
 
 class NativeDataPath:
@@ -61,6 +60,7 @@ class NativeDataPath:
         device: what the queues belong to.
         threads: queue i runs on thread i modulo their number. They may be shared with other exports.
         events: who hears of broken queues.
+        page: where the engine counts.
         pin_memory: register guest memory as fixed buffers where those pay. What is registered stays pinned: after the
             guest has given a page back (a balloon, free page reporting, virtio-mem, postcopy) and got another for it,
             reads would still end in the old one. vhost-user has no way to tell a VMM that it must not take pages.
@@ -74,12 +74,14 @@ class NativeDataPath:
         device: BlkDevice,
         threads: Sequence[IOThread],
         events: DataPathEvents,
+        page: StatsPage,
         *,
         pin_memory: bool = False,
     ) -> None:
         self._device = device
         self._threads = tuple(threads)
         self._events = events
+        self._page = page
         self._pin_memory = pin_memory
         self._disk = native.Disk(
             disk_id=id(self),
@@ -90,12 +92,11 @@ class NativeDataPath:
         )
         self._queues: dict[int, _Queue] = {}  # by index, while started
         self._by_key: dict[tuple[IOThread, int], _Queue] = {}
-        self._stats: dict[int, native.QueueStats] = {}  # by index, for as long as we live
         self._memory: native.Memory | None = None
         self._write_through = False
         self._flush_failed = False  # of the engine, and the block layer knows
-        self._tasks: set[asyncio.Task[None]] = set()
         self._has_flushed = False  # the engine had the right to flush a file, and may have it now
+        self._tasks: set[asyncio.Task[None]] = set()
         self.description = ""
         device.memory_faulted = self._memory_faulted
 
@@ -171,11 +172,10 @@ class NativeDataPath:
     async def start_queue(self, vring: VringSnapshot, features: int) -> None:
         """See `DataPath.start_queue`."""
         thread = self._threads[vring.index % len(self._threads)]
-        stats = self._stats.setdefault(vring.index, native.QueueStats())
-        queue = _Queue(vring.index, thread, thread.new_queue_key(), stats)
+        queue = _Queue(vring.index, thread, thread.new_queue_key())
         config = native.queue_config(
             disk=self._disk,
-            stats=stats,
+            stats=native.QueueStats(self._page.queue(vring.index)),
             desc_uva=vring.desc,
             avail_uva=vring.avail,
             used_uva=vring.used,
@@ -275,10 +275,6 @@ class NativeDataPath:
         """See `DataPath.external_writes`."""
         return self._disk.write_gen
 
-    def statistics(self) -> dict[int, QueueStatistics]:
-        """See `DataPath.statistics`."""
-        return {index: stats.read(QueueStatistics) for index, stats in self._stats.items()}
-
     async def close(self) -> None:
         """See `DataPath.close`."""
         await self.set_memory(None)
@@ -362,12 +358,12 @@ class NativeDataPath:
         except BlockError:
             return False  # the request itself will meet the error, and tell
         if not offload.covers(extents, offset, length, write):
-        if write and self._write_through:
-            self._allow_flush(thread)
             return False
         # No wait between the backend's answer and the message: a revocation would come between them.
         if offload.flush_target(self._backend) == native.FLUSH_NOTHING:
             self._disk.set_write_through(False)  # cache.no-flush: nothing is ever made durable
+        if write and self._write_through:
+            self._allow_flush(thread)
         entries = native.extents([offload.entry(extent) for extent in extents])
         thread.command(
             MessageType.MAP,
@@ -379,11 +375,11 @@ class NativeDataPath:
         return True
 
     def _allow_flush(self, thread: IOThread) -> bool:
-        self._has_flushed |= target != native.FLUSH_NOTHING
         """Let the engine flush by itself, where one fdatasync, or nothing, is a complete flush."""
         target = offload.flush_target(self._backend)
         if target == native.FLUSH_MISS:
             return False
+        self._has_flushed |= target != native.FLUSH_NOTHING
         thread.command(MessageType.FLUSH_SET, disk=self._disk.pointer, result=target)
         return True
 

@@ -16,7 +16,9 @@ from vhostblk.export import event_fd
 from vhostblk.export.blk_device import BlkDevice, Outcome
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
-from vhostblk.export.statistics import OPERATIONS, QueueStatistics
+from vhostblk.export.statistics import QueueCounters
+from vhostblk.export.stats_layout import OPERATIONS
+from vhostblk.export.stats_page import StatsPage
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 from vhostblk.virtio import blk_request
@@ -46,6 +48,7 @@ class PythonDataPath:
     Args:
         device: what the queues belong to.
         events: who hears of broken queues.
+        page: where queues are counted.
 
     Context: the control loop.
     Owns: the virtqueues, and the guard over the memory snapshot.
@@ -53,13 +56,13 @@ class PythonDataPath:
 
     description = "Python data path"
 
-    def __init__(self, device: BlkDevice, events: DataPathEvents) -> None:
+    def __init__(self, device: BlkDevice, events: DataPathEvents, page: StatsPage) -> None:
         self._device = device
         self._events = events
+        self._page = page
         self._memory: MemTable | None = None
         self._guard: native.Memory | None = None
         self._queues: dict[int, _Queue] = {}
-        self._stats: dict[int, QueueStatistics] = {}
         device.memory_faulted = self.memory_faulted
 
     async def open(self) -> None:
@@ -80,8 +83,8 @@ class PythonDataPath:
         """See `DataPath.start_queue`."""
         if self._memory is None:
             raise PeerError(f"queue {vring.index}: started before any memory was shared")
-        stats = self._stats.setdefault(vring.index, QueueStatistics())
-        self._queues[vring.index] = _Queue(self, vring, features, self._memory, stats)
+        counters = QueueCounters(self._page.queue(vring.index))
+        self._queues[vring.index] = _Queue(self, vring, features, self._memory, counters)
 
     async def stop_queue(self, index: int) -> int:
         """See `DataPath.stop_queue`."""
@@ -111,16 +114,12 @@ class PythonDataPath:
     async def revoke(self, offset: int, length: int) -> None:
         """Nothing is remembered here."""
 
-    def external_writes(self) -> int:
-        """All go through the block layer."""
-        return 0
     async def revoke_flush(self) -> None:
         """All go through the block layer."""
 
-
-    def statistics(self) -> dict[int, QueueStatistics]:
-        """See `DataPath.statistics`."""
-        return self._stats
+    def external_writes(self) -> int:
+        """All go through the block layer."""
+        return 0
 
     async def close(self) -> None:
         """See `DataPath.close`."""
@@ -152,7 +151,7 @@ class _Queue:
         vring: VringSnapshot,
         features: int,
         memory: MemTable,
-        stats: QueueStatistics,
+        counters: QueueCounters,
     ) -> None:
         self._path = path
         self._loop = asyncio.get_running_loop()
@@ -164,7 +163,7 @@ class _Queue:
             VringFd.CALL: vring.call_fd,
             VringFd.ERR: vring.err_fd,
         }
-        self._stats = stats
+        self._counters = counters
         self._tasks: set[asyncio.Task[None]] = set()
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -273,7 +272,7 @@ class _Queue:
             self._again = self._loop.call_soon(self._process)
 
     def _kicked(self) -> None:
-        self._stats.kicks += 1
+        self._counters.kicked()
         assert self._watched is not None
         try:
             event_fd.clear(self._watched)
@@ -305,7 +304,7 @@ class _Queue:
                     max_segments=device.max_segments,
                 )
                 self._in_flight += 1
-                self._stats.misses += 1
+                self._counters.began()
                 self._idle.clear()
                 run_eagerly(
                     device.execute(request),
@@ -330,8 +329,8 @@ class _Queue:
         assert ring is not None
         ring.push(request.head, request.complete(status, written))
         length = request.length or sum(segment.length for segment in request.segments)
-        self._stats.operations[_OPERATION.get(request.type, "other")].record(
-            length, status != 0, time.monotonic_ns() - began
+        self._counters.finished(
+            _OPERATION.get(request.type, "other"), length, status != 0, time.monotonic_ns() - began
         )
         self._in_flight -= 1
         if not self._in_flight:
@@ -348,10 +347,10 @@ class _Queue:
         if self._ring.needs_notification():
             call_fd = self._fds[VringFd.CALL]
             if call_fd is not None:
-                self._stats.calls += 1
+                self._counters.called()
                 event_fd.signal(call_fd)
         else:
-            self._stats.calls_suppressed += 1
+            self._counters.call_suppressed()
 
     def _break(self, error: GuestError) -> None:
         self._is_broken = True

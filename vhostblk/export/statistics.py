@@ -1,32 +1,83 @@
-"""What an export has served: counts, bytes, errors and latencies per operation.
+"""What queues have served: counts, bytes, errors and latencies per operation.
 
-Latencies are kept in logarithmic buckets, four per power of two, so a quantile is at most a quarter too high. The
-engine counts in the same buckets (`struct vb_op_stats` in native/engine.h).
+Whoever moves the data counts in a queue's words of a statistics page (stats_layout.py): the engine by itself, the
+Python data path through `QueueCounters`. Everybody else copies them out, and adds, subtracts or shows the copies.
+
+Knows nothing of shared memory, nor of the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-# Order of enum vb_op.
-OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes", "get_id", "other")
-LATENCY_BUCKETS = 160
+from vhostblk.export.stats_layout import (
+    LATENCY_BUCKETS,
+    OPERATION_FIELDS,
+    OPERATION_WORDS,
+    OPERATIONS,
+    QUEUE_FIELDS,
+    QUEUE_FIELDS_AT,
+    QUEUE_WORDS,
+    latency_bound,
+    latency_bucket,
+)
+
+# Words of an operation and of a queue.
+_REQUESTS, _BYTES, _ERRORS, _LATENCY, _LATENCY_MAX = range(len(OPERATION_FIELDS))
+_BUCKETS = len(OPERATION_FIELDS)
+_KICKS, _CALLS, _CALLS_SUPPRESSED, _HITS, _MISSES, _IN_FLIGHT = range(
+    QUEUE_FIELDS_AT, QUEUE_FIELDS_AT + len(QUEUE_FIELDS)
+)
 
 
-def latency_bucket(ns: int) -> int:
-    """The bucket a latency falls into."""
-    if ns < 4:
-        return max(ns, 0)
-    exponent = ns.bit_length() - 1
-    return min((exponent - 1) * 4 + ((ns >> (exponent - 2)) & 3), LATENCY_BUCKETS - 1)
+class QueueCounters:
+    """A queue's words, for the data path in Python to count in.
 
+    Args:
+        words: `QUEUE_WORDS` 64-bit integers; readers may look at any time.
 
-def latency_bound(bucket: int) -> int:
-    """The smallest latency, in ns, that falls into a bucket."""
-    if bucket < 4:
-        return bucket
-    return (4 + bucket % 4) << (bucket // 4 - 1)
+    Context: the control loop, one writer.
+    """
+
+    __slots__ = ("_words",)
+
+    def __init__(self, words: memoryview) -> None:
+        self._words = words
+
+    def kicked(self) -> None:
+        """The driver has notified us."""
+        self._words[_KICKS] += 1
+
+    def called(self) -> None:
+        """The driver was notified."""
+        self._words[_CALLS] += 1
+
+    def call_suppressed(self) -> None:
+        """The driver did not want to be notified."""
+        self._words[_CALLS_SUPPRESSED] += 1
+
+    def began(self) -> None:
+        """A request was taken. All go through Python here, so none is a hit."""
+        self._words[_MISSES] += 1
+        self._words[_IN_FLIGHT] += 1
+
+    def finished(self, operation: str, length: int, failed: bool, ns: int) -> None:
+        """A request was answered.
+
+        Args:
+            operation: one of `OPERATIONS`.
+            length: bytes, not counted if it failed.
+            ns: how long it took.
+        """
+        words, at = self._words, OPERATIONS.index(operation) * OPERATION_WORDS
+        words[at + _REQUESTS] += 1
+        words[at + _BYTES] += 0 if failed else length
+        words[at + _ERRORS] += failed
+        words[at + _LATENCY] += ns
+        words[at + _LATENCY_MAX] = max(words[at + _LATENCY_MAX], ns)
+        words[at + _BUCKETS + latency_bucket(ns)] += 1
+        words[_IN_FLIGHT] -= 1
 
 
 @dataclass(slots=True)
@@ -40,14 +91,11 @@ class OperationStatistics:
     latency_max_ns: int = 0
     latency: list[int] = field(default_factory=lambda: [0] * LATENCY_BUCKETS)
 
-    def record(self, length: int, failed: bool, ns: int) -> None:
-        """Count one finished request."""
-        self.requests += 1
-        self.bytes += 0 if failed else length
-        self.errors += failed
-        self.latency_ns += ns
-        self.latency_max_ns = max(self.latency_max_ns, ns)
-        self.latency[latency_bucket(ns)] += 1
+    @classmethod
+    def of(cls, words: Sequence[int]) -> OperationStatistics:
+        """A copy of `struct vb_op_stats`."""
+        requests, length, errors, latency_ns, latency_max_ns, *latency = words
+        return cls(requests, length, errors, latency_ns, latency_max_ns, latency)
 
     def add(self, other: OperationStatistics) -> None:
         """Count all that another has counted."""
@@ -59,15 +107,45 @@ class OperationStatistics:
         for bucket, count in enumerate(other.latency):
             self.latency[bucket] += count
 
+    def since(self, earlier: OperationStatistics) -> OperationStatistics:
+        """What was counted after an earlier copy. The longest latency of that time is known up to its bucket."""
+        latency = [
+            max(now - then, 0) for now, then in zip(self.latency, earlier.latency, strict=True)
+        ]
+        longest = max((bucket for bucket, count in enumerate(latency) if count), default=-1)
+        return OperationStatistics(
+            max(self.requests - earlier.requests, 0),
+            max(self.bytes - earlier.bytes, 0),
+            max(self.errors - earlier.errors, 0),
+            max(self.latency_ns - earlier.latency_ns, 0),
+            min(latency_bound(longest + 1), self.latency_max_ns) if longest >= 0 else 0,
+            latency,
+        )
+
+    @property
+    def mean_ns(self) -> float:
+        """The mean latency; 0 if there were no requests."""
+        return self.latency_ns / self.requests if self.requests else 0.0
+
     def quantile(self, fraction: float) -> int:
-        """The latency in ns that this fraction of the requests did not exceed; 0 if there were none."""
-        rank = fraction * self.requests
+        """The latency in ns that this fraction of the requests did not exceed; 0 if there were none.
+
+        At most a quarter too high.
+        """
+        # Not `requests`: a copy of counters that are being written may have one more there.
+        rank = fraction * sum(self.latency)
         seen = 0
         for bucket, count in enumerate(self.latency):
             seen += count
             if count and seen >= rank:
-                return min(latency_bound(bucket + 1), self.latency_max_ns)
-        return self.latency_max_ns
+                # The last bucket has no upper bound.
+                last = bucket == LATENCY_BUCKETS - 1
+                return (
+                    self.latency_max_ns
+                    if last
+                    else min(latency_bound(bucket + 1), self.latency_max_ns)
+                )
+        return 0
 
 
 @dataclass(slots=True)
@@ -84,6 +162,16 @@ class QueueStatistics:
     misses: int = 0  # served with the help of Python
     in_flight: int = 0
 
+    @classmethod
+    def of(cls, words: memoryview | Sequence[int]) -> QueueStatistics:
+        """A copy of `struct vb_queue_stats`. Each number is whole; together they are not of one instant."""
+        copy = words.tolist() if isinstance(words, memoryview) else words
+        operations = {
+            name: OperationStatistics.of(copy[at * OPERATION_WORDS : (at + 1) * OPERATION_WORDS])
+            for at, name in enumerate(OPERATIONS)
+        }
+        return cls(operations, *copy[QUEUE_FIELDS_AT:QUEUE_WORDS])
+
     def add(self, other: QueueStatistics) -> None:
         """Count all that another has counted."""
         for name, operation in other.operations.items():
@@ -95,10 +183,36 @@ class QueueStatistics:
         self.misses += other.misses
         self.in_flight += other.in_flight
 
+    def since(self, earlier: QueueStatistics) -> QueueStatistics:
+        """What was counted after an earlier copy; what is in flight is so now."""
+        operations = {
+            name: operation.since(earlier.operations[name])
+            for name, operation in self.operations.items()
+        }
+        return QueueStatistics(
+            operations,
+            max(self.kicks - earlier.kicks, 0),
+            max(self.calls - earlier.calls, 0),
+            max(self.calls_suppressed - earlier.calls_suppressed, 0),
+            max(self.hits - earlier.hits, 0),
+            max(self.misses - earlier.misses, 0),
+            self.in_flight,
+        )
+
     @property
     def requests(self) -> int:
         """All operations together."""
         return sum(operation.requests for operation in self.operations.values())
+
+    @property
+    def hit_rate(self) -> float | None:
+        """The part of the requests that the engine served alone, 0 to 1; None if there were none."""
+        known = self.hits + self.misses
+        return self.hits / known if known else None
+
+    def per_request(self, events: int) -> float | None:
+        """How many events there were for each request; None if there were no requests."""
+        return events / self.requests if self.requests else None
 
 
 def total(queues: Iterable[QueueStatistics]) -> QueueStatistics:
@@ -119,7 +233,7 @@ def describe(statistics: QueueStatistics) -> list[str]:
         if operation.requests:
             lines.append(
                 f"{name:<13}{operation.requests:>10}{operation.bytes:>15}{operation.errors:>8}"
-                f"{operation.latency_ns / operation.requests / 1000:>10.1f}"
+                f"{operation.mean_ns / 1000:>10.1f}"
                 f"{operation.quantile(0.99) / 1000:>10.1f}{operation.latency_max_ns / 1000:>10.1f}"
             )
     lines.append(

@@ -7,7 +7,7 @@ nothing of what asks for a queue.
 from __future__ import annotations
 
 import struct
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from vhostblk.native.binding import IOV, engine, ffi, pointer_of
 from vhostblk.native.constants import LATENCY_BUCKETS
@@ -49,19 +49,6 @@ def segments(pointer: int, count: int) -> list[tuple[int, int, bool]]:
     ]
 
 
-class _Statistics(Protocol):
-    operations: dict[str, Any]
-    kicks: int
-    calls: int
-    calls_suppressed: int
-    hits: int
-    misses: int
-    in_flight: int
-
-
-S = TypeVar("S", bound=_Statistics)
-
-
 class QueueStats:
     """Counters that one queue's engine thread writes, in memory of ours.
 
@@ -86,31 +73,6 @@ class QueueStats:
     def pointer(self) -> int:
         """For `queue_config`."""
         return pointer_of(self._stats)
-
-    def read(self, kind: type[S]) -> S:
-        """Copy them out.
-
-        Args:
-            kind: makes an object with the counters as attributes and `operations`, by name in the order of
-                `enum vb_op`.
-        """
-        result = kind()
-        stats = self._stats
-        for number, operation in enumerate(result.operations.values()):
-            source = stats.op[number]
-            operation.requests = source.requests
-            operation.bytes = source.bytes
-            operation.errors = source.errors
-            operation.latency_ns = source.latency_ns
-            operation.latency_max_ns = source.latency_max_ns
-            operation.latency = list(source.latency)
-        result.kicks = stats.kicks
-        result.calls = stats.calls
-        result.calls_suppressed = stats.calls_suppressed
-        result.hits = stats.hits
-        result.misses = stats.misses
-        result.in_flight = stats.in_flight
-        return result
 
 
 class QueueConfig:

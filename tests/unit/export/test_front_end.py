@@ -18,6 +18,7 @@ from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.front_end import FrontEnd
 from vhostblk.export.python_path import PythonDataPath
+from vhostblk.export.stats_page import StatsPage
 from vhostblk.vhost.connection import Connection
 from vhostblk.vhost.frontend import Frontend
 from vhostblk.vhost.mem_table import MemTable
@@ -32,7 +33,7 @@ class Path(PythonDataPath):
     """Fails when it is given memory."""
 
     def __init__(self, device: BlkDevice, failure: Exception) -> None:
-        super().__init__(device, self)
+        super().__init__(device, self, StatsPage.private("test", 1))
         self.write_through: list[bool] = []
         self._failure = failure
 

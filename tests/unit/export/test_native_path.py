@@ -176,7 +176,7 @@ def test_memory_that_cannot_be_guarded_is_refused_and_the_old_map_stays(
         raise OSError(errno.ENOSPC, "guest memory: No space left on device")
 
     async def scenario(export: Export) -> None:
-        for path in (export._path, PythonDataPath(export.device, export)):
+        for path in (export._path, PythonDataPath(export.device, export, export._page)):
             assert isinstance(path, NativeDataPath | PythonDataPath)
             await path.set_memory(guest)
             before = path._memory

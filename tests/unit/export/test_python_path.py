@@ -12,6 +12,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.python_path import POLL_INTERVAL, PythonDataPath
+from vhostblk.export.stats_page import StatsPage
 from vhostblk.vhost.vring import VringSnapshot
 
 
@@ -34,7 +35,8 @@ def test_queue_without_a_kick_is_not_looked_at_more_often_for_being_enabled_ofte
             logical_block_size=None,
             errors=ErrorLog(logging.LoggerAdapter(logging.getLogger(__name__))),
         )
-        path = PythonDataPath(device, NoEvents())
+        page = StatsPage.private("test", 1)
+        path = PythonDataPath(device, NoEvents(), page)
         ring = RingPair()
         path._memory = ring.memory  # type: ignore[assignment]
         rings = (
@@ -65,5 +67,6 @@ def test_queue_without_a_kick_is_not_looked_at_more_often_for_being_enabled_ofte
         assert time.monotonic() - began > 90 * POLL_INTERVAL
         await path.stop_queue(0)
         await backend.close()
+        page.close()
 
     asyncio.run(everything())

@@ -16,8 +16,8 @@ import pytest
 
 from vhostblk import native
 from vhostblk.errors import StateError
-from vhostblk.export.statistics import QueueStatistics, latency_bucket
-from vhostblk.export.statistics import latency_bound as latency_bound_in_python
+from vhostblk.export.stats_layout import latency_bound as latency_bound_in_python
+from vhostblk.export.stats_layout import latency_bucket
 from vhostblk.native import EngineThread, ExtentFlag, Message, MessageType
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the engine is not built")
@@ -146,20 +146,6 @@ def test_extents_are_checked_by_the_engine(thread: EngineThread) -> None:
     assert command(thread, MessageType.REVOKE, disk=disk.pointer, length=1 << 63)[9] == 0
     command(thread, MessageType.DISK_DETACH, disk=disk.pointer)
     disk.close()
-
-
-def test_statistics_are_read_from_any_memory(page: mmap.mmap) -> None:
-    stats = native.QueueStats(memoryview(page)[: native.QueueStats.SIZE])
-    assert stats.read(QueueStatistics) == QueueStatistics()
-    page[8:16] = (77).to_bytes(8, sys.byteorder)  # bytes of reads
-    page[40 : 40 + 8] = (5).to_bytes(8, sys.byteorder)  # the first bucket
-    page[native.QueueStats.SIZE - 8 : native.QueueStats.SIZE] = (9).to_bytes(8, sys.byteorder)
-    read = stats.read(QueueStatistics)
-    assert read.operations["read"].bytes == 77
-    assert read.operations["read"].latency[0] == 5
-    assert read.in_flight == 9
-    # The engine's view of the page has to go before the page can.
-    del stats
 
 
 def test_latency_buckets_of_python_are_those_of_the_engine() -> None:
