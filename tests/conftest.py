@@ -2,4 +2,4 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["vhostblk.testing.plugin", "tests.daemons"]
+pytest_plugins = ["vhostblk.testing.plugin", "tests.daemons", "tests.locks"]

@@ -3,53 +3,15 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
-from tests.requirements import require
+from tests.locks import held_by_qemu, qemu_io
 from vhostblk.client.client import Client
 from vhostblk.testing.daemon_process import VHOSTBLK
 from vhostblk.testing.plugin import DaemonStarter
 
 HELD = 'Failed to get shared "write" lock: is another process using the image'
 WRITES = 'Failed to get "write" lock'
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(65536))
-    return path
-
-
-def qemu_io(image: Path, *options: str) -> str:
-    """What qemu-io complains about when it opens the image."""
-    words = [require("qemu-io", group="qemu"), *options, "-f", "raw", "-c", "read 0 512"]
-    done = subprocess.run(
-        [*words, str(image)], capture_output=True, text=True, timeout=30, check=False
-    )
-    return done.stderr
-
-
-@contextmanager
-def held_by_qemu(image: Path, *options: str) -> Iterator[None]:
-    """A qemu-io that has the image open and waits for commands."""
-    words = [require("qemu-io", group="qemu"), *options, "-f", "raw", str(image)]
-    with subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        while "64 KiB" not in process.stdout.readline():
-            assert process.poll() is None
-        yield
-        process.stdin.close()
-        process.wait(30)
 
 
 def refusal(image: Path, socket: Path, *options: str) -> str:
@@ -129,7 +91,7 @@ def test_daemon_reads_what_qemu_reads(
         assert WRITES in refusal(image, socket_directory / "t")
 
 
-def test_two_writable_exports_of_one_node_are_refused(
+def test_exports_that_share_a_node_share_it_with_nobody_else(
     storage_daemon: DaemonStarter, image: Path, socket_directory: Path
 ) -> None:
     words = ["--blockdev", f"file,node-name=d,filename={image}"]
@@ -139,9 +101,12 @@ def test_two_writable_exports_of_one_node_are_refused(
             f"vhost-user-blk,id={name},node-name=d,writable=on,addr.type=unix,"
             f"addr.path={socket_directory / name}",
         ]
-    said = storage_daemon(*words).expect_end(1)
-    assert said.startswith("vhostblk: --export id=b: ")
-    assert "export 'a'" in said
+    process = storage_daemon(*words, sockets=[socket_directory / "a", socket_directory / "b"])
+    assert WRITES in qemu_io(image)
+    assert qemu_io(image, "-r", "-U") == ""
+    for options in ((), ("--read-only",)):
+        assert "is another process using" in refusal(image, socket_directory / "c", *options)
+    assert process.stop() == 0
     assert qemu_io(image) == ""
 
 

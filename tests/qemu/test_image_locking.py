@@ -3,51 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.locks import held_by_qemu, qemu_io
 from tests.requirements import require
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import ConfigError
-
-
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(65536))
-    return path
-
-
-def qemu_io(image: Path, *options: str) -> str:
-    """Open with qemu-io; what it complains about."""
-    command = [require("qemu-io", group="qemu"), *options, "-f", "raw", "-c", "read 0 512"]
-    done = subprocess.run(
-        [*command, str(image)], capture_output=True, text=True, timeout=30, check=False
-    )
-    return done.stderr
-
-
-@pytest.fixture
-def held_by_qemu(image: Path) -> Iterator[Path]:
-    """The image, opened for writing by a qemu-io that waits for commands."""
-    command = [require("qemu-io", group="qemu"), "-f", "raw", str(image)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        process.stdin.write("length\n")
-        process.stdin.flush()
-        while "64 KiB" not in process.stdout.readline():
-            assert process.poll() is None
-        yield image
-        process.stdin.close()
-        process.wait(30)
 
 
 def open_here(image: Path, *, writable: bool, **options: str) -> None:
@@ -76,27 +41,33 @@ def test_qemu_cannot_write_an_image_that_we_hold(image: Path) -> None:
             assert qemu_io(image, "-r") == ""
             await backend.close()
             assert qemu_io(image) == ""
-        shared = BlockBackend(node, "export 'disk0'", writable=True, shared=Perm.ALL)
+        # What users here share with each other is not shared with other processes.
+        first, second = (
+            BlockBackend(node, "export 'disk0'", writable=True, shared=Perm.ALL) for _ in range(2)
+        )
+        for backend in (first, second):
+            assert 'Failed to get "write" lock' in qemu_io(image)
+            await backend.close()
         assert qemu_io(image) == ""
-        await shared.close()
         await graph.close_all()
 
     asyncio.run(scenario())
 
 
-def test_we_cannot_use_an_image_that_qemu_writes(held_by_qemu: Path) -> None:
-    for writable in (True, False):
-        with pytest.raises(ConfigError) as caught:
-            open_here(held_by_qemu, writable=writable)
-        assert str(caught.value) == (
-            'Failed to get shared "write" lock: is another process using the image '
-            f"[{held_by_qemu}]?"
-        )
+def test_we_cannot_use_an_image_that_qemu_writes(image: Path) -> None:
+    with held_by_qemu(image):
+        for writable in (True, False):
+            with pytest.raises(ConfigError) as caught:
+                open_here(image, writable=writable)
+            assert str(caught.value) == (
+                f'Failed to get shared "write" lock: is another process using the image [{image}]?'
+            )
 
 
-def test_force_share_and_locking_off_look_on(held_by_qemu: Path) -> None:
-    open_here(held_by_qemu, writable=False, **{"read-only": "on", "force-share": "on"})
-    open_here(held_by_qemu, writable=True, locking="off")
+def test_force_share_and_locking_off_look_on(image: Path) -> None:
+    with held_by_qemu(image):
+        open_here(image, writable=False, **{"read-only": "on", "force-share": "on"})
+        open_here(image, writable=True, locking="off")
 
 
 def test_qemu_storage_daemon_and_we_keep_each_other_out(image: Path, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ class BlockBackend:
         """
         if self._quiesced or (not self.writable and not self.node.read_only):
             return FlushTarget.ASK
-        return FlushTarget.NOTHING if self.node.read_only else self.node.flush_target()
+        return FlushTarget.NOTHING if self.node.read_only else pipeline.flush_target(self.node)
 
     def flush_failed(self, error: int) -> None:
         """Tell the graph that an fdatasync of `flush_target()` failed: later flushes must not succeed by luck.

@@ -30,7 +30,7 @@ from vhostblk.block.limits import (
     align_down,
     align_up,
 )
-from vhostblk.block.node import BlockNode, ExtentFlag, HostExtent, Req
+from vhostblk.block.node import BlockNode, ExtentFlag, FlushTarget, HostExtent, Req
 from vhostblk.block.tracking import RequestType, TrackedRequest
 from vhostblk.errors import BlockError
 
@@ -316,6 +316,16 @@ def _next_flush(node: BlockNode) -> None:
         if not turn.done():
             turn.set_result(None)
             break
+
+
+def flush_target(node: BlockNode) -> int | FlushTarget:
+    """The one file whose fdatasync is a complete flush of this node, or why there is none.
+
+    A node with several users has none: the kernel tells of a lost write once, to whoever asks first, and all of them
+    have to know. So their flushes come through here.
+    """
+    target = node.flush_target()
+    return FlushTarget.ASK if isinstance(target, int) and len(node.parents) > 1 else target
 
 
 # ---------------------------------------------------------------------- length (row B31.4)

@@ -14,6 +14,7 @@ from typing import Any
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.node import BlockNode
+from vhostblk.block.permissions import Perm
 from vhostblk.errors import BlockError, StateError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPath
@@ -101,6 +102,8 @@ class Export:
             f"export '{config.id}'",
             writable=config.writable,
             write_cache=config.write_cache,
+            # As QEMU's exports: what several guests do to one disk is theirs to agree on.
+            shared=Perm.ALL,
         )
         page = (
             StatsPage.private(config.id, config.num_queues)

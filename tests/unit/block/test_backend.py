@@ -211,6 +211,40 @@ def test_flush_target_of_a_read_only_node_is_nothing() -> None:
     assert backend(node, writable=False).flush_target() is FlushTarget.NOTHING
 
 
+def test_node_with_two_users_is_flushed_by_the_graph_only() -> None:
+    """The kernel tells of a lost write once, to whoever asks first: both have to know."""
+
+    class File(ArrayNode):
+        def flush_target(self) -> int | FlushTarget:
+            return 7
+
+    node = File()
+    user = backend(node, shared=Perm.ALL)
+    assert user.flush_target() == 7
+    second = backend(node, shared=Perm.ALL)
+    assert user.flush_target() is second.flush_target() is FlushTarget.ASK
+    run_now(second.close())
+    assert user.flush_target() == 7
+
+
+def test_write_of_less_than_a_block_takes_the_extents_of_all_users() -> None:
+    node = ArrayNode(limits=BlockLimits(request_alignment=4096, min_mem_alignment=1))
+    users = [backend(node, shared=Perm.ALL) for _ in range(2)]
+    revoked: list[tuple[int, int, int]] = []
+
+    async def scenario() -> None:
+        for number, user in enumerate(users):
+
+            async def revoke(offset: int, length: int, number: int = number) -> None:
+                revoked.append((number, offset, length))
+
+            user.attach(revoke=revoke)
+        await users[0].pwritev(4608, IoVec.of(bytes(512)))
+
+    asyncio.run(scenario())
+    assert sorted(revoked) == [(0, 4096, 4096), (1, 4096, 4096)]
+
+
 # ---------------------------------------------------------------- life
 
 

@@ -54,13 +54,6 @@ def with_export(
     asyncio.run(everything())
 
 
-@pytest.fixture
-def image(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.img"
-    path.write_bytes(bytes(65536))
-    return path
-
-
 async def flush(export: Export) -> int | None:
     """A guest's flush that the engine has passed on; its status, or None if the engine is to do it."""
     path = export._path

@@ -15,6 +15,9 @@ from vhostblk.block.options import STRING, choice, option
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import ConfigError
 
+# By users in this process with other processes, whatever they share among themselves.
+_NEVER_SHARED = Perm.WRITE | Perm.RESIZE
+
 
 @dataclass(frozen=True, slots=True)
 class FileOptions:
@@ -109,12 +112,16 @@ class FileNode(PosixNode):
             ConfigError: another process has the image.
         """
         if self._lock is not None:
-            self._lock.prepare(perm, shared)
+            self._lock.prepare(perm, self._share_with_processes(perm, shared))
 
     def set_perm(self, perm: Perm, shared: Perm) -> None:
         """Give back the locks that nobody needs any more."""
         if self._lock is not None:
-            self._lock.commit(perm, shared)
+            self._lock.commit(perm, self._share_with_processes(perm, shared))
+
+    def _share_with_processes(self, perm: Perm, shared: Perm) -> Perm:
+        """Users in this process may share all; their revocations and flushes do not reach other processes."""
+        return shared & ~_NEVER_SHARED if perm and not self.force_share else shared
 
     def abort_perm(self) -> None:
         """Back to the old locks."""

@@ -10,7 +10,7 @@ from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import BlockNode, FlushTarget, HostExtent, OpenContext, Req, Role
 from vhostblk.block.options import SIZE, option
-from vhostblk.block.pipeline import host_extent
+from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.errors import BlockError, ConfigError
 
 
@@ -112,7 +112,7 @@ class RawNode(BlockNode):
 
     def flush_target(self) -> int | FlushTarget:
         """The child's: nothing is cached here."""
-        return self._file.node.flush_target()
+        return flush_target(self._file.node)
 
     async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
         """The part of the child's range that shows through the window."""
