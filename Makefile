@@ -40,7 +40,7 @@ $(stamps)/venv: pyproject.toml setup.py | $(stamps)/system-build
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	[ -x $(python) ] || $(PYTHON) -m venv $(VENV)
 	$(python) -m pip install -q 'setuptools>=77' 'cffi>=1.15' wheel
-	PYTHONWARNINGS=ignore $(python) -m pip install -q --no-build-isolation -e '.[test,lint]'
+	PYTHONWARNINGS=ignore $(python) -m pip install -q --no-build-isolation -e '.[test,lint,plot]'
 	@touch $@
 
 $(stamps)/engine: $(native) setup.py $(stamps)/venv

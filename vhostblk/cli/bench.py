@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from dataclasses import asdict
 
+from vhostblk import __version__
 from vhostblk.cli.serve import number
+from vhostblk.client.bench.compare import compare, side
 from vhostblk.client.bench.options import MAX_DEPTH, PATTERNS, BenchOptions, parse_pattern
-from vhostblk.client.bench.report import bandwidth, rate, table_of
-from vhostblk.client.bench.run import Progress, bench
+from vhostblk.client.bench.plot import check_plot, plot
+from vhostblk.client.bench.report import (
+    bandwidth,
+    comparison_json,
+    comparison_table,
+    rate,
+    result_json,
+    table_of,
+)
+from vhostblk.client.bench.run import Progress
+from vhostblk.client.bench.self_test import SelfTest, self_test
+from vhostblk.errors import ConfigError
 from vhostblk.vhost.session import MAX_QUEUES
 
 NAME = "bench"
@@ -24,13 +38,20 @@ Examples:
   vhostblk bench /tmp/disk.sock --pattern read=60,write=30,flush=5,discard=5 --verify --queues 4
 """
 
+DEFAULT_RUNS = 5
+
 _MAX_U64 = (1 << 63) - 1
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("socket", metavar="SOCKET", help="where the back-end listens")
+    parser.add_argument(
+        "socket",
+        nargs="?",
+        metavar="SOCKET",
+        help="where the back-end listens (not needed with --self-test)",
+    )
     what = parser.add_argument_group("what to ask for")
     what.add_argument(
         "--pattern",
@@ -46,7 +67,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--block-size",
-        type=_sizes,
         default="4k",
         metavar="SIZE",
         help="of each request; MIN-MAX: multiples of MIN up to MAX (default: %(default)s)",
@@ -151,6 +171,29 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="process whose CPU time is measured (default: who listens on the socket)",
     )
+    out = parser.add_argument_group("what comes out")
+    out.add_argument("--json", action="store_true", help="everything, for programs")
+    out.add_argument(
+        "--compare",
+        metavar="SOCKET2",
+        help="run on both in turn, show medians and what SOCKET is of SOCKET2",
+    )
+    out.add_argument(
+        "--runs",
+        type=number(1, 1000),
+        metavar="N",
+        help="runs on each with --compare (default: 5)",
+    )
+    out.add_argument(
+        "--plot",
+        metavar="FILE",
+        help="draw latency and throughput (.svg, .png, ...); needs matplotlib",
+    )
+    out.add_argument(
+        "--self-test",
+        action="store_true",
+        help="measure what the benchmark itself costs, without a back-end",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -161,13 +204,51 @@ def run(args: argparse.Namespace) -> None:
     """
     options = options_of(args)
     options.check()
+    if args.runs and args.compare is None:
+        raise ConfigError("--runs is for --compare")
+    if args.self_test:
+        if args.socket or args.compare or args.plot:
+            raise ConfigError("--self-test needs no back-end: no SOCKET, --compare, --plot")
+        _print_self_test(self_test(options), args.json)
+        return
+    if args.socket is None:
+        raise ConfigError("a SOCKET is needed")
+    if args.compare is not None and args.pid:
+        raise ConfigError("--pid: with --compare there are two back-ends")
+    if args.plot:
+        check_plot(args.plot)
+    title = f"{options.pattern.name}, {args.block_size}, depth {options.depth}, {options.queues} queue(s)"
     tell = _show if sys.stderr.isatty() else None
     try:
-        result = bench(args.socket, options, tell)
+        first = side(args.socket, options, tell)
+        if args.compare is None:
+            result = first()
+            sides = {args.socket: [result]}
+            text = result_json(options, result) if args.json else table_of(result)
+        else:
+            found = compare(first, side(args.compare, options, tell), args.runs or DEFAULT_RUNS)
+            sides = {f"A {args.socket}": found.first, f"B {args.compare}": found.second}
+            text = comparison_json(options, found) if args.json else comparison_table(found)
     finally:
         if tell:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-    print(table_of(result))
+    print(text)
+    if args.plot:
+        plot(args.plot, title, sides)
+
+
+def _print_self_test(found: SelfTest, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"version": __version__, "self_test": asdict(found)}, indent=2))
+        return
+    print(
+        f"{found.busy_us:.4f} us for each request, {found.batch:.3g} at once;"
+        f" an echo answered {rate(found.iops)} a second"
+    )
+    print(
+        f"clock: {found.clock}, {found.ticks_per_second / 1e6:.0f} MHz;"
+        f" a look takes {found.look_ns:.0f} ns, and there are three for each batch"
+    )
 
 
 def options_of(args: argparse.Namespace) -> BenchOptions:
@@ -176,9 +257,7 @@ def options_of(args: argparse.Namespace) -> BenchOptions:
     Raises:
         ConfigError: a pattern that is none.
     """
-    block_min, block_max = (
-        _sizes(args.block_size) if isinstance(args.block_size, str) else args.block_size
-    )
+    block_min, block_max = _sizes(args.block_size)
     return BenchOptions(
         pattern=parse_pattern(args.pattern, args.read_percent),
         block_min=block_min,
@@ -234,8 +313,10 @@ def size(text: str) -> int:
 
 def _sizes(text: str) -> tuple[int, int]:
     low, dash, high = text.partition("-")
-    least = size(low)
-    return least, size(high) if dash else least
+    try:
+        return size(low), size(high if dash else low)
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--block-size: {error}") from None
 
 
 def seconds(text: str) -> float:

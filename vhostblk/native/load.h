@@ -159,6 +159,8 @@ void vb_load_destroy(struct vb_load *load);
 uint64_t vb_load_ticks(void);
 double vb_load_calibrate(void);
 int vb_load_clock_is_tsc(void);
+/* Ticks that a look at the clock takes: the least average of several. */
+double vb_load_clock_cost(void);
 uint32_t vb_load_bucket(uint64_t ticks);
 /* The least value of a bucket. */
 uint64_t vb_load_bucket_bound(uint32_t bucket);

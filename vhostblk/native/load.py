@@ -42,6 +42,7 @@ __all__ = [
     "bucket_bound",
     "bucket_of",
     "calibrate",
+    "clock_cost",
     "clock_is_tsc",
     "ring_entries",
     "slots_size",
@@ -210,6 +211,11 @@ def ticks() -> int:
 def calibrate() -> float:
     """Ticks of a second; takes 20 ms."""
     return float(_lib().vb_load_calibrate())
+
+
+def clock_cost() -> float:
+    """Ticks that a look at the clock takes; the least of many."""
+    return float(_lib().vb_load_clock_cost())
 
 
 def clock_is_tsc() -> bool:

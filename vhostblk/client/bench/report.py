@@ -1,15 +1,40 @@
-"""Results for people: a table.
+"""Results for people, tables, and for programs, JSON.
 
 Knows nothing of how they came about.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
+from vhostblk import __version__
+from vhostblk.client.bench.compare import Comparison, metrics_of
+from vhostblk.client.bench.options import BenchOptions
 from vhostblk.client.bench.result import BenchResult, OpResult
 
-__all__ = ["bandwidth", "format_table", "rate", "table_of"]
+__all__ = [
+    "bandwidth",
+    "comparison_json",
+    "comparison_table",
+    "format_table",
+    "rate",
+    "result_json",
+    "table_of",
+]
+
+#: Columns of a comparison: title and metric.
+_COMPARED = (
+    ("IOPS", "iops"),
+    ("mean us", "mean_us"),
+    ("p50", "p50_us"),
+    ("p99", "p99_us"),
+    ("p99.9", "p99.9_us"),
+    ("back-end CPU us", "backend_cpu_us"),
+    ("kicks", "kicks_per_request"),
+    ("calls", "calls_per_request"),
+)
 
 
 def rate(value: float) -> str:
@@ -57,7 +82,6 @@ def _row(name: str, op: OpResult) -> list[str]:
 
 
 def _lines(result: BenchResult) -> Iterator[str]:
-    assert result.latency is not None
     percent = [f"p{name}" for name in result.latency.percentiles_us]
     rows = [["operation", "requests", "IOPS", "bandwidth", "mean us", *percent, "max"]]
     rows += [_row(name, op) for name, op in result.operations.items()]
@@ -84,3 +108,66 @@ def _lines(result: BenchResult) -> Iterator[str]:
 def table_of(result: BenchResult) -> str:
     """Everything about one run."""
     return "\n".join(_lines(result))
+
+
+def _compared(values: dict[str, float | None]) -> list[str]:
+    return [
+        "n/a"
+        if (value := values[metric]) is None
+        else rate(value)
+        if metric == "iops"
+        else micro(value)
+        for _, metric in _COMPARED
+    ]
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Every run, medians, and what the first is of the second."""
+    rows = [["run", *(title for title, _ in _COMPARED)]]
+    pairs = zip(comparison.first, comparison.second, strict=True)
+    for number, pair in enumerate(pairs, 1):
+        for letter, result in zip("AB", pair, strict=True):
+            rows.append([f"{number} {letter}", *_compared(metrics_of(result))])
+    for letter, values in zip("AB", comparison.medians, strict=True):
+        rows.append([f"median {letter}", *_compared(values)])
+    ratios = comparison.ratios
+    rows.append(
+        [
+            "A / B",
+            *(
+                "n/a" if (ratio := ratios[metric]) is None else f"{ratio:.2f}"
+                for _, metric in _COMPARED
+            ),
+        ]
+    )
+    names = f"A = {comparison.first[0].socket}\nB = {comparison.second[0].socket}\n\n"
+    return names + format_table(rows)
+
+
+def _header(options: BenchOptions) -> dict[str, object]:
+    return {"version": __version__, "options": asdict(options)}
+
+
+def result_json(options: BenchOptions, result: BenchResult) -> str:
+    """Everything about one run, and what it was."""
+    return json.dumps({**_header(options), "result": asdict(result)}, indent=2)
+
+
+def comparison_json(options: BenchOptions, comparison: Comparison) -> str:
+    """Everything about a comparison."""
+    sides = (("first", comparison.first), ("second", comparison.second))
+    return json.dumps(
+        {
+            **_header(options),
+            **{
+                name: {
+                    "socket": results[0].socket,
+                    "medians": medians,
+                    "runs": [asdict(result) for result in results],
+                }
+                for (name, results), medians in zip(sides, comparison.medians, strict=True)
+            },
+            "ratios": comparison.ratios,
+        },
+        indent=2,
+    )

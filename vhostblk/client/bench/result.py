@@ -6,12 +6,12 @@ Knows nothing of how they are shown.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 
 from vhostblk.native.load import BUCKETS, bucket_bound
 
-__all__ = ["PERCENTILES", "BenchResult", "OpResult", "percentiles"]
+__all__ = ["CURVE", "PERCENTILES", "BenchResult", "OpResult", "percentiles"]
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9, 99.99)
 
@@ -54,6 +54,15 @@ class OpResult:
     max_us: float
 
 
+CURVE = tuple(
+    sorted(
+        {float(p) for p in range(0, 100, 5)}
+        | {1, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.98, 99.99}
+    )
+)[1:]
+"""Percent of the points that a latency curve is drawn through."""
+
+
 @dataclass(frozen=True)
 class BenchResult:
     """One run against one back-end. Times of a request are microseconds, of both sides together or one."""
@@ -63,6 +72,8 @@ class BenchResult:
     requests: int
     iops: float
     bytes_per_second: float
+    latency: OpResult
+    """All operations together."""
     operations: dict[str, OpResult]
     """By name; those that occurred."""
     backend_cpu_us: float | None
@@ -79,7 +90,9 @@ class BenchResult:
     """Completions found at once, on average."""
     compared: int
     """Bytes that were compared with what they must be."""
+    curve: list[tuple[float, float]]
+    """(percent, microseconds) of all operations, for a drawing."""
+    samples: list[tuple[float, float]]
+    """(seconds since the measured part began, IOPS since the sample before)."""
     verified_blocks: int = 0
     """Blocks read once more after the run."""
-    latency: OpResult | None = field(default=None)
-    """All operations together."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from vhostblk.client.bench.cpu import cpu_seconds
 from vhostblk.client.bench.options import OPS, BenchOptions
-from vhostblk.client.bench.result import BenchResult, OpResult, percentiles
+from vhostblk.client.bench.result import CURVE, BenchResult, OpResult, percentiles
 from vhostblk.client.bench.session import BenchSession
 from vhostblk.errors import PeerError, SessionError
 from vhostblk.native import load as native
@@ -124,6 +124,7 @@ class _Run:
         self._session = session
         self._options = options
         self._tell = tell
+        self._samples: list[tuple[float, float]] = []
         self._poll = select.poll()
         self._poll.register(session.connection, select.POLLIN | select.POLLRDHUP)
         for queue in session.client.queues:
@@ -183,17 +184,14 @@ class _Run:
                     f"no request has finished for {self._session.options.timeout:g} s,"
                     f" {load.in_flight} are in flight"
                 )
-            if self._tell and phase != LoadPhase.DRAIN and now - last >= _TICK * 0.9:
+            if now - last >= _TICK * 0.9:
                 passed = now - last
-                self._tell(
-                    Progress(
-                        name,
-                        now - began,
-                        (stats.requests - done) / passed,
-                        (stats.bytes - bytes_done) / passed,
-                        stats.requests,
-                    )
-                )
+                iops = (stats.requests - done) / passed
+                if phase == LoadPhase.MEASURE:
+                    self._samples.append((now - began, iops))
+                if self._tell and phase != LoadPhase.DRAIN:
+                    bandwidth = (stats.bytes - bytes_done) / passed
+                    self._tell(Progress(name, now - began, iops, bandwidth, stats.requests))
                 last, done, bytes_done = now, stats.requests, stats.bytes
         if load.phase == LoadPhase.ABANDON and not load.running and (error := load.error):
             raise PeerError(describe_failure(error))
@@ -238,6 +236,7 @@ class _Run:
             requests=requests,
             iops=requests / seconds,
             bytes_per_second=stats.bytes / seconds,
+            latency=_op_result(together, total, seconds, frequency),
             operations=operations,
             backend_cpu_us=None if backend_cpu is None else backend_cpu * 1e6 / each,
             backend_cpu_percent=None if backend_cpu is None else backend_cpu * 100 / seconds,
@@ -247,7 +246,8 @@ class _Run:
             calls_per_request=stats.calls / each,
             batch=requests / max(stats.batches, 1),
             compared=stats.compared,
-            latency=_op_result(together, total, seconds, frequency),
+            curve=[(p, t * 1e6 / frequency) for p, t in percentiles(total, CURVE).items()],
+            samples=self._samples,
         )
 
 

@@ -26,7 +26,7 @@ from vhostblk.virtio.blk import SECTOR
 from vhostblk.virtio.driver import DriverQueue
 from vhostblk.virtio.features import Feature
 
-__all__ = ["BenchSession"]
+__all__ = ["BenchSession", "load_options"]
 
 _UCRED = struct.Struct("=iII")
 _PAGE = 4096
@@ -61,7 +61,7 @@ class BenchSession:
         if not options.event_idx:
             features &= ~Feature.VIRTIO_F_EVENT_IDX
         # Sizes do not depend on the disk's.
-        shape = _load_options(options, 0, options.block_max)
+        shape = load_options(options, 0, options.block_max)
         self._slots = -(-slots_size(shape) // _PAGE) * _PAGE
         ring = DriverQueue.area_size(options.ring_size, _INDIRECT_ENTRIES)
         each = self._slots + -(-ring // _PAGE) * _PAGE
@@ -138,7 +138,7 @@ class BenchSession:
             )
         if size < options.block_max:
             raise ConfigError(f"block-size {options.block_max}: larger than the range of {size}")
-        return _load_options(options, options.offset, size)
+        return load_options(options, options.offset, size)
 
     def _ring(self, index: int) -> LoadRing:
         client = self.client
@@ -166,7 +166,8 @@ class BenchSession:
         )
 
 
-def _load_options(options: BenchOptions, offset: int, size: int) -> LoadOptions:
+def load_options(options: BenchOptions, offset: int, size: int) -> LoadOptions:
+    """Translate options for a range that the disk has."""
     return LoadOptions(
         offset=offset,
         size=size,

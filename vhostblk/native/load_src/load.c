@@ -189,6 +189,22 @@ double vb_load_calibrate(void)
 	return (double)ticks * 1e9 / (double)ns;
 }
 
+double vb_load_clock_cost(void)
+{
+	const int looks = 100;
+	bool tsc = clock_has_tsc();
+	double least = 1e9;
+
+	for (int run = 0; run < 100; run++) {
+		uint64_t begin = clock_ticks(tsc), end = begin;
+
+		for (int i = 0; i < looks; i++)
+			end = clock_ticks(tsc);
+		least = MIN(least, (double)(end - begin) / looks);
+	}
+	return least;
+}
+
 uint32_t vb_load_bucket(uint64_t ticks)
 {
 	return histogram_bucket(ticks);
