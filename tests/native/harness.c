@@ -3,6 +3,7 @@
 #include <poll.h>
 #include <sys/mman.h>
 #include "harness.h"
+#include "src/thread.h"
 
 /* ---------------------------------------------------------------- tests */
 
@@ -83,9 +84,23 @@ struct engine *engine_new(enum vb_io_kind kind, uint64_t poll_max_ns)
 	return engine;
 }
 
+struct engine *engine_new_by_hand(enum vb_io_kind kind)
+{
+	struct vb_thread_options options = {.name = "harness", .io_kind = kind};
+	struct engine *engine = calloc(1, sizeof(*engine));
+
+	engine->by_hand = true;
+	engine->on_message = unexpected;
+	CHECK_EQUAL(thread_open(&options, &engine->thread), 0);
+	return engine;
+}
+
 void engine_delete(struct engine *engine)
 {
-	CHECK_EQUAL(vb_thread_destroy(engine->thread), 0);
+	if (engine->by_hand)
+		thread_close(engine->thread);
+	else
+		CHECK_EQUAL(vb_thread_destroy(engine->thread), 0);
 	free(engine);
 }
 
@@ -113,7 +128,10 @@ void engine_pump(struct engine *engine, int timeout_ms)
 	struct vb_message messages[32];
 	int count;
 
-	poll(&readable, 1, timeout_ms);
+	if (engine->by_hand)
+		thread_turn(engine->thread);
+	else
+		poll(&readable, 1, timeout_ms);
 	while ((count = vb_thread_receive(engine->thread, messages, 32))) {
 		for (int i = 0; i < count; i++) {
 			struct vb_message *m = &messages[i];

@@ -49,6 +49,7 @@ uint32_t random_below(uint32_t n);
 
 struct engine {
 	struct vb_thread *thread;
+	bool by_hand; /* there is no thread: each pump is one turn of it */
 	uint64_t next_cookie;
 	/* Called for everything that is not an ACK; by default requests are an error. */
 	void (*on_message)(struct engine *engine, const struct vb_message *message);
@@ -59,6 +60,7 @@ struct engine {
 };
 
 struct engine *engine_new(enum vb_io_kind kind, uint64_t poll_max_ns);
+struct engine *engine_new_by_hand(enum vb_io_kind kind);
 void engine_delete(struct engine *engine);
 /* Send without waiting; the cookie of the ACK to come. */
 uint64_t engine_send(struct engine *engine, struct vb_message message);

@@ -518,6 +518,70 @@ TEST(memory_that_cannot_be_registered_is_used_all_the_same)
 	arena_down();
 }
 
+/* ---------------------------------------------------------------- a queue that wants all of its thread */
+
+/* What one of two queues gets done in the turn in which both find work, and that the other has its turn; in the end all
+ * is done without another kick. */
+static int done_in_one_turn(struct driver_config config, uint32_t flags, uint32_t length)
+{
+	struct engine *engine = engine_new_by_hand(VB_IO_AUTO);
+	struct driver_config modest = {.size = 8, .data_bytes = 512};
+	struct vb_disk *disk = disk_new(1, 64u << 20);
+	struct driver greedy, witness;
+	struct guest guest;
+	int fd = file_new(false, 64u << 20), first, done;
+
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(fd, 64u << 20, VB_EXTENT_READ | flags));
+	driver_init(&greedy, &guest, &config);
+	driver_init(&witness, &guest, &modest);
+	driver_start(&greedy, engine, disk, 1);
+	driver_start(&witness, engine, disk, 2);
+	for (uint16_t token = 0; token < greedy.tokens; token++)
+		driver_add(&greedy, token, VIRTIO_BLK_T_IN, 0, length);
+	driver_publish(&greedy);
+	driver_add(&witness, 0, VIRTIO_BLK_T_IN, 0, 512);
+	driver_publish(&witness);
+	engine_pump(engine, 0);
+	CHECK_EQUAL(driver_reap(&witness, NULL), 0);
+	for (first = 0; driver_reap(&greedy, NULL) >= 0; first++)
+		CHECK_EQUAL(*driver_status(&greedy, (uint16_t)first), VIRTIO_BLK_S_OK);
+	for (done = first; done < greedy.tokens;) {
+		engine_pump(engine, 0);
+		while (driver_reap(&greedy, NULL) >= 0)
+			done++;
+	}
+	driver_stop(&greedy);
+	driver_stop(&witness);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&greedy);
+	driver_deinit(&witness);
+	guest_deinit(&guest);
+	close(fd);
+	return first;
+}
+
+TEST(a_greedy_queue_gets_a_share_of_each_turn)
+{
+	struct driver_config bytes = {.size = 16, .data_bytes = 1 << 20, .indirect = true};
+	struct driver_config descriptors = {.size = 4096, .data_bytes = 51200, .pieces = 100};
+	struct driver_config much = {.size = 4, .data_bytes = 4 << 20, .indirect = true};
+	int done;
+
+	done = done_in_one_turn(bytes, VB_EXTENT_INLINE, 1 << 20);
+	CHECK(done >= 1 && done <= 8);
+	done = done_in_one_turn(bytes, VB_EXTENT_ZERO, 1 << 20);
+	CHECK(done >= 1 && done <= 8);
+	done = done_in_one_turn(descriptors, VB_EXTENT_NULL, 51200);
+	CHECK(done >= 1 && done <= 20);
+	/* What takes long is done by others. */
+	CHECK_EQUAL(done_in_one_turn(much, VB_EXTENT_ZERO, 4 << 20), 0);
+	CHECK_EQUAL(done_in_one_turn(much, VB_EXTENT_INLINE, 4 << 20), 0);
+}
+
 /* ---------------------------------------------------------------- fds */
 
 static int set_fd(enum vb_queue_fd which, int fd)

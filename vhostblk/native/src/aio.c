@@ -172,7 +172,7 @@ static void skip(struct aio_op *op, uint64_t bytes)
 
 bool aio_advance(struct aio_op *op, int64_t result)
 {
-	bool transfer = op->kind == VB_IO_READ || op->kind == VB_IO_WRITE;
+	bool transfer = op->kind == VB_IO_READ || op->kind == VB_IO_WRITE || op->kind == AIO_ZEROES;
 
 	if (result > 0 && transfer) {
 		op->result += result;
@@ -191,12 +191,23 @@ bool aio_advance(struct aio_op *op, int64_t result)
 	return true;
 }
 
+static int64_t fill_with_zeroes(const struct aio_op *op)
+{
+	int64_t filled = 0;
+
+	for (uint32_t i = 0; i < op->pieces; i++) {
+		memset(op->iov[i].iov_base, 0, op->iov[i].iov_len);
+		filled += (int64_t)op->iov[i].iov_len;
+	}
+	return filled;
+}
+
 static int64_t run_once(struct aio_op *op)
 {
 	int flags = op->flags & AIO_DSYNC ? RWF_DSYNC : 0;
 	int64_t result;
 
-	switch ((enum vb_io_op)op->kind) {
+	switch (op->kind) {
 	case VB_IO_READ:
 		result = preadv2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, 0);
 		break;
@@ -206,6 +217,8 @@ static int64_t run_once(struct aio_op *op)
 	case VB_IO_FDATASYNC:
 		result = fdatasync(op->fd);
 		break;
+	case AIO_ZEROES:
+		return fill_with_zeroes(op);
 	case VB_IO_FALLOCATE:
 		result = fallocate(op->fd, op->mode, (off_t)op->offset, (off_t)op->length);
 		break;

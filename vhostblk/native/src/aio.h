@@ -16,11 +16,14 @@ enum aio_flag {
 	AIO_BRIEF = 4 /* in the pool: a copy that seldom waits, so that one thread does many before a second is woken */
 };
 
+/* A kind besides those of enum vb_io_op: fill the vector with zeroes; no file. With AIO_POOL only. */
+#define AIO_ZEROES (VB_IO_FALLOCATE + 1)
+
 struct aio_op {
 	struct aio_op *next; /* aio's, and then the list that aio_reap returns */
 	struct iovec *iov;   /* pieces not yet transferred; changed during the operation, as it was afterwards */
 	uint32_t pieces;
-	uint8_t kind;   /* enum vb_io_op */
+	uint8_t kind;   /* enum vb_io_op, or AIO_ZEROES */
 	uint8_t flags;  /* enum aio_flag */
 	int16_t buffer; /* number of the registered buffer that has the one piece, or -1 */
 	int32_t fd;

@@ -300,12 +300,13 @@ bool queue_run(struct queue *queue)
 {
 	int popped = 0;
 
-	while (popped < QUEUE_BATCH && may_pop(queue)) {
+	while (popped < QUEUE_BATCH && queue->work < QUEUE_WORK && may_pop(queue)) {
 		int result = virtqueue_pop(&queue->vq, queue->attachment->memory->memory, queue->chain);
 
 		if (!result)
 			break;
 		popped++;
+		queue->work += queue->chain->descriptors;
 		queue_disable_kicks(queue);
 		if (result < 0)
 			queue_break(queue, (enum vb_broken) - result);
@@ -328,6 +329,7 @@ static void notify_driver(struct queue *queue)
 
 void queue_publish(struct queue *queue)
 {
+	queue->work = 0;
 	if (queue->vq.published != queue->vq.used_idx && !queue->dead)
 		notify_driver(queue);
 	if (queue->stopping && !queue->in_flight)

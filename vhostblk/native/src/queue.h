@@ -18,8 +18,13 @@
  * hold, here and in control, is bounded by this and the number of queues. */
 #define QUEUE_REQUESTS 1024
 
-/* Chains popped from one queue before others get their turn. */
+/* What a queue may do in one turn of its thread before others get theirs: chains, and work, which is counted in
+ * descriptors looked at and in pages copied on the spot. The rest has to wait for the next turn. */
 #define QUEUE_BATCH 64
+#define QUEUE_WORK 1024
+
+/* Copying that many bytes is not noticed by those who share the thread; more is given to the pool. */
+#define INLINE_MAX (1u << 20)
 
 /* Messages that stay free in the ring up while chains are popped, for acknowledgements. */
 #define ROOM_RESERVE 256
@@ -69,6 +74,7 @@ struct queue {
 	bool kicks_off;         /* the driver was told not to kick */
 	bool call_may_block;    /* the call fd is without O_NONBLOCK */
 	struct vb_message stop; /* the VB_QUEUE_STOP, when stopping */
+	uint32_t work;          /* in this turn */
 	uint32_t in_flight;     /* requests that are not free */
 	uint64_t spilled;       /* pieces of all requests that are allocated */
 	struct chain *chain;    /* scratch */

@@ -7,9 +7,6 @@
 #include "sigbus.h"
 #include "stats.h"
 
-/* Copying that many bytes is not noticed by those who share the thread; more is given to the pool. */
-#define INLINE_MAX (1u << 20)
-
 /* `flags`: what VB_REQUEST says beyond VB_REQUEST_RETRIED. */
 static void hand_to_control(struct request *request, uint16_t flags)
 {
@@ -117,11 +114,32 @@ static bool is_aligned(const struct blk_request *blk, const struct vb_extent *ex
 	return !(bits & (extent->memory_alignment - 1));
 }
 
+/* Do it here and now, if it is short and the queue has not had its share of this turn; otherwise let the pool do it. */
+static void run_or_start(struct request *request)
+{
+	struct queue *queue = request->queue;
+
+	if (request->blk.length <= INLINE_MAX && queue->work < QUEUE_WORK) {
+		queue->work += (uint32_t)(request->blk.length / 4096);
+		aio_run(&request->op);
+		finish_io(request, request->op.result);
+	} else {
+		track_io(request, false);
+		aio_start(queue->thread->aio, &request->op);
+	}
+}
+
 static void serve_zeroes(struct request *request)
 {
-	for (uint32_t i = 0; i < request->blk.pieces; i++)
-		memset(request->blk.data[i].iov_base, 0, request->blk.data[i].iov_len);
-	finish_io(request, (int64_t)request->blk.length);
+	request->flush_after = false;
+	request->op = (struct aio_op){
+		.iov = request->blk.data,
+		.pieces = request->blk.pieces,
+		.kind = AIO_ZEROES,
+		.flags = AIO_POOL,
+		.buffer = -1,
+	};
+	run_or_start(request);
 }
 
 static void serve_from_file(struct request *request, const struct vb_extent *extent)
@@ -130,7 +148,6 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 	bool write = blk->op == VB_OP_WRITE;
 	bool durable = write && load_relaxed(&request->queue->attachment->disk->write_through);
 	bool fixed = extent->flags & VB_EXTENT_FIXED && blk->pieces == 1;
-	bool at_once = extent->flags & VB_EXTENT_INLINE && blk->length <= INLINE_MAX;
 	bool pool = extent->flags & (VB_EXTENT_POOL | VB_EXTENT_INLINE);
 	bool cached = !(extent->flags & (VB_EXTENT_FIXED | VB_EXTENT_INLINE));
 
@@ -150,9 +167,8 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 		.fd = extent->fd,
 		.offset = extent->host_offset + (blk->offset - extent->offset),
 	};
-	if (at_once) {
-		aio_run(&request->op);
-		finish_io(request, request->op.result);
+	if (extent->flags & VB_EXTENT_INLINE) {
+		run_or_start(request);
 	} else {
 		track_io(request, request->flush_after);
 		aio_start(request->queue->thread->aio, &request->op);

@@ -202,6 +202,7 @@ static int walk(struct virtqueue *vq, const struct vb_memory *memory, uint16_t h
 		uint16_t flags;
 		int result;
 
+		chain->descriptors++;
 		copy_once(&d, table.entries + index * sizeof(d), sizeof(d));
 		flags = le16toh(d.flags);
 		if (flags & VRING_DESC_F_INDIRECT) {
