@@ -1,7 +1,9 @@
 /* test_units.c: parts of the engine by themselves, against the simplest thing that can be right. */
+#include <endian.h>
 #include <sys/uio.h>
 #include "harness.h"
 #include "src/aio.h"
+#include "src/blk.h"
 #include "src/disk.h"
 #include "src/extent_map.h"
 #include "src/memory.h"
@@ -295,6 +297,31 @@ static int take_acks(struct vb_thread *thread, uint64_t *cookies)
 		cookies[i] = messages[i].cookie;
 	}
 	return count;
+}
+
+/* ---------------------------------------------------------------- requests */
+
+/* Lengths only: nothing but the header is looked at. */
+TEST(transfers_of_2_gib_are_refused)
+{
+	struct blk_limits limits = {.capacity = 1ull << 40};
+	struct virtio_blk_outhdr header = {.type = htole32(VIRTIO_BLK_T_IN)};
+	struct chain *chain = calloc(1, sizeof(*chain) + 2 * sizeof(*chain->iov));
+	uint64_t lengths[] = {2147483136, 2147483648, 1ull << 39};
+	struct blk_request request;
+	char room;
+
+	for (int i = 0; i < 3; i++) {
+		chain->readable = chain->writable = 1;
+		chain->readable_bytes = sizeof(header);
+		chain->writable_bytes = lengths[i] + 1;
+		chain->iov[0] = (struct iovec){&header, sizeof(header)};
+		chain->iov[1] = (struct iovec){(void *)((uintptr_t)&room - lengths[i]), lengths[i] + 1};
+		CHECK_EQUAL(blk_parse(chain, &limits, &request), 0);
+		CHECK_EQUAL(request.length, lengths[i]);
+		CHECK_EQUAL(request.status, i ? VIRTIO_BLK_S_IOERR : -1);
+	}
+	free(chain);
 }
 
 /* Without a thread, so that I/O ends exactly when the test says so. */

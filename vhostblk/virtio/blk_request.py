@@ -11,7 +11,8 @@ whichever rule fails first names the status, nothing of a refused request is exe
 2. The header is the first 16 readable bytes, in any framing, copied once. Fewer: IOERR.
 3. A type that is not implemented: UNSUPP.
 4. OUT, DISCARD or WRITE_ZEROES on a read-only device: IOERR (§5.2.6.2).
-5. IN, OUT: data not a multiple of 512 bytes: IOERR. Any byte at or beyond the capacity: IOERR.
+5. IN, OUT: data not a multiple of 512 bytes, or more than 2147483136 of them: IOERR. Any byte at
+   or beyond the capacity: IOERR.
 6. DISCARD, WRITE_ZEROES: data empty or not a multiple of 16 bytes: IOERR. More segments than
    offered: UNSUPP. Then, segment by segment: an unknown flag, or unmap in a DISCARD: UNSUPP
    (§5.2.6.2); any byte at or beyond the capacity: IOERR.
@@ -44,6 +45,8 @@ __all__ = ["BlkRequest", "Segment", "parse"]
 _IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
 _GET_ID = int(RequestType.GET_ID)
 _DISCARD, _WRITE_ZEROES = int(RequestType.DISCARD), int(RequestType.WRITE_ZEROES)
+# The most that one request may move: what fits into an int, as sectors. The kernel and the block layer have the same.
+_MAX_TRANSFER = 0x7FFF_FFFF // SECTOR * SECTOR
 _MODIFYING = frozenset((_OUT, _DISCARD, _WRITE_ZEROES))
 _IMPLEMENTED = frozenset((_IN, _OUT, _FLUSH, _GET_ID, _DISCARD, _WRITE_ZEROES))
 
@@ -157,7 +160,7 @@ def _check_transfer(request: BlkRequest, sector: int, capacity: int) -> None:
     """Rule 5. Python's integers do not overflow, so neither does the end of the range."""
     request.offset = sector * SECTOR
     request.length = length = total(request.data)
-    if length % SECTOR or request.offset + length > capacity:
+    if length % SECTOR or length > _MAX_TRANSFER or request.offset + length > capacity:
         request.status = Status.IOERR
 
 

@@ -146,6 +146,24 @@ def test_transfer_must_end_within_the_capacity(kind: int, sector: int, fits: boo
     assert request.status == (None if fits else Status.IOERR)
 
 
+@pytest.mark.parametrize(("length", "fits"), [(2147483136, True), (2147483648, False)])
+@pytest.mark.parametrize("kind", [IN, OUT])
+def test_transfer_of_2_gib_fails(kind: int, length: int, fits: bool) -> None:
+    mib = memoryview(bytearray(1 << 20))
+    data = [mib] * (length >> 20) + [mib[: length % (1 << 20)]] * (length % (1 << 20) > 0)
+    header, status = pieces(HEADER.pack(kind, 0, 0), []), pieces(bytes(1), [])
+    chain = (
+        DescriptorChain(7, header, [*data, *status])
+        if kind == IN
+        else DescriptorChain(7, [*header, *data], status)
+    )
+
+    request = parse(chain, capacity=1 << 40)
+
+    assert request.length == length
+    assert request.status == (None if fits else Status.IOERR)
+
+
 def test_transfer_of_nothing_is_fine_up_to_the_end() -> None:
     assert parsed(IN, SECTORS).status is None
     assert parsed(OUT, SECTORS + 1).status == Status.IOERR

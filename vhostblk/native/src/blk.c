@@ -6,7 +6,8 @@
  * 2. The header is the first 16 readable bytes, in any framing, copied once. Fewer: IOERR.
  * 3. A type that is not implemented: UNSUPP.
  * 4. OUT, DISCARD or WRITE_ZEROES on a read-only device: IOERR (§5.2.6.2).
- * 5. IN, OUT: data not a multiple of 512 bytes: IOERR. Any byte at or beyond the capacity: IOERR.
+ * 5. IN, OUT: data not a multiple of 512 bytes, or more than 2147483136 of them: IOERR. Any byte at or beyond the
+ *    capacity: IOERR.
  * 6. DISCARD, WRITE_ZEROES: data empty or not a multiple of 16 bytes: IOERR. More segments than offered: UNSUPP. Then,
  *    segment by segment: an unknown flag, or unmap in a DISCARD: UNSUPP (§5.2.6.2); beyond the capacity: IOERR.
  * 7. FLUSH and GET_ID have no rules.
@@ -16,6 +17,8 @@
 #include "blk.h"
 
 #define SECTOR 512u
+/* The most that one request may move: what fits into an int, as sectors. The kernel and the block layer have the same. */
+#define TRANSFER_MAX (INT32_MAX / SECTOR * SECTOR)
 #define SEGMENT_SIZE sizeof(struct virtio_blk_discard_write_zeroes)
 
 /* Copy the first bytes of a vector and cut them off it. The caller knows that there are enough. */
@@ -76,7 +79,8 @@ static enum vb_op op_of(uint32_t type)
 
 static int check_transfer(const struct blk_request *r, uint64_t sector, const struct blk_limits *limits)
 {
-	return r->length % SECTOR || beyond(sector, r->length, limits) ? VIRTIO_BLK_S_IOERR : -1;
+	return r->length % SECTOR || r->length > TRANSFER_MAX || beyond(sector, r->length, limits) ? VIRTIO_BLK_S_IOERR
+												   : -1;
 }
 
 static int check_segments(const struct blk_request *r, const struct blk_limits *limits)

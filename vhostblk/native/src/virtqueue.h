@@ -19,7 +19,7 @@ struct chain {
 	uint64_t writable_bytes;
 	uint32_t capacity;
 	uint32_t descriptors; /* that were looked at */
-	bool saw_writable; /* a writable descriptor, of whatever length */
+	bool saw_writable;    /* a writable descriptor, of whatever length */
 	struct iovec iov[];
 };
 
