@@ -15,6 +15,7 @@ FEATURES = (
     "client.md",
     "data-paths.md",
     "hostile.md",
+    "statistics.md",
     "storage-daemon.md",
     "testing-guests.md",
     "vhost-user.md",

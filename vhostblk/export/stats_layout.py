@@ -80,6 +80,10 @@ class PageError(ValueError):
     """This is no statistics page, or one of another version."""
 
 
+class VersionError(PageError):
+    """A page of another version."""
+
+
 @dataclass(frozen=True, slots=True)
 class PageHeader:
     """What a page says of itself.
@@ -130,14 +134,15 @@ class PageHeader:
         """Understand the beginning of a page. Anybody may have written it.
 
         Raises:
-            PageError: it is none, or of another version.
+            VersionError: it is one of another version.
+            PageError: it is none.
         """
         if len(raw) < HEADER.size or not raw.startswith(MAGIC):
             raise PageError("not a statistics page")
         names = (name for name, _ in HEADER_FIELDS)
         found = dict(zip(names, HEADER.unpack_from(raw), strict=True))
         if found["version"] != VERSION:
-            raise PageError(f"layout version {found['version']}; this reader knows {VERSION}")
+            raise VersionError(f"layout version {found['version']}; this reader knows {VERSION}")
         # A later page of this version may have more at the end of the header and of each queue.
         fits = (
             found["header_size"] >= HEADER.size

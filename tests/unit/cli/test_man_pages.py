@@ -17,14 +17,14 @@ import pytest
 from vhostblk import __version__
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
-from vhostblk.cli import main, serve, storage_daemon
+from vhostblk.cli import main, serve, stats, storage_daemon
 from vhostblk.export.options import _Options
 from vhostblk.testing.requirements import require
 
 ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs" / "man"
 PAGES = sorted(FOLDER.glob("*.1"))
-NAMES = ["vhostblk-serve.1", "vhostblk-storage-daemon.1", "vhostblk.1"]
+NAMES = ["vhostblk-serve.1", "vhostblk-stats.1", "vhostblk-storage-daemon.1", "vhostblk.1"]
 
 
 @dataclass
@@ -111,9 +111,10 @@ def test_the_pages_are_those_that_are_checked_here() -> None:
     [
         ("vhostblk.1", common()),
         ("vhostblk-serve.1", declared(serve)),
+        ("vhostblk-stats.1", declared(stats)),
         ("vhostblk-storage-daemon.1", declared(storage_daemon)),
     ],
-    ids=["vhostblk", "serve", "storage-daemon"],
+    ids=["vhostblk", "serve", "stats", "storage-daemon"],
 )
 def test_page_has_exactly_the_options_of_the_parser(
     page: str, parser: argparse.ArgumentParser
@@ -180,7 +181,9 @@ def test_storage_daemon_page_has_every_driver() -> None:
 
 
 def test_what_is_refused_by_name_is_said_to_be() -> None:
-    page = "".join(plain(line) for line in (FOLDER / NAMES[1]).read_text().splitlines())
+    page = "".join(
+        plain(line) for line in (FOLDER / "vhostblk-storage-daemon.1").read_text().splitlines()
+    )
     for name in storage_daemon._NOT_YET:
         assert f"--{name}" in page
 
