@@ -230,8 +230,8 @@ TEST(latency_buckets_are_a_quarter_wide_and_in_order)
 		CHECK(low > below);
 		CHECK(low - below <= MAX(below / 4, 1u));
 		memset(&stats, 0, sizeof(stats));
-		stats_finish(&stats, VB_OP_READ, 512, false, low);
-		stats_finish(&stats, VB_OP_READ, 512, true, low - 1);
+		stats_finish(&stats, VB_OP_READ, 1, 512, false, low);
+		stats_finish(&stats, VB_OP_READ, 1, 0, true, low - 1);
 		CHECK_EQUAL(stats.op[VB_OP_READ].latency[b], 1);
 		CHECK_EQUAL(stats.op[VB_OP_READ].latency[b - 1], 1);
 		CHECK_EQUAL(stats.op[VB_OP_READ].bytes, 512);
@@ -239,7 +239,7 @@ TEST(latency_buckets_are_a_quarter_wide_and_in_order)
 		CHECK_EQUAL(stats.op[VB_OP_READ].latency_max_ns, low);
 	}
 	memset(&stats, 0, sizeof(stats));
-	stats_finish(&stats, VB_OP_READ, 0, false, UINT64_MAX);
+	stats_finish(&stats, VB_OP_READ, 1, 0, false, UINT64_MAX);
 	CHECK_EQUAL(stats.op[VB_OP_READ].latency[VB_LATENCY_BUCKETS - 1], 1);
 }
 

@@ -21,14 +21,25 @@
 #define TRANSFER_MAX (INT32_MAX / SECTOR * SECTOR)
 #define SEGMENT_SIZE sizeof(struct virtio_blk_discard_write_zeroes)
 
-/* Copy the first bytes of a vector and cut them off it. The caller knows that there are enough. */
-static void take_front(struct iovec **iov, uint32_t *count, void *to, size_t size)
+/* Headers and segments have the same size. */
+#define RECORD_SIZE 16u
+_Static_assert(sizeof(struct virtio_blk_outhdr) == RECORD_SIZE, "VIRTIO 1.2 §5.2.6");
+_Static_assert(SEGMENT_SIZE == RECORD_SIZE, "VIRTIO 1.2 §5.2.6");
+
+/* Copy the first 16 bytes of a vector and cut them off it. The caller knows that there are enough. */
+static void take_record(struct iovec **iov, uint32_t *count, void *to)
 {
 	size_t done = 0;
 
-	while (done < size) {
+	if ((*iov)->iov_len == RECORD_SIZE) {
+		copy_once(to, (*iov)->iov_base, RECORD_SIZE);
+		++*iov;
+		--*count;
+		return;
+	}
+	while (done < RECORD_SIZE) {
 		struct iovec *piece = *iov;
-		size_t n = MIN(size - done, piece->iov_len);
+		size_t n = MIN(RECORD_SIZE - done, piece->iov_len);
 
 		copy_once((char *)to + done, piece->iov_base, n);
 		done += n;
@@ -123,7 +134,7 @@ int blk_parse(struct chain *chain, const struct blk_limits *limits, struct blk_r
 	ret->status_byte = take_last_byte(writable, &chain->writable);
 	if (chain->readable_bytes < sizeof(header))
 		return 0;
-	take_front(&readable, &chain->readable, &header, sizeof(header));
+	take_record(&readable, &chain->readable, &header);
 	ret->type = le32toh(header.type);
 	ret->op = op_of(ret->type);
 	if (ret->op == VB_OP_READ || ret->op == VB_OP_GET_ID) {
@@ -151,7 +162,7 @@ int blk_read_segments(const struct blk_request *request, const struct blk_limits
 		struct virtio_blk_discard_write_zeroes segment;
 		uint64_t sector, length;
 
-		take_front(&data, &pieces, &segment, sizeof(segment));
+		take_record(&data, &pieces, &segment);
 		sector = le64toh(segment.sector);
 		length = (uint64_t)le32toh(segment.num_sectors) * SECTOR;
 		if (le32toh(segment.flags) & ~allowed)

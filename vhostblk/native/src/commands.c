@@ -119,9 +119,11 @@ static void run_queue_command(struct vb_thread *thread, struct queue *queue, con
 		break;
 	case VB_QUEUE_ENABLE:
 		queue->enabled = command->flags & 1;
+		queue_wake(queue);
 		break;
 	case VB_QUEUE_FD:
 		result = queue_set_fd(queue, (enum vb_queue_fd)command->aux, command->result);
+		queue_wake(queue);
 		break;
 	}
 	thread_ack(thread, command, result, 0);

@@ -27,6 +27,11 @@
 /* Where adaptive polling starts to grow. */
 #define POLL_START 4000u
 
+/* While other queues are busy, those that rest wait so long for somebody to see their kick (ns); one that had nothing to
+ * do for longer than the other rests. */
+#define LISTEN_INTERVAL 20000u
+#define REST_AFTER 100000u
+
 #define EVENTS 64
 #define EVENT_WAKE (1ull << 32) /* epoll data: a queue's slot, or one of these */
 #define EVENT_IO (2ull << 32)
@@ -86,6 +91,34 @@ void thread_check_faults(struct vb_thread *thread)
 			queue_check_memory(thread->queues[i]);
 }
 
+static void handle_event(struct vb_thread *thread, const struct epoll_event *event)
+{
+	eventfd_t ignored;
+	uint64_t what = event->data.u64;
+
+	if (what == EVENT_WAKE)
+		eventfd_read(thread->down_fd, &ignored);
+	else if (what != EVENT_IO && what < thread->slots && thread->queues[what])
+		queue_kicked(thread->queues[what]);
+}
+
+/* Of queues that rest while others keep the thread busy. */
+static void listen_for_kicks(struct vb_thread *thread)
+{
+	struct epoll_event events[EVENTS];
+	int count = epoll_wait(thread->epoll_fd, events, EVENTS, 0);
+
+	thread->listened_ns = thread->now;
+	for (int i = 0; i < count; i++)
+		handle_event(thread, &events[i]);
+}
+
+/* Whether it keeps its turn although there was nothing to do. The last one does: it is the thread that sleeps then. */
+static bool lingers(const struct vb_thread *thread, const struct queue *queue)
+{
+	return thread->awake.next == thread->awake.prev || thread->now - queue->worked_ns < REST_AFTER;
+}
+
 bool thread_turn(struct vb_thread *thread)
 {
 	bool any;
@@ -95,15 +128,21 @@ bool thread_turn(struct vb_thread *thread)
 	any |= reap(thread);
 	if (load_acquire(&thread->flush_ended))
 		flush_look(thread);
-	for (uint32_t i = 0; i < thread->slots; i++)
-		if (thread->queues[i])
-			any |= queue_run(thread->queues[i]);
+	if (thread->resting && thread->now - thread->listened_ns > LISTEN_INTERVAL)
+		listen_for_kicks(thread);
+	list_for_each (node, following, &thread->awake) {
+		struct queue *queue = container_of(node, struct queue, awake);
+
+		if (queue_run(queue))
+			any = true;
+		else if (!lingers(thread, queue))
+			queue_rest(queue);
+	}
 	aio_flush(thread->aio);
 	if (thread->faults != sigbus_faults())
 		thread_check_faults(thread);
-	for (uint32_t i = 0; i < thread->slots; i++)
-		if (thread->queues[i])
-			queue_publish(thread->queues[i]);
+	list_for_each (node, following, &thread->awake)
+		queue_publish(container_of(node, struct queue, awake));
 	message_ring_publish(&thread->up, thread->up_fd);
 	return any;
 }
@@ -113,23 +152,18 @@ bool thread_turn(struct vb_thread *thread)
 /* Promise the drivers to wake up by a kick. False: one of them has added something before it knew. */
 static bool ask_for_kicks(struct vb_thread *thread)
 {
-	for (uint32_t i = 0; i < thread->slots; i++) {
-		struct queue *queue = thread->queues[i];
-
-		if (!queue)
-			continue;
-		queue_enable_kicks(queue);
-		if (queue_ready(queue))
+	list_for_each (node, following, &thread->awake)
+		if (!queue_rest(container_of(node, struct queue, awake)))
 			return false;
-	}
 	return true;
 }
 
-/* When the ring up is too full for commands or chains: have control wake us when it has taken something. */
-static bool wait_for_room(struct vb_thread *thread)
+/* The ring up is too full for commands or chains: have control wake us when it has taken something. Until then kicks
+ * mean nothing. */
+static bool starves(struct vb_thread *thread)
 {
 	if (thread_room(thread) > ROOM_RESERVE)
-		return true;
+		return false;
 	store_relaxed(&thread->starved, 1);
 	full_fence(); /* [S2] */
 	return thread_room(thread) <= ROOM_RESERVE;
@@ -137,7 +171,7 @@ static bool wait_for_room(struct vb_thread *thread)
 
 static bool may_sleep(struct vb_thread *thread)
 {
-	if (!wait_for_room(thread) || !ask_for_kicks(thread) || aio_pending(thread->aio))
+	if ((!starves(thread) && !ask_for_kicks(thread)) || aio_pending(thread->aio))
 		return false;
 	if (message_ring_fall_asleep(&thread->down))
 		return true;
@@ -160,17 +194,6 @@ static int wait_for_events(struct vb_thread *thread, struct epoll_event *events)
 	/* Linux 5.11, and container profiles that know it. */
 	count = (int)syscall(SYS_epoll_pwait2, thread->epoll_fd, events, EVENTS, &timeout, NULL, 0);
 	return count < 0 && errno != EINTR ? epoll_wait(thread->epoll_fd, events, EVENTS, 1) : count;
-}
-
-static void handle_event(struct vb_thread *thread, const struct epoll_event *event)
-{
-	eventfd_t ignored;
-	uint64_t what = event->data.u64;
-
-	if (what == EVENT_WAKE)
-		eventfd_read(thread->down_fd, &ignored);
-	else if (what != EVENT_IO && what < thread->slots && thread->queues[what])
-		queue_kicked(thread->queues[what]);
 }
 
 static void sleep_until_event(struct vb_thread *thread)
@@ -251,6 +274,7 @@ int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 	thread->faults = sigbus_faults();
 	strncpy(thread->name, options->name ? options->name : "vhostblk", sizeof(thread->name) - 1);
 	list_init(&thread->attachments);
+	list_init(&thread->awake);
 	error = open_fds(thread);
 	if (!error)
 		error = aio_create(options->io_kind, IO_DEPTH, options->workers, &thread->aio);

@@ -61,6 +61,7 @@ void queue_kicked(struct queue *queue)
 
 	(void)ignored;
 	stat_add(queue->stats->kicks, 1);
+	queue_wake(queue);
 }
 
 static int watch_kick(struct queue *queue, int fd)
@@ -110,7 +111,7 @@ int queue_set_fd(struct queue *queue, enum vb_queue_fd which, int fd)
 	}
 }
 
-void queue_disable_kicks(struct queue *queue)
+static void disable_kicks(struct queue *queue)
 {
 	if (queue->kicks_off || queue->dead)
 		return;
@@ -118,12 +119,23 @@ void queue_disable_kicks(struct queue *queue)
 	queue->kicks_off = true;
 }
 
-void queue_enable_kicks(struct queue *queue)
+static void enable_kicks(struct queue *queue)
 {
 	if (!queue->kicks_off || queue->dead)
 		return;
 	virtqueue_enable_kicks(&queue->vq);
 	queue->kicks_off = false;
+}
+
+void queue_wake(struct queue *queue)
+{
+	struct vb_thread *thread = queue->thread;
+
+	if (!list_empty(&queue->awake))
+		return;
+	list_append(&thread->awake, &queue->awake);
+	thread->resting--;
+	queue->worked_ns = thread->now;
 }
 
 /* ---------------------------------------------------------------- start, stop, break */
@@ -217,6 +229,9 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 	if (config->call_fd >= 0)
 		signal_fd(config->call_fd, queue->call_may_block);
 	queue->thread->queues[queue->slot] = queue;
+	list_init(&queue->awake);
+	queue->thread->resting++;
+	queue_wake(queue);
 	queue->thread->owed++; /* VB_QUEUE_BROKEN must always find room */
 	attachment->queues++;
 	return 0;
@@ -226,6 +241,7 @@ void queue_stop(struct queue *queue, const struct vb_message *command)
 {
 	queue->stopping = true;
 	queue->stop = *command;
+	queue_wake(queue);
 	thread_owe_ack(queue->thread);
 }
 
@@ -234,8 +250,9 @@ static void finish_stop(struct queue *queue)
 	struct vb_thread *thread = queue->thread;
 
 	/* Leave the ring as whoever starts it next may expect it: asking for kicks. */
-	queue_enable_kicks(queue);
+	enable_kicks(queue);
 	unwatch_kick(queue);
+	list_remove(&queue->awake);
 	thread->queues[queue->slot] = NULL;
 	queue->attachment->queues--;
 	thread->owed -= !queue->broken;
@@ -273,6 +290,7 @@ void queue_move(struct queue *queue)
 	if (!use || virtqueue_move(&queue->vq, use->memory, &queue->config))
 		queue_break(queue, VB_BROKEN_RING_ADDRESS);
 	queue->kicks_off = true; /* as far as we know: it was the old memory that asked for them */
+	queue_wake(queue);
 }
 
 void queue_check_memory(struct queue *queue)
@@ -285,15 +303,46 @@ void queue_check_memory(struct queue *queue)
 
 /* ---------------------------------------------------------------- a turn */
 
-static bool may_pop(const struct queue *queue)
+/* Whether it takes chains at all: its own completions, or commands, change that, and wake it. */
+static bool takes_chains(const struct queue *queue)
 {
 	return queue->enabled && !queue->stopping && !queue->broken && queue->in_flight < QUEUE_REQUESTS &&
-	       queue->spilled < SPILLED_MAX && thread_room(queue->thread) > ROOM_RESERVE;
+	       queue->spilled < SPILLED_MAX;
 }
 
-bool queue_ready(const struct queue *queue)
+static bool may_pop(const struct queue *queue)
 {
-	return may_pop(queue) && virtqueue_pending(&queue->vq);
+	return takes_chains(queue) && thread_room(queue->thread) > ROOM_RESERVE;
+}
+
+static bool has_news(const struct queue *queue)
+{
+	return (queue->vq.notified != queue->vq.used_idx && !queue->dead) || (queue->stopping && !queue->in_flight);
+}
+
+bool queue_rest(struct queue *queue)
+{
+	enable_kicks(queue);
+	if (has_news(queue) || (takes_chains(queue) && virtqueue_pending(&queue->vq)))
+		return false;
+	/* Without a kick fd the driver's chains are only found by looking. */
+	if (queue->config.kick_fd >= 0) {
+		list_remove(&queue->awake);
+		list_init(&queue->awake);
+		queue->thread->resting++;
+	}
+	return true;
+}
+
+/* Show the driver what was completed; whether it is notified, too, is decided at the end of the turn. */
+static void show_completions(struct queue *queue)
+{
+	uint64_t before = queue->thread->now;
+
+	if (!queue->dead)
+		virtqueue_publish(&queue->vq);
+	queue->thread->now = now_ns();
+	stats_batch_finish(&queue->batch, queue->stats, queue->thread->now - before);
 }
 
 bool queue_run(struct queue *queue)
@@ -307,12 +356,18 @@ bool queue_run(struct queue *queue)
 			break;
 		popped++;
 		queue->work += queue->chain->descriptors;
-		queue_disable_kicks(queue);
+		disable_kicks(queue);
 		if (result < 0)
 			queue_break(queue, (enum vb_broken) - result);
 		else
 			request_accept(queue);
+		if (popped % PUBLISH_BATCH == 0 && queue->batch.ops)
+			show_completions(queue);
 	}
+	if (queue->batch.ops)
+		show_completions(queue);
+	if (popped)
+		queue->worked_ns = queue->thread->now;
 	return popped;
 }
 
@@ -330,8 +385,9 @@ static void notify_driver(struct queue *queue)
 void queue_publish(struct queue *queue)
 {
 	queue->work = 0;
-	if (queue->vq.published != queue->vq.used_idx && !queue->dead)
+	if (queue->vq.notified != queue->vq.used_idx && !queue->dead)
 		notify_driver(queue);
+	store_relaxed(&queue->stats->in_flight, queue->in_flight);
 	if (queue->stopping && !queue->in_flight)
 		finish_stop(queue);
 }

@@ -8,6 +8,7 @@
 #include "blk.h"
 #include "common.h"
 #include "disk.h"
+#include "stats.h"
 #include "thread.h"
 #include "virtqueue.h"
 
@@ -25,6 +26,9 @@
 
 /* Copying that many bytes is not noticed by those who share the thread; more is given to the pool. */
 #define INLINE_MAX (1u << 20)
+
+/* Chains completed before the driver is shown them: it fills the ring again while we go on. */
+#define PUBLISH_BATCH 8
 
 /* Messages that stay free in the ring up while chains are popped, for acknowledgements. */
 #define ROOM_RESERVE 256
@@ -65,8 +69,11 @@ struct queue {
 	struct attachment *attachment;
 	struct vb_queue_config config;
 	struct vb_queue_stats *stats;
-	uint32_t key;  /* control's number */
-	uint16_t slot; /* in thread->queues */
+	struct stats_batch batch; /* completed since the clock was last read */
+	struct list awake; /* in thread->awake, or on its own while it rests: its ring is not looked at before a kick */
+	uint64_t worked_ns; /* when there last was something in its ring */
+	uint32_t key;       /* control's number */
+	uint16_t slot;      /* in thread->queues */
 	bool enabled;
 	bool stopping;
 	bool broken;
@@ -94,12 +101,12 @@ void queue_check_memory(struct queue *queue);
 
 /* Pop and serve. Whether there was anything. */
 bool queue_run(struct queue *queue);
-/* Whether queue_run would find something. Meant for the last look before a sleep. */
-bool queue_ready(const struct queue *queue);
 /* Show the driver what was completed, notify it if it wants that, finish a stop: the queue may be gone afterwards. */
 void queue_publish(struct queue *queue);
-void queue_disable_kicks(struct queue *queue);
-void queue_enable_kicks(struct queue *queue);
+/* Look at its ring from now on: it may have something, or something is to be shown to its driver. */
+void queue_wake(struct queue *queue);
+/* Wait for a kick instead. False: there is something to do, maybe because the driver added it before it knew. */
+bool queue_rest(struct queue *queue);
 /* The kick fd became readable. */
 void queue_kicked(struct queue *queue);
 

@@ -36,7 +36,6 @@ static struct request *request_take(struct queue *queue)
 	request->memory = queue->attachment->memory;
 	memory_use_get(request->memory);
 	queue->in_flight++;
-	stat_add(queue->stats->in_flight, 1);
 	return request;
 }
 
@@ -54,7 +53,6 @@ static void request_release(struct request *request)
 	request->next_free = queue->free;
 	queue->free = request;
 	queue->in_flight--;
-	stat_add(queue->stats->in_flight, -1);
 }
 
 /* Of the disk that a request was about: for statistics. */
@@ -76,6 +74,7 @@ void request_complete(struct request *request, int status, uint64_t written)
 	struct blk_request *blk = &request->blk;
 	bool failed = status != VIRTIO_BLK_S_OK;
 
+	queue_wake(queue);
 	if (!queue->dead) {
 		/* Guest memory was written: the data and this byte (for the dirty log of live migration). After a
 		 * failure nothing is vouched for but the status, VIRTIO 1.2 §2.7.8.2. */
@@ -83,9 +82,15 @@ void request_complete(struct request *request, int status, uint64_t written)
 		written = failed ? 1 : MIN(written, blk->length) + 1;
 		virtqueue_push(&queue->vq, request->head, (uint32_t)MIN(written, UINT32_MAX));
 	}
+	/* Clocks are not free. What began since the clock was last read is counted when the driver is shown that it is
+	 * done, which for the driver is when it is done. */
+	if (request->started_ns == queue->thread->now && !failed && !request->missed)
+		stats_batch_add(&queue->batch, blk->op, bytes_of(blk));
+	else
+		stats_finish(queue->stats, blk->op, 1, failed ? 0 : bytes_of(blk), failed,
+			queue->thread->now - request->started_ns);
 	if (!request->missed)
 		stat_add(queue->stats->hits, 1);
-	stats_finish(queue->stats, blk->op, failed ? 0 : bytes_of(blk), failed, now_ns() - request->started_ns);
 	request_release(request);
 }
 
@@ -111,7 +116,9 @@ static int keep_data(struct request *request)
 
 	if (!room)
 		return VIRTIO_BLK_S_IOERR;
-	if (size)
+	if (blk->pieces == 1)
+		*(struct iovec *)room = *blk->data;
+	else if (size)
 		memcpy(room, blk->data, size);
 	blk->data = room;
 	return -1;
@@ -141,19 +148,18 @@ static struct blk_limits limits_of(const struct vb_disk *disk)
 void request_accept(struct queue *queue)
 {
 	struct blk_limits limits = limits_of(queue->attachment->disk);
-	struct request *request;
-	struct blk_request blk;
-	int broken = blk_parse(queue->chain, &limits, &blk);
+	struct request *request = request_take(queue);
+	struct blk_request *blk = &request->blk;
+	int broken = blk_parse(queue->chain, &limits, blk);
 
 	if (broken) {
+		request_release(request);
 		queue_break(queue, (enum vb_broken) - broken);
 		return;
 	}
-	request = request_take(queue);
-	request->blk = blk;
-	if (blk.status < 0 && (blk.op == VB_OP_DISCARD || blk.op == VB_OP_WRITE_ZEROES))
-		request->blk.status = keep_segments(request, &limits);
-	else if (blk.status < 0)
-		request->blk.status = keep_data(request);
+	if (blk->status < 0 && (blk->op == VB_OP_DISCARD || blk->op == VB_OP_WRITE_ZEROES))
+		blk->status = keep_segments(request, &limits);
+	else if (blk->status < 0)
+		blk->status = keep_data(request);
 	request_serve(request);
 }

@@ -34,13 +34,16 @@ struct vb_thread {
 	struct list attachments;
 	struct queue **queues; /* by slot; holes are NULL */
 	uint32_t slots;
-	uint32_t pollers; /* queues without a kick fd */
-	uint32_t owed;    /* messages for which room in `up` is put aside */
-	uint32_t faults;  /* sigbus_faults() when we last looked */
+	struct list awake; /* queues whose rings are looked at every turn */
+	uint32_t resting;  /* queues that are not among them, because they wait for a kick */
+	uint32_t pollers;  /* queues without a kick fd */
+	uint32_t owed;     /* messages for which room in `up` is put aside */
+	uint32_t faults;   /* sigbus_faults() when we last looked */
 	uint64_t poll_max_ns;
 	uint64_t poll_ns;     /* how long to spin at the moment */
 	uint64_t interval_ns; /* how long a ring without kick fd may wait at the moment */
-	uint64_t now;         /* of this turn */
+	uint64_t now;         /* when the clock was last read: at least once a turn */
+	uint64_t listened_ns; /* when we last looked for kicks of resting queues */
 	pthread_t pthread;
 	char name[16];
 };
