@@ -124,12 +124,13 @@ bool thread_turn(struct vb_thread *thread)
 	bool any;
 
 	thread->now = now_ns();
+	/* First: whoever wrote to the eventfds has said before what there is to do. */
+	if (thread->resting && thread->now - thread->listened_ns > LISTEN_INTERVAL)
+		listen_for_kicks(thread);
 	any = thread_run_commands(thread);
 	any |= reap(thread);
 	if (load_acquire(&thread->flush_ended))
 		flush_look(thread);
-	if (thread->resting && thread->now - thread->listened_ns > LISTEN_INTERVAL)
-		listen_for_kicks(thread);
 	list_for_each (node, following, &thread->awake) {
 		struct queue *queue = container_of(node, struct queue, awake);
 
