@@ -39,10 +39,12 @@ DEFAULT_POLL_MAX_NS = 32768
 
 @dataclass(frozen=True, slots=True)
 class IOThreadConfig:
-    """`--object iothread,id=ID,poll-max-ns=NS`."""
+    """`--object iothread,id=ID`; the others are those of `native.EngineThread`."""
 
     name: str
     poll_max_ns: int = DEFAULT_POLL_MAX_NS
+    poll_grow: int = 0
+    poll_shrink: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +163,23 @@ class Daemon:
     def _threads_for(self, config: ExportConfig) -> list[IOThread]:
         """The threads that an export names, or as many of its own as it asks for."""
         known = {thread.name: thread for thread in self._config.io_threads}
-        threads = []
         for name in config.io_threads:
             if name not in known:
-                raise ConfigError(f"there is no iothread '{name}'")
-            threads.append(self._thread(name, known[name].poll_max_ns))
-        for number in range(config.own_threads if not threads else 0):
-            threads.append(self._thread(f"{config.id}/{number}", DEFAULT_POLL_MAX_NS))
-        return threads
+                raise ConfigError(f'IOThread "{name}" object does not exist')
+        wanted = [known[name] for name in config.io_threads] or [
+            IOThreadConfig(f"{config.id}/{number}") for number in range(config.own_threads)
+        ]
+        return [self._thread(thread) for thread in wanted]
 
-    def _thread(self, name: str, poll_max_ns: int) -> IOThread:
-        if name not in self._threads:
-            self._threads[name] = IOThread(name, poll_max_ns=poll_max_ns)
-        return self._threads[name]
+    def _thread(self, config: IOThreadConfig) -> IOThread:
+        if config.name not in self._threads:
+            self._threads[config.name] = IOThread(
+                config.name,
+                poll_max_ns=config.poll_max_ns,
+                poll_grow=config.poll_grow,
+                poll_shrink=config.poll_shrink,
+            )
+        return self._threads[config.name]
 
     async def _close_export(self, export: Export) -> None:
         self._is_durable &= await export.close()

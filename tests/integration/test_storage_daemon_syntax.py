@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,59 @@ def test_options_stand_in_any_order_of_kinds(start: Start, socket_directory: Pat
         *["--object", "iothread,id=io"],
     ) as client:
         assert client.capacity == 1 << 20
+
+
+def test_queues_run_on_the_iothreads_they_are_mapped_to(
+    storage_daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    """Seen by which thread has used the processor: the other one sleeps."""
+    require("engine")
+    sock = socket_directory / "s"
+    words = [
+        *[
+            "--object",
+            "iothread,id=even,poll-max-ns=0",
+            "--object",
+            "iothread,id=odd,poll-max-ns=0",
+        ],
+        *["--blockdev", f"driver=file,node-name=d,filename={image}"],
+        "--export",
+        json.dumps(
+            {
+                "type": "vhost-user-blk",
+                "id": "e",
+                "node-name": "d",
+                "addr": {"type": "unix", "path": str(sock)},
+                "num-queues": 4,
+                "iothread-vq-mapping": [
+                    {"iothread": "even", "vqs": [0, 2]},
+                    {"iothread": "odd", "vqs": [3, 1]},
+                ],
+            }
+        ),
+    ]
+    process = storage_daemon(*words, sockets=[sock])
+    with Client.connect(sock, queues=4) as client:
+        for queue, name in enumerate(["even", "odd", "even", "odd"]):
+            before = _switches(process.pid)
+            for _ in range(50):
+                assert client.read(0, 512, queue=queue)
+            after = _switches(process.pid)
+            woken = {thread for thread in after if after[thread] - before[thread] > 40}
+            assert woken & {"even", "odd"} == {name}
+
+
+def _switches(pid: int) -> dict[str, int]:
+    """How often each thread has gone to sleep, by name."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        status = (task / "status").read_text()
+        name, count = (
+            re.findall(rf"(?m)^{key}:\s*(.*)$", status)[0]
+            for key in ("Name", "voluntary_ctxt_switches")
+        )
+        found[name] = int(count)
+    return found
 
 
 @pytest.mark.parametrize("program", ["qemu-storage-daemon", "vhostblk"])

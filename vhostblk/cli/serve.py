@@ -105,6 +105,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="engine threads that share the queues (default: %(default)s)",
     )
     parser.add_argument(
+        "--pin-memory",
+        action="store_true",
+        help="with O_DIRECT, keep guest memory pinned: faster, and wrong for guests that give memory "
+        "back (a balloon, free page reporting, virtio-mem, postcopy)",
+    )
+    parser.add_argument(
         "--format",
         choices=("raw",),
         help="serve the file's bytes as they are, even if they look like an image format",
@@ -154,6 +160,7 @@ def run(args: argparse.Namespace) -> None:
         write_cache=write_cache,
         serial=args.serial,
         num_queues=args.queues,
+        pin_memory=args.pin_memory,
         own_threads=args.iothreads,
     )
     run_daemon(

@@ -56,7 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="OPTIONS",
         help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix|fd,addr.path=…|addr.str=…"
-        "[,writable=on|off][,writethrough=on|off][,iothread=…][,logical-block-size=…]"
+        "[,writable=on|off][,writethrough=on|off][,iothread=…|,iothread-vq-mapping.…]"
+        "[,logical-block-size=…]"
         "[,num-queues=…][,max-segments=…][,pin-memory=on|off][,serial=…]; repeatable",
     )
     parser.add_argument(
@@ -64,7 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="iothread,id=…[,poll-max-ns=…]; repeatable",
+        help="iothread,id=…[,poll-max-ns=…][,poll-grow=…][,poll-shrink=…]; repeatable",
     )
     parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
     parser.add_argument(
@@ -132,6 +133,9 @@ class _IOThreadOptions:
     poll_max_ns: int = option(
         INTEGER, DEFAULT_POLL_MAX_NS, about="how long it may look for work before it sleeps"
     )
+    poll_grow: int = option(INTEGER, 0, about="factor by which that grows; 0: 2")
+    poll_shrink: int = option(INTEGER, 0, about="divisor by which it shrinks; 0: to nothing")
+    aio_max_batch: int = option(INTEGER, 0, about="accepted; QEMU's aio=native has a use for it")
 
 
 def _parse_object(text: str) -> IOThreadConfig:
@@ -145,4 +149,4 @@ def _parse_object(text: str) -> IOThreadConfig:
             raise ConfigError(f"Parameter '{left}' is unexpected")
     except ConfigError as exc:
         raise ConfigError(f"--object iothread: {exc}") from None
-    return IOThreadConfig(parsed.id, parsed.poll_max_ns)
+    return IOThreadConfig(parsed.id, parsed.poll_max_ns, parsed.poll_grow, parsed.poll_shrink)

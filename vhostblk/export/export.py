@@ -69,7 +69,14 @@ class Export:
             errors=self._errors,
         )
         self._path: DataPath = (
-            NativeDataPath(self.device, threads, self, page, pin_memory=config.pin_memory)
+            NativeDataPath(
+                self.device,
+                threads,
+                self,
+                page,
+                queue_threads=config.queue_threads,
+                pin_memory=config.pin_memory,
+            )
             if threads
             else PythonDataPath(self.device, self, page)
         )

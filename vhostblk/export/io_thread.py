@@ -47,11 +47,18 @@ class IOThread:
     """
 
     def __init__(
-        self, name: str, *, poll_max_ns: int = 32768, io: str = "auto", workers: int = 0
+        self,
+        name: str,
+        *,
+        poll_max_ns: int = 32768,
+        poll_grow: int = 0,
+        poll_shrink: int = 0,
     ) -> None:
         self.name = name
         self._loop = asyncio.get_running_loop()
-        self._thread = native.EngineThread(name, poll_max_ns=poll_max_ns, io=io, workers=workers)
+        self._thread = native.EngineThread(
+            name, poll_max_ns=poll_max_ns, poll_grow=poll_grow, poll_shrink=poll_shrink
+        )
         self._sinks: dict[int, Sink] = {}
         self._inbox: deque[Message] = deque()
         self._outbox: list[Message] = []

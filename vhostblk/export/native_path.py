@@ -58,9 +58,10 @@ class NativeDataPath:
 
     Args:
         device: what the queues belong to.
-        threads: queue i runs on thread i modulo their number. They may be shared with other exports.
+        threads: what the queues run on. They may be shared with other exports.
         events: who hears of broken queues.
         page: where the engine counts.
+        queue_threads: for each queue, the number of its thread; empty: queue i runs on thread i modulo their number.
         pin_memory: register guest memory as fixed buffers where those pay. What is registered stays pinned: after the
             guest has given a page back (a balloon, free page reporting, virtio-mem, postcopy) and got another for it,
             reads would still end in the old one. vhost-user has no way to tell a VMM that it must not take pages.
@@ -76,10 +77,12 @@ class NativeDataPath:
         events: DataPathEvents,
         page: StatsPage,
         *,
+        queue_threads: Sequence[int] = (),
         pin_memory: bool = False,
     ) -> None:
         self._device = device
         self._threads = tuple(threads)
+        self._queue_threads = tuple(queue_threads)
         self._events = events
         self._page = page
         self._pin_memory = pin_memory
@@ -122,6 +125,11 @@ class NativeDataPath:
             await self._detach(attached)
             self._disk.close()
             raise
+
+    def _thread_of(self, queue: int) -> IOThread:
+        if self._queue_threads:
+            return self._threads[self._queue_threads[queue]]
+        return self._threads[queue % len(self._threads)]
 
     @property
     def _backend(self) -> BlockBackend:
@@ -171,7 +179,7 @@ class NativeDataPath:
 
     async def start_queue(self, vring: VringSnapshot, features: int) -> None:
         """See `DataPath.start_queue`."""
-        thread = self._threads[vring.index % len(self._threads)]
+        thread = self._thread_of(vring.index)
         queue = _Queue(vring.index, thread, thread.new_queue_key())
         config = native.queue_config(
             disk=self._disk,

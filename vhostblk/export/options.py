@@ -21,6 +21,7 @@ from vhostblk.block.options import (
     option,
 )
 from vhostblk.errors import ConfigError
+from vhostblk.export import vq_mapping
 from vhostblk.vhost.session import MAX_QUEUES
 
 # QEMU asks for one queue per vCPU unless told otherwise.
@@ -41,6 +42,7 @@ class ExportConfig:
     Attributes:
         socket_path, fd: one of them says where to listen: a path, or an inherited listening socket.
         io_threads: names of iothread objects; without any, `own_threads` threads of its own.
+        queue_threads: for each queue, which of the threads serves it; empty: they take turns.
         max_segments: of one DISCARD or WRITE_ZEROES request.
         logical_block_size: bytes; None: the disk's own.
         pin_memory: with O_DIRECT, keep guest memory pinned. Only for guests that never give memory back.
@@ -58,6 +60,7 @@ class ExportConfig:
     logical_block_size: int | None = None
     pin_memory: bool = False
     io_threads: tuple[str, ...] = ()
+    queue_threads: tuple[int, ...] = ()
     own_threads: int = 1
 
     def __post_init__(self) -> None:
@@ -87,6 +90,9 @@ class _Options:
     writable: bool = option(BOOLEAN, False, about="whether the guest may write")
     writethrough: bool = option(BOOLEAN, False, about="make every write durable")
     iothread: str | None = option(STRING, None, about="the iothread object that serves the queues")
+    iothread_vq_mapping: tuple[vq_mapping.VqMapping, ...] | None = option(
+        vq_mapping.MAPPING, None, about="several iothread objects, and which queues each serves"
+    )
     fixed_iothread: bool = option(BOOLEAN, False, about="accepted; exports never change threads")
     logical_block_size: int | None = option(SIZE, None, about="what the guest is told, bytes")
     num_queues: int = option(INTEGER, DEFAULT_QUEUES, about="most queues a guest may use")
@@ -109,6 +115,7 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         ConfigError: names the option.
     """
     flat = flatten(options)
+    vq_mapping.unflatten(flat)
     parsed = consume(_Options, flat)
     for name in flat:
         raise ConfigError(f"Parameter '{name}' is unexpected")
@@ -127,6 +134,15 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         raise ConfigError(f"addr.str={parsed.addr_str}: must be the number of an open fd")
     else:
         fd = int(parsed.addr_str)
+    io_threads, queue_threads = vq_mapping.assign(
+        parsed.iothread_vq_mapping or (), parsed.num_queues
+    )
+    if parsed.iothread is not None:
+        if io_threads:
+            raise ConfigError(
+                f"iothread and {vq_mapping.NAME} properties cannot be set at the same time"
+            )
+        io_threads = (parsed.iothread,)
     return ExportConfig(
         id=parsed.id,
         node_name=parsed.node_name,
@@ -139,5 +155,6 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         max_segments=parsed.max_segments,
         logical_block_size=parsed.logical_block_size,
         pin_memory=parsed.pin_memory,
-        io_threads=(parsed.iothread,) if parsed.iothread is not None else (),
+        io_threads=io_threads,
+        queue_threads=queue_threads,
     )

@@ -264,6 +264,8 @@ enum vb_io_kind { VB_IO_AUTO, VB_IO_URING, VB_IO_THREADS };
 struct vb_thread_options {
 	const char *name;     /* at most 15 characters are shown by ps */
 	uint64_t poll_max_ns; /* how long to look for work before sleeping; adapts below this; 0: sleep at once */
+	uint64_t poll_grow;   /* what that grows by when it was too short: a factor; 0: 2 */
+	uint64_t poll_shrink; /* a divisor: what it shrinks by when the wait was longer than poll_max_ns; 0: to 0 */
 	uint32_t io_kind;     /* enum vb_io_kind; AUTO falls back to threads where io_uring is forbidden */
 	uint32_t workers;     /* of the thread pool, started when first needed; 0: a sensible number */
 };

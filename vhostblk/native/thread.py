@@ -25,6 +25,8 @@ class EngineThread:
     Args:
         name: what `ps` shows, the first 15 characters.
         poll_max_ns: how long it may look for work before it sleeps.
+        poll_grow: by what factor that grows when it was too short; 0: 2.
+        poll_shrink: by what it is divided when the wait was longer than `poll_max_ns`; 0: it is no time then.
         io: "auto", "io_uring" or "threads".
         workers: threads of its pool at most; 0: a sensible number.
 
@@ -42,6 +44,8 @@ class EngineThread:
         name: str = "vhostblk",
         *,
         poll_max_ns: int = 32768,
+        poll_grow: int = 0,
+        poll_shrink: int = 0,
         io: str = "auto",
         workers: int = 0,
     ) -> None:
@@ -50,6 +54,8 @@ class EngineThread:
         encoded = ffi.new("char[]", name.encode())
         options.name = encoded
         options.poll_max_ns = poll_max_ns
+        options.poll_grow = poll_grow
+        options.poll_shrink = poll_shrink
         options.io_kind = IO_KINDS[io]
         options.workers = workers
         ret = ffi.new("struct vb_thread **")

@@ -147,7 +147,11 @@ EXPORTS = [
     (GOOD + ",max-segments=0", "max-segments=0: must be 1 to 64"),
     (GOOD + ",max-segments=65", "max-segments=65: must be 1 to 64"),
     (GOOD + f",serial={'x' * 21}", "--export id=e: serial 'xxxxxxxxxxxxxxxxxxxxx': at most 20"),
-    (GOOD + ",iothread=io9", "--export id=e: there is no iothread 'io9'"),
+    (
+        GOOD + ",iothread-vq-mapping.0.iothread=io9",
+        '--export id=e: IOThread "io9" object does not exist',
+    ),
+    (GOOD + ",iothread=io9", '--export id=e: IOThread "io9" object does not exist'),
     (
         '{"type":"vhost-user-blk","id":"e","node-name":"d","addr":{"type":"unix","path":5}}',
         "'addr.path' expects a string, not '5'",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -37,6 +38,8 @@ def test_defaults_are_qemus_where_it_has_some() -> None:
         ("logical-block-size=512", "logical_block_size", 512),
         ("logical-block-size=64k", "logical_block_size", 65536),
         ("iothread=io0", "io_threads", ("io0",)),
+        ("iothread-vq-mapping.0.iothread=a", "io_threads", ("a",)),
+        ("iothread-vq-mapping.0.iothread=a", "queue_threads", ()),
         ("fixed-iothread=on", "own_threads", 1),
         ("max-segments=64", "max_segments", 64),
         ("serial=a,,b", "serial", "a,b"),
@@ -62,6 +65,73 @@ def test_identifiers(name: str) -> None:
 def test_what_is_no_identifier(name: str) -> None:
     with pytest.raises(ConfigError, match="'id' expects an identifier"):
         parse(f"{UNIX},id={name}")
+
+
+MAPPED = {"type": "vhost-user-blk", "id": "e", "node-name": "d", "num-queues": 3}
+
+
+def mapped(*items: object) -> ExportConfig:
+    addr = {"type": "unix", "path": "/s"}
+    return parse_export(MAPPED | {"addr": addr, "iothread-vq-mapping": list(items)})
+
+
+def test_queues_are_mapped_to_iothreads() -> None:
+    config = mapped({"iothread": "a", "vqs": [2, 0]}, {"iothread": "b", "vqs": ["1"]})
+    assert (config.io_threads, config.queue_threads) == (("a", "b"), (0, 1, 0))
+    text = ",iothread-vq-mapping.0.iothread=a,iothread-vq-mapping.0.vqs.0=2"
+    text += ",iothread-vq-mapping.0.vqs.1=0,iothread-vq-mapping.1.iothread=b"
+    text += ",iothread-vq-mapping.1.vqs.0=1,num-queues=3"
+    assert parse(UNIX + text) == config
+    config = mapped({"iothread": "a"}, {"iothread": "b", "vqs": []})
+    assert (config.io_threads, config.queue_threads) == (("a", "b"), ())
+    assert mapped().io_threads == ()
+
+
+@pytest.mark.parametrize(
+    ("items", "message"),
+    [
+        ([{"iothread": "a"}, {"iothread": "a"}], 'duplicate IOThread name "a"'),
+        (
+            [{"iothread": "a", "vqs": [0, 1, 2]}, {"iothread": "b"}],
+            "either all items in iothread-vq-mapping must have vqs or none of them must have it",
+        ),
+        (
+            [{"iothread": "a", "vqs": [3]}],
+            'vq index 3 for IOThread "a" must be less than num_queues 3 in iothread-vq-mapping',
+        ),
+        (
+            [{"iothread": "a", "vqs": [0, 1]}, {"iothread": "b", "vqs": [1, 2]}],
+            'cannot assign vq 1 to IOThread "b" because it is already assigned',
+        ),
+        ([{"iothread": "a", "vqs": [0, 2]}], "missing vq 1 IOThread assignment"),
+        ([{"vqs": [0]}], "Parameter 'iothread-vq-mapping.0.iothread' is missing"),
+        ([{"iothread": 5}], "'iothread-vq-mapping.0.iothread' expects a string, not '5'"),
+        ([{"iothread": "a", "x": 1}], "Parameter 'iothread-vq-mapping.0.x' is unexpected"),
+        ([{"iothread": "a", "vqs": 1}], "'iothread-vq-mapping.0.vqs' expects a list, not '1'"),
+        ([{"iothread": "a", "vqs": [-1]}], "'iothread-vq-mapping.0.vqs.0' expects a number"),
+        (["a"], "'iothread-vq-mapping.0' expects an iothread and its vqs, not 'a'"),
+    ],
+)
+def test_queues_that_cannot_be_mapped_so(items: list[object], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        mapped(*items)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iothread-vq-mapping=a", "'iothread-vq-mapping' expects a list, not 'a'"),
+        ("iothread-vq-mapping.1.iothread=a", "'iothread-vq-mapping.0' is missing"),
+        ("iothread-vq-mapping.x.iothread=a", "'iothread-vq-mapping.0' is missing"),
+        (
+            "iothread=a,iothread-vq-mapping.0.iothread=a",
+            "iothread and iothread-vq-mapping properties cannot be set at the same time",
+        ),
+    ],
+)
+def test_mapping_that_is_none(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        parse(f"{UNIX},{text}")
 
 
 def test_options_of_the_caller_are_left_alone() -> None:

@@ -208,14 +208,17 @@ static void sleep_until_event(struct vb_thread *thread)
 		handle_event(thread, &events[i]);
 }
 
-/* Learn from how long it took until there was work again, counted from when there was none: spin longer if that would
- * have caught it, not at all if it was far too long. */
-static void adapt_polling(struct vb_thread *thread, uint64_t idle_ns)
+/* Spin longer if that would have caught it, less or not at all if it was far too long: as QEMU's iothreads. */
+void thread_adapt_polling(struct vb_thread *thread, uint64_t idle_ns)
 {
-	if (idle_ns > thread->poll_max_ns)
-		thread->poll_ns = 0;
+	uint64_t most = thread->poll_max_ns;
+
+	if (idle_ns > most)
+		thread->poll_ns = thread->poll_shrink ? thread->poll_ns / thread->poll_shrink : 0;
+	else if (idle_ns > thread->poll_ns && thread->poll_ns > most / thread->poll_grow)
+		thread->poll_ns = most;
 	else if (idle_ns > thread->poll_ns)
-		thread->poll_ns = MIN(thread->poll_ns ? thread->poll_ns * 2 : POLL_START, thread->poll_max_ns);
+		thread->poll_ns = MIN(thread->poll_ns ? thread->poll_ns * thread->poll_grow : POLL_START, most);
 }
 
 static void *thread_main(void *opaque)
@@ -226,7 +229,7 @@ static void *thread_main(void *opaque)
 	while (!load_acquire(&thread->stop)) {
 		if (thread_turn(thread)) {
 			if (idle_since)
-				adapt_polling(thread, thread->now - idle_since);
+				thread_adapt_polling(thread, thread->now - idle_since);
 			idle_since = 0;
 			thread->interval_ns = INTERVAL_MIN;
 			continue;
@@ -271,6 +274,8 @@ int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 	thread->down_fd = thread->up_fd = thread->epoll_fd = -1;
 	thread->up.asleep = 1; /* control waits for the eventfd from the beginning */
 	thread->poll_max_ns = options->poll_max_ns;
+	thread->poll_grow = options->poll_grow ? options->poll_grow : 2;
+	thread->poll_shrink = options->poll_shrink;
 	thread->interval_ns = INTERVAL_MIN;
 	thread->faults = sigbus_faults();
 	strncpy(thread->name, options->name ? options->name : "vhostblk", sizeof(thread->name) - 1);

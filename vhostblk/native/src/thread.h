@@ -40,6 +40,8 @@ struct vb_thread {
 	uint32_t owed;     /* messages for which room in `up` is put aside */
 	uint32_t faults;   /* sigbus_faults() when we last looked */
 	uint64_t poll_max_ns;
+	uint64_t poll_grow;   /* never 0 */
+	uint64_t poll_shrink; /* 0: to nothing */
 	uint64_t poll_ns;     /* how long to spin at the moment */
 	uint64_t interval_ns; /* how long a ring without kick fd may wait at the moment */
 	uint64_t now;         /* when the clock was last read: at least once a turn */
@@ -53,6 +55,8 @@ int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 void thread_close(struct vb_thread *thread);
 /* Do all there is to do, once, without sleeping. Whether there was anything. */
 bool thread_turn(struct vb_thread *thread);
+/* Learn from how long it took until there was work again, counted from when there was none. */
+void thread_adapt_polling(struct vb_thread *thread, uint64_t idle_ns);
 
 /* Room in the ring up, beyond what is promised. */
 static inline uint32_t thread_room(const struct vb_thread *thread)
