@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from vhostblk import __version__
-from vhostblk.cli import bench, serve, stats, storage_daemon
+from vhostblk.cli import bench, check, serve, stats, storage_daemon
 from vhostblk.errors import VhostBlkError
 
 LOG_LEVELS = ("error", "warning", "info", "debug")
@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     add_common_options(parser)
     parser.set_defaults(run=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for module in (serve, storage_daemon, bench, stats):
+    for module in (serve, storage_daemon, bench, check, stats):
         command = commands.add_parser(
             module.NAME,
             help=module.SUMMARY,
@@ -100,11 +100,12 @@ def storage_daemon_main(argv: Sequence[str] | None = None) -> int:
 def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.run is None:
-        parser.error("a COMMAND is needed: serve, storage-daemon, bench or stats")
+        parser.error("a COMMAND is needed: serve, storage-daemon, bench, check or stats")
     logging.basicConfig(stream=sys.stderr, format=f"{parser.prog}: %(levelname)s: %(message)s")
     logging.getLogger("vhostblk").setLevel(args.log_level.upper())
     try:
-        args.run(args)
+        # A command that has more to say than 'done' returns its exit status.
+        status: int = args.run(args) or 0
     except (VhostBlkError, OSError) as exc:
         if args.log_level == "debug":
             logging.getLogger(__name__).debug("", exc_info=True)
@@ -112,7 +113,7 @@ def _run(parser: Parser, argv: Sequence[str] | None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status
 
 
 def describe(exc: Exception) -> str:
