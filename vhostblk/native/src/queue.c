@@ -7,8 +7,6 @@
  * last request has come back, from the kernel or from control.
  */
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
@@ -24,28 +22,9 @@
 
 /* ---------------------------------------------------------------- notifications */
 
-static bool may_block(int fd)
+static void signal_driver(struct queue *queue)
 {
-	int flags = fd >= 0 ? fcntl(fd, F_GETFL) : 0;
-
-	return flags >= 0 && !(flags & O_NONBLOCK);
-}
-
-/*
- * Signal an eventfd that the front-end gave us. O_NONBLOCK is a property that both sides share, so it stays as it is,
- * and where it is not set we look before we write: a counter that is full has been signalled as much as can be. With
- * O_NONBLOCK the write says the same by EAGAIN.
- */
-static void signal_fd(int fd, bool look_first)
-{
-	struct pollfd writable = {.fd = fd, .events = POLLOUT};
-	uint64_t one = 1;
-	ssize_t ignored;
-
-	if (look_first && (poll(&writable, 1, 0) != 1 || !(writable.revents & POLLOUT)))
-		return;
-	ignored = write(fd, &one, sizeof(one));
-	(void)ignored;
+	notifier_signal(&queue->thread->notifier, queue->config.call_fd, queue->call_may_wait);
 }
 
 /*
@@ -98,10 +77,10 @@ int queue_set_fd(struct queue *queue, enum vb_queue_fd which, int fd)
 		return error;
 	case VB_QUEUE_CALL:
 		queue->config.call_fd = fd;
-		queue->call_may_block = may_block(fd);
+		queue->call_may_wait = notifier_may_wait(fd);
 		/* What was signalled through the old one may have been missed. Spurious calls are legal (§2.7.7.1). */
 		if (fd >= 0)
-			signal_fd(fd, queue->call_may_block);
+			signal_driver(queue);
 		return 0;
 	case VB_QUEUE_ERR:
 		queue->config.err_fd = fd;
@@ -218,7 +197,7 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 	queue->stats = config->stats;
 	queue->key = key;
 	queue->enabled = config->enabled;
-	queue->call_may_block = may_block(config->call_fd);
+	queue->call_may_wait = notifier_may_wait(config->call_fd);
 	queue->kicks_off = true; /* as far as we know */
 	error = prepare(queue, config);
 	if (error) {
@@ -227,7 +206,7 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 	}
 	/* Who had the ring before may not have told the driver of all that it completed; QEMU's tests wait for this. */
 	if (config->call_fd >= 0)
-		signal_fd(config->call_fd, queue->call_may_block);
+		signal_driver(queue);
 	queue->thread->queues[queue->slot] = queue;
 	list_init(&queue->awake);
 	queue->thread->resting++;
@@ -280,7 +259,8 @@ void queue_break(struct queue *queue, enum vb_broken reason)
 	thread_post(queue->thread, &message);
 	/* vhost-user, VHOST_USER_SET_VRING_ERR. */
 	if (queue->config.err_fd >= 0)
-		signal_fd(queue->config.err_fd, may_block(queue->config.err_fd));
+		notifier_signal(
+			&queue->thread->notifier, queue->config.err_fd, notifier_may_wait(queue->config.err_fd));
 }
 
 void queue_move(struct queue *queue)
@@ -377,7 +357,7 @@ static void notify_driver(struct queue *queue)
 	if (!virtqueue_should_notify(&queue->vq)) {
 		stat_add(queue->stats->calls_suppressed, 1);
 	} else if (queue->config.call_fd >= 0) {
-		signal_fd(queue->config.call_fd, queue->call_may_block);
+		signal_driver(queue);
 		stat_add(queue->stats->calls, 1);
 	}
 }

@@ -6,6 +6,7 @@
 #include "common.h"
 #include "disk.h"
 #include "message_ring.h"
+#include "notifier.h"
 
 /* A thread serves no more queues than that. For each, room is put aside in the ring up; the other half is what commands
  * and requests have. (The number of a queue has 16 bits in the cookie of a request.) */
@@ -30,6 +31,7 @@ struct vb_thread {
 
 	/* From here on the engine's only. */
 	struct aio *aio;
+	struct notifier notifier;
 	int epoll_fd;
 	struct list attachments;
 	struct queue **queues; /* by slot; holes are NULL */
