@@ -255,6 +255,33 @@ TEST(the_right_to_flush_is_back_when_no_thread_flushes)
 	rig_down();
 }
 
+/* As many as a thread may owe answers: each has its place from the beginning, none can fail for want of memory. */
+TEST(thousands_of_revocations_wait_at_once)
+{
+	enum { COUNT = 4000 };
+	struct vb_message miss = {.type = VB_FLUSH_SET, .result = VB_FLUSH_MISS};
+	static uint64_t cookies[COUNT];
+
+	rig_up(true);
+	miss.disk = (uint64_t)rig.disk;
+	for (int round = 0; round < 2; round++) {
+		struct vb_message set = {.type = VB_FLUSH_SET, .disk = (uint64_t)rig.disk, .result = rig.fd};
+
+		CHECK_EQUAL(engine_command(rig.engines[0], set).result, 0);
+		ask(0, 0, VIRTIO_BLK_T_FLUSH, 0);
+		engine_until(rig.engines[0], calls_inside() == 1);
+		for (int i = 0; i < COUNT; i++)
+			cookies[i] = engine_send(rig.engines[0], miss);
+		settle_thread(0);
+		CHECK(!engine_acked(rig.engines[0], cookies[0]));
+		let_through(1, false);
+		for (int i = 0; i < COUNT; i++)
+			CHECK_EQUAL(engine_wait(rig.engines[0], cookies[i]).result, 0);
+		CHECK_EQUAL(status_of(0, 0), VIRTIO_BLK_S_OK);
+	}
+	rig_down();
+}
+
 /* Nobody is forgotten, however they meet. */
 TEST(flushes_of_three_threads_under_load)
 {

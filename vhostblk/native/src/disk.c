@@ -11,13 +11,6 @@
 #include "disk.h"
 #include "thread.h"
 
-struct barrier {
-	struct list link;
-	uint64_t sequence;
-	uint32_t waiting; /* I/O in flight that it waits for */
-	struct vb_message command;
-};
-
 int vb_disk_create(const struct vb_disk_config *config, struct vb_disk **ret)
 {
 	struct vb_disk *disk;
@@ -126,8 +119,30 @@ void attachment_io_ended(struct attachment *a, struct io_track *track)
 			continue;
 		list_remove(&b->link);
 		thread_ack_owed(a->thread, &b->command, 0, 0);
-		free(b);
+		list_append(&a->thread->barriers.free, &b->link);
 	}
+}
+
+int barriers_init(struct barriers *barriers, uint32_t max)
+{
+	list_init(&barriers->free);
+	barriers->all = calloc(max, sizeof(*barriers->all));
+	return barriers->all ? 0 : -ENOMEM;
+}
+
+void barriers_deinit(struct barriers *barriers)
+{
+	free(barriers->all);
+}
+
+static struct barrier *barrier_take(struct barriers *barriers)
+{
+	struct list *node = barriers->free.next;
+
+	if (list_empty(&barriers->free))
+		return &barriers->all[barriers->fresh++];
+	list_remove(node);
+	return container_of(node, struct barrier, link);
 }
 
 static void raise_barrier(struct attachment *a, const struct vb_message *command)
@@ -142,12 +157,7 @@ static void raise_barrier(struct attachment *a, const struct vb_message *command
 		thread_ack(a->thread, command, 0, 0);
 		return;
 	}
-	b = malloc(sizeof(*b));
-	if (!b) {
-		/* The range is revoked, but nobody will say when it is quiet: the caller must know. */
-		thread_ack(a->thread, command, -ENOMEM, 0);
-		return;
-	}
+	b = barrier_take(&a->thread->barriers);
 	*b = candidate;
 	list_append(&a->barriers, &b->link);
 	thread_owe_ack(a->thread);

@@ -52,6 +52,25 @@ struct io_track {
 	bool is_flush; /* an fdatasync, or a write that ends with one */
 };
 
+/* A VB_REVOKE or VB_FLUSH_SET that waits for I/O. */
+struct barrier {
+	struct list link; /* of an attachment, or free */
+	uint64_t sequence;
+	uint32_t waiting; /* I/O in flight that it waits for */
+	struct vb_message command;
+};
+
+/* All that a thread can need: one for each acknowledgement that it can owe. So there is always one, and no revocation
+ * fails when it is too late to undo it. Address space only, until it is used. */
+struct barriers {
+	struct barrier *all;
+	uint32_t fresh; /* those beyond were never used */
+	struct list free;
+};
+
+int barriers_init(struct barriers *barriers, uint32_t max);
+void barriers_deinit(struct barriers *barriers);
+
 struct attachment {
 	struct list link; /* of the thread's list */
 	struct vb_thread *thread;

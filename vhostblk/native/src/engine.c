@@ -281,7 +281,9 @@ int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 	strncpy(thread->name, options->name ? options->name : "vhostblk", sizeof(thread->name) - 1);
 	list_init(&thread->attachments);
 	list_init(&thread->awake);
-	error = open_fds(thread);
+	error = barriers_init(&thread->barriers, MESSAGE_RING_SIZE);
+	if (!error)
+		error = open_fds(thread);
 	if (!error)
 		error = aio_create(options->io_kind, IO_DEPTH, options->workers, &thread->aio);
 	if (!error)
@@ -304,6 +306,7 @@ void thread_close(struct vb_thread *thread)
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++)
 		if (fds[i] >= 0)
 			close(fds[i]);
+	barriers_deinit(&thread->barriers);
 	free(thread->queues);
 	free(thread);
 }

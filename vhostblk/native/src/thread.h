@@ -34,6 +34,7 @@ struct vb_thread {
 	struct notifier notifier;
 	int epoll_fd;
 	struct list attachments;
+	struct barriers barriers;
 	struct queue **queues; /* by slot; holes are NULL */
 	uint32_t slots;
 	struct list awake; /* queues whose rings are looked at every turn */
