@@ -99,6 +99,8 @@ class OperationStatistics:
 
     def add(self, other: OperationStatistics) -> None:
         """Count all that another has counted."""
+        if not other.requests:
+            return  # whoever counts begins with this one
         self.requests += other.requests
         self.bytes += other.bytes
         self.errors += other.errors
@@ -132,7 +134,9 @@ class OperationStatistics:
 
         At most a quarter too high.
         """
-        # Not `requests`: a copy of counters that are being written may have one more there.
+        if not self.requests:
+            return 0
+        # Not `requests`: a copy of counters that are being written may have more of them.
         rank = fraction * sum(self.latency)
         seen = 0
         for bucket, count in enumerate(self.latency):
