@@ -4,6 +4,7 @@
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <stddef.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -423,4 +424,63 @@ TEST(where_io_uring_is_forbidden_threads_do_the_work)
 	driver_deinit(&driver);
 	guest_deinit(&guest);
 	close(fd);
+}
+
+/* ---------------------------------------------------------------- pinned memory and its limit */
+
+#define PIECE (1u << 18)
+
+/* Become somebody whose locked memory is counted, and is nobody else's. */
+static void lock_no_more_than(uint64_t bytes)
+{
+	struct rlimit limit = {bytes, bytes};
+	uid_t uid = 0x40000000u + (uid_t)getpid();
+
+	CHECK_EQUAL(setrlimit(RLIMIT_MEMLOCK, &limit), 0);
+	if (!geteuid())
+		CHECK_EQUAL(setresuid(uid, uid, uid), 0);
+	prctl(PR_SET_DUMPABLE, 1, 0, 0, 0); /* LeakSanitizer looks at us */
+}
+
+static uint64_t register_memory(struct engine *engine, struct vb_disk *disk, uint8_t *const *pieces, uint32_t count)
+{
+	struct vb_region regions[4];
+	struct vb_message set = {.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)disk}, ack;
+	struct vb_memory *memory;
+
+	for (uint32_t i = 0; i < count; i++)
+		regions[i] = (struct vb_region){(uint64_t)i * PIECE, (uint64_t)i * PIECE, PIECE, (uint64_t)pieces[i]};
+	CHECK_EQUAL(vb_memory_create(regions, count, &memory), 0);
+	set.pointer = (uint64_t)memory;
+	ack = engine_command(engine, set);
+	CHECK_EQUAL(ack.result, 0);
+	vb_memory_unref(memory);
+	return ack.aux;
+}
+
+/* Twice as much as there is would be over the limit, whether the old map goes on in the new one or not. */
+TEST(memory_that_is_pinned_counts_once_when_the_map_changes)
+{
+	struct vb_disk *disk = disk_new(1, SIZE);
+	struct engine *engine;
+	uint8_t *pieces[4];
+
+	for (int i = 0; i < 4; i++) {
+		pieces[i] = mmap(NULL, PIECE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+		CHECK(pieces[i] != MAP_FAILED);
+	}
+	lock_no_more_than(3 * (uint64_t)PIECE + PIECE / 2);
+	engine = engine_new(VB_IO_AUTO, 0);
+	disk_attach(engine, disk, NULL);
+	if (!register_memory(engine, disk, pieces, 2))
+		skip("no registered buffers here");
+	CHECK_EQUAL(register_memory(engine, disk, pieces, 3), 3);     /* one more */
+	CHECK_EQUAL(register_memory(engine, disk, pieces + 1, 2), 2); /* one less */
+	CHECK_EQUAL(register_memory(engine, disk, pieces + 1, 3), 3);
+	CHECK_EQUAL(register_memory(engine, disk, pieces, 4), 3); /* too many: the rest is used all the same */
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	for (int i = 0; i < 4; i++)
+		munmap(pieces[i], PIECE);
 }

@@ -178,7 +178,8 @@ enum vb_message_type {
 	/* disk: forget it. -EBUSY: there are queues, or unanswered commands, of it. */
 	VB_DISK_DETACH,
 	/* disk, pointer = vb_memory (or 0): acknowledged when nothing in flight uses the old one. flags & 1: register
-	 * the regions as io_uring fixed buffers if limits allow; ACK.aux = how many pieces were. Running queues move
+	 * the regions as io_uring fixed buffers if limits allow, those that the old one did not have when that is gone;
+	 * ACK.aux = how many pieces are. -EBUSY: the one before is not acknowledged yet. Running queues move
 	 * their rings over, or break (always, if there is no memory). */
 	VB_MEMORY_SET,
 	/* disk, result = fd that FLUSH may fdatasync, VB_FLUSH_MISS (as after DISK_ATTACH) or VB_FLUSH_NOTHING:

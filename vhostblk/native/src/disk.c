@@ -79,7 +79,8 @@ struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *d
 static void memory_use_destroy(struct attachment *a, struct memory_use *use)
 {
 	for (uint32_t i = 0; i < use->pieces; i++)
-		aio_unregister_buffer(a->thread->aio, use->fixed[i].number);
+		if (use->fixed[i].number >= 0)
+			aio_unregister_buffer(a->thread->aio, use->fixed[i].number);
 	vb_memory_unref(use->memory);
 	free(use->fixed);
 	free(use);
@@ -175,32 +176,67 @@ void attachment_set_flush(struct attachment *a, const struct vb_message *command
 	raise_barrier(a, command);
 }
 
-/* io_uring takes at most 1 GiB at a time. What the kernel refuses (locked-memory limit, a truncated file) stays as it
- * is: registration saves time, nothing else. */
-static void register_pieces(struct attachment *a, struct memory_use *use)
+/* What shall be registered: io_uring takes at most 1 GiB at a time. */
+static void plan_pieces(struct memory_use *use)
 {
 	uint64_t count = 0;
 
 	for (uint32_t i = 0; i < memory_count(use->memory); i++)
 		count += (memory_region(use->memory, i)->size + AIO_BUFFER_MAX - 1) / AIO_BUFFER_MAX;
-	use->fixed = calloc(MIN(count, 4096u), sizeof(*use->fixed));
-	if (!use->fixed || count > 4096)
+	use->fixed = count > 4096 ? NULL : calloc(count, sizeof(*use->fixed));
+	if (!use->fixed)
 		return;
 	for (uint32_t i = 0; i < memory_count(use->memory); i++) {
 		const struct vb_region *r = memory_region(use->memory, i);
 
 		for (uint64_t done = 0; done < r->size; done += AIO_BUFFER_MAX) {
 			uint64_t length = MIN(r->size - done, AIO_BUFFER_MAX);
-			int number = aio_register_buffer(a->thread->aio, r->hva + done, length);
 
-			if (number < 0)
-				return;
-			use->fixed[use->pieces++] = (struct fixed_piece){r->hva + done, length, number};
+			use->fixed[use->pieces++] = (struct fixed_piece){r->hva + done, length, -1};
 		}
 	}
 }
 
-static struct memory_use *memory_use_create(struct attachment *a, struct vb_memory *memory, bool fixed)
+/* Pieces that stay where they are stay registered: a second time they would count twice against the locked-memory limit.
+ * Requests that began with the old map, and are in flight, go on using the buffer, which is the same; others of that map
+ * do without. */
+static void inherit_pieces(struct memory_use *use, struct memory_use *old)
+{
+	for (uint32_t i = 0; i < use->pieces; i++) {
+		struct fixed_piece *piece = &use->fixed[i];
+
+		for (uint32_t j = 0; j < old->pieces && piece->number < 0; j++)
+			if (old->fixed[j].address == piece->address && old->fixed[j].length == piece->length) {
+				piece->number = old->fixed[j].number;
+				old->fixed[j].number = -1;
+			}
+	}
+}
+
+/* Not before the old map is gone, for the same reason. What the kernel refuses (the limit, a truncated file) stays as it
+ * is: registration saves time, nothing else. */
+static void register_pieces(struct attachment *a, struct memory_use *use)
+{
+	for (uint32_t i = 0; i < use->pieces; i++) {
+		struct fixed_piece *piece = &use->fixed[i];
+
+		if (piece->number < 0)
+			piece->number = aio_register_buffer(a->thread->aio, piece->address, piece->length);
+		if (piece->number < 0)
+			return;
+	}
+}
+
+static uint32_t registered_pieces(const struct memory_use *use)
+{
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; use && i < use->pieces; i++)
+		count += use->fixed[i].number >= 0;
+	return count;
+}
+
+static struct memory_use *memory_use_create(struct vb_memory *memory, bool fixed)
 {
 	struct memory_use *use = calloc(1, sizeof(*use));
 
@@ -208,40 +244,51 @@ static struct memory_use *memory_use_create(struct attachment *a, struct vb_memo
 		return NULL;
 	use->memory = memory_ref(memory);
 	if (fixed)
-		register_pieces(a, use);
+		plan_pieces(use);
 	return use;
+}
+
+/* The old map is out of use: the change is complete. */
+static uint32_t finish_change(struct attachment *a, struct memory_use *old)
+{
+	if (old)
+		memory_use_destroy(a, old);
+	if (a->memory)
+		register_pieces(a, a->memory);
+	return registered_pieces(a->memory);
 }
 
 void memory_use_put(struct attachment *a, struct memory_use *use)
 {
+	struct vb_message command;
+
 	if (--use->users || !use->retired)
 		return;
-	thread_ack_owed(a->thread, &use->ack, 0, use->ack.aux);
+	command = use->ack;
 	a->retired--;
-	memory_use_destroy(a, use);
+	thread_ack_owed(a->thread, &command, 0, finish_change(a, use));
 }
 
 int attachment_set_memory(struct attachment *a, const struct vb_message *command)
 {
 	struct memory_use *old = a->memory, *fresh = NULL;
-	uint32_t registered;
 
+	if (a->retired)
+		return -EBUSY;
 	if (command->pointer) {
-		fresh = memory_use_create(a, (struct vb_memory *)command->pointer, command->flags & 1);
+		fresh = memory_use_create((struct vb_memory *)command->pointer, command->flags & 1);
 		if (!fresh)
 			return -ENOMEM;
 	}
+	if (fresh && old)
+		inherit_pieces(fresh, old);
 	a->memory = fresh;
-	registered = fresh ? fresh->pieces : 0;
 	if (!old || !old->users) {
-		if (old)
-			memory_use_destroy(a, old);
-		thread_ack(a->thread, command, 0, registered);
+		thread_ack(a->thread, command, 0, finish_change(a, old));
 		return 0;
 	}
 	old->retired = true;
 	old->ack = *command;
-	old->ack.aux = registered;
 	a->retired++;
 	thread_owe_ack(a->thread);
 	return 0;

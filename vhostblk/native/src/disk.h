@@ -28,7 +28,7 @@ struct vb_thread;
 struct fixed_piece {
 	uint64_t address;
 	uint64_t length;
-	int number;
+	int number; /* -1 or another negative one: not registered */
 };
 
 /* A memory snapshot in use by one attachment. Requests hold it by `users`; after it was replaced it lives until the
@@ -37,7 +37,6 @@ struct memory_use {
 	struct vb_memory *memory;
 	uint32_t users;
 	bool retired;
-	bool has_waiter;
 	struct vb_message ack;
 	uint32_t pieces;
 	struct fixed_piece *fixed;
