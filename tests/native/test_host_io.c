@@ -2,6 +2,10 @@
 #include <fcntl.h>
 #include <poll.h>
 #include "harness.h"
+#ifndef VB_NO_URING
+#include <dlfcn.h>
+#include <liburing.h>
+#endif
 
 static struct vb_io_result one(struct vb_io *io, struct vb_io_request request)
 {
@@ -153,6 +157,55 @@ static void run(enum vb_io_kind kind)
 	vb_io_destroy(io);
 	close(fd);
 	close(sink);
+}
+
+/* So many submissions find the kernel short of memory. */
+static int refusals;
+
+#ifndef VB_NO_URING
+/* Stands in for the one of liburing. */
+int io_uring_submit(struct io_uring *ring)
+{
+	int (*real)(struct io_uring *) = (int (*)(struct io_uring *))dlsym(RTLD_NEXT, "io_uring_submit");
+
+	return __atomic_load_n(&refusals, __ATOMIC_RELAXED) > 0 && refusals-- > 0 ? -EAGAIN : real(ring);
+}
+
+#endif
+
+/* Nothing is in flight, so nothing ends, so nobody would come back and try again. */
+TEST(what_io_uring_refuses_is_submitted_again)
+{
+	char data[512];
+	struct vb_iov iov = {(uint64_t)data, sizeof(data)};
+	struct vb_io_request request = {.op = VB_IO_READ, .iov = (uint64_t)&iov, .niov = 1};
+	struct vb_io_result result;
+	struct vb_io *io;
+	struct pollfd readable = {.events = POLLIN};
+
+	if (vb_io_uring_error())
+		skip("io_uring is forbidden here");
+	CHECK_EQUAL(vb_io_create(VB_IO_URING, 8, 0, &io), 0);
+	readable.fd = vb_io_fd(io);
+	request.fd = file_new(false, 4096);
+	for (int round = 0; round < 2; round++) {
+		int count = 0;
+
+		refusals = 350; /* each try is a hundred */
+		CHECK_EQUAL(vb_io_submit(io, &request, 1), 1);
+		for (int tries = 0; !count && tries < 10; tries++) {
+			CHECK_EQUAL(poll(&readable, 1, 10000), 1);
+			count = vb_io_reap(io, &result, 1);
+		}
+		CHECK_EQUAL(count, 1);
+		CHECK_EQUAL(result.result, 512);
+		CHECK_EQUAL(refusals, 0);
+	}
+	/* And then it is quiet. */
+	CHECK_EQUAL(vb_io_reap(io, &result, 1), 0);
+	CHECK_EQUAL(poll(&readable, 1, 20), 0);
+	vb_io_destroy(io);
+	close(request.fd);
 }
 
 TEST(host_io_with_threads)

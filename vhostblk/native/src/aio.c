@@ -5,13 +5,19 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/timerfd.h>
 #include <unistd.h>
 #include "aio.h"
+
+/* When io_uring has refused a submission it is tried again after that. */
+#define RETRY_NS 1000000
 
 struct aio {
 	struct aio_uring *uring; /* NULL: the pool does everything */
 	struct aio_pool *pool;
 	int epoll_fd;
+	int retry_fd; /* a timer: the kernel would not take what it was given */
+	bool retry_due;
 	/* Operations that found the ring full, in order. */
 	struct aio_op *backlog;
 	struct aio_op **backlog_end;
@@ -29,6 +35,7 @@ static int aio_init(struct aio *aio, uint32_t kind, uint32_t depth, uint32_t wor
 	int error;
 
 	aio->backlog_end = &aio->backlog;
+	aio->retry_fd = -1;
 	aio->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	if (aio->epoll_fd < 0)
 		return -errno;
@@ -40,7 +47,11 @@ static int aio_init(struct aio *aio, uint32_t kind, uint32_t depth, uint32_t wor
 	error = aio_uring_create(depth, &aio->uring);
 	if (error)
 		return kind == VB_IO_AUTO ? 0 : error;
-	return watch(aio, aio_uring_fd(aio->uring));
+	error = watch(aio, aio_uring_fd(aio->uring));
+	if (error)
+		return error;
+	aio->retry_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
+	return aio->retry_fd < 0 ? -errno : watch(aio, aio->retry_fd);
 }
 
 int aio_create(uint32_t kind, uint32_t depth, uint32_t workers, struct aio **ret)
@@ -65,6 +76,8 @@ void aio_destroy(struct aio *aio)
 	aio_pool_destroy(aio->pool);
 	if (aio->epoll_fd >= 0)
 		close(aio->epoll_fd);
+	if (aio->retry_fd >= 0)
+		close(aio->retry_fd);
 	free(aio);
 }
 
@@ -103,6 +116,23 @@ static void start_backlog(struct aio *aio)
 	}
 }
 
+/* Nothing may be in flight whose end would bring the owner back, so a timer does. */
+static void retry_soon(struct aio *aio)
+{
+	struct itimerspec soon = {.it_value.tv_nsec = RETRY_NS};
+
+	aio->retry_due = !timerfd_settime(aio->retry_fd, 0, &soon, NULL);
+}
+
+static void retry_comes(struct aio *aio)
+{
+	uint64_t ignored;
+
+	/* Before it is due there is nothing to read, and it stays due. */
+	if (read(aio->retry_fd, &ignored, sizeof(ignored)) > 0)
+		aio->retry_due = false;
+}
+
 void aio_flush(struct aio *aio)
 {
 	aio_pool_flush(aio->pool);
@@ -110,6 +140,8 @@ void aio_flush(struct aio *aio)
 		return;
 	start_backlog(aio);
 	aio_uring_flush(aio->uring);
+	if (aio_uring_refused(aio->uring) && !aio->retry_due)
+		retry_soon(aio);
 }
 
 bool aio_pending(const struct aio *aio)
@@ -130,6 +162,8 @@ struct aio_op *aio_reap(struct aio *aio)
 
 	if (!aio->uring)
 		return finished;
+	if (aio->retry_due)
+		retry_comes(aio);
 	while ((op = aio_uring_reap(aio->uring, &result))) {
 		if (refused(op, result)) {
 			op->flags |= AIO_POOL;

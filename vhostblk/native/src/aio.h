@@ -40,7 +40,7 @@ struct aio;
 int aio_create(uint32_t kind, uint32_t depth, uint32_t workers, struct aio **ret);
 /* Nothing may be in flight. */
 void aio_destroy(struct aio *aio);
-/* Readable, level-triggered, when aio_reap has something to do. */
+/* Readable, level-triggered, when aio_reap or aio_flush have something to do. */
 int aio_fd(const struct aio *aio);
 enum vb_io_kind aio_kind(const struct aio *aio);
 
@@ -83,6 +83,8 @@ int aio_uring_fd(const struct aio_uring *uring);
 /* False: the ring is full, the operation is still the caller's. */
 bool aio_uring_start(struct aio_uring *uring, struct aio_op *op);
 void aio_uring_flush(struct aio_uring *uring);
+/* Whether there is something that the kernel did not take. */
+bool aio_uring_refused(const struct aio_uring *uring);
 bool aio_uring_pending(const struct aio_uring *uring);
 /* One completion: the operation and what the kernel said; NULL: there is none. */
 struct aio_op *aio_uring_reap(struct aio_uring *uring, int64_t *result);

@@ -103,10 +103,15 @@ bool aio_uring_start(struct aio_uring *uring, struct aio_op *op)
 void aio_uring_flush(struct aio_uring *uring)
 {
 	/* One bad entry ends a submission early, hence the loop. An error (-EAGAIN, -EBUSY) leaves the entries where
-	 * they are: aio_uring_pending() says so, and its caller will be back. */
+	 * they are, and aio_uring_refused() says so. */
 	for (int tries = 0; io_uring_sq_ready(&uring->ring) && tries < 100; tries++)
 		if (io_uring_submit(&uring->ring) < 0)
 			sched_yield();
+}
+
+bool aio_uring_refused(const struct aio_uring *uring)
+{
+	return io_uring_sq_ready(&uring->ring);
 }
 
 bool aio_uring_pending(const struct aio_uring *uring)
@@ -194,6 +199,12 @@ bool aio_uring_start(struct aio_uring *uring, struct aio_op *op)
 void aio_uring_flush(struct aio_uring *uring)
 {
 	(void)uring;
+}
+
+bool aio_uring_refused(const struct aio_uring *uring)
+{
+	(void)uring;
+	return false;
 }
 
 bool aio_uring_pending(const struct aio_uring *uring)
