@@ -30,7 +30,8 @@ static void signal_driver(struct queue *queue)
 /*
  * Kick fds are watched edge-triggered, so one that we cannot clear does not keep us awake. Clearing is for the others
  * who look at it: QEMU does when a ring stops. It must never block, whatever the fd is, hence RWF_NOWAIT; a kernel that
- * cannot do that for eventfds (before 5.8) leaves the counter standing.
+ * cannot do that for eventfds (before 5.8) leaves the counter standing. A kick fd has one queue: were another thread
+ * to wait for the same eventfd, it might find it cleared and sleep on.
  */
 void queue_kicked(struct queue *queue)
 {
