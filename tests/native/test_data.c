@@ -138,7 +138,17 @@ struct way {
 	uint32_t register_memory;
 	bool direct;
 	uint64_t poll_ns;
+	bool crowded; /* the thread serves another disk, too */
+	bool evicted; /* the page cache forgets the file again and again */
 };
+
+/* As a condition of engine_until: make the page cache forget the file meanwhile. */
+static bool worker_finished_without_cache(struct worker *w, int fd)
+{
+	CHECK_EQUAL(fdatasync(fd), 0);
+	CHECK_EQUAL(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
+	return worker_finished(w);
+}
 
 static void run_way(const struct way *way)
 {
@@ -149,11 +159,14 @@ static void run_way(const struct way *way)
 	uint64_t size = 64u * RANGE;
 	int fd = file_new(way->on_disk, size);
 	struct vb_disk *disk = disk_new(1, size);
+	struct vb_disk *other = disk_new(2, size);
 	struct vb_extent extent = whole_file(fd, size, RW | way->flags);
 	struct vb_message set;
 
 	guest_init(&guest);
 	disk_attach(engine, disk, guest.memory);
+	if (way->crowded)
+		disk_attach(engine, other, guest.memory);
 	driver_init(&driver, &guest, &way->config);
 	set = (struct vb_message){
 		.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)disk, .pointer = (uint64_t)guest.memory};
@@ -170,7 +183,7 @@ static void run_way(const struct way *way)
 	CHECK(driver.tokens <= 64);
 	driver_start(&driver, engine, disk, 5);
 	worker_go(&worker);
-	engine_until(engine, worker_finished(&worker));
+	engine_until(engine, way->evicted ? worker_finished_without_cache(&worker, fd) : worker_finished(&worker));
 	worker_join(&worker);
 	CHECK_EQUAL(driver_stop(&driver), (uint16_t)(way->config.start + 3000));
 	CHECK_EQUAL(driver.stats->hits, 3000);
@@ -179,8 +192,11 @@ static void run_way(const struct way *way)
 	CHECK_EQUAL(driver.stats->op[VB_OP_READ].requests + driver.stats->op[VB_OP_WRITE].requests, 3000);
 	CHECK_EQUAL(vb_disk_write_gen(disk), driver.stats->op[VB_OP_WRITE].requests);
 	disk_detach(engine, disk);
+	if (way->crowded)
+		disk_detach(engine, other);
 	engine_delete(engine);
 	vb_disk_unref(disk);
+	vb_disk_unref(other);
 	driver_deinit(&driver);
 	guest_deinit(&guest);
 	close(fd);
@@ -247,6 +263,36 @@ TEST(data_pool_beside_uring)
 {
 	run_way(&(struct way){
 		VB_IO_AUTO, .on_disk = true, .flags = VB_EXTENT_POOL, .config = CONFIG(.event_idx = true)});
+}
+
+TEST(data_page_cache)
+{
+	run_way(&(struct way){VB_IO_AUTO, .on_disk = true, .flags = VB_EXTENT_CACHED,
+		.config = CONFIG(.event_idx = true, .indirect = true, .pieces = 3)});
+}
+
+TEST(data_page_cache_that_forgets)
+{
+	run_way(&(struct way){VB_IO_AUTO, .on_disk = true, .evicted = true, .flags = VB_EXTENT_CACHED,
+		.config = CONFIG(.event_idx = true, .pieces = 5)});
+}
+
+TEST(data_page_cache_of_several_disks)
+{
+	run_way(&(struct way){VB_IO_AUTO, .on_disk = true, .crowded = true, .evicted = true, .flags = VB_EXTENT_CACHED,
+		.config = CONFIG(.event_idx = true)});
+}
+
+TEST(data_page_cache_without_uring)
+{
+	run_way(&(struct way){VB_IO_THREADS, .on_disk = true, .evicted = true, .flags = VB_EXTENT_CACHED,
+		.config = CONFIG(.event_idx = true)});
+}
+
+/* Files in memory have no page cache to look into: RWF_NOWAIT is refused. */
+TEST(data_page_cache_that_cannot_be_asked)
+{
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_CACHED, .config = CONFIG(.event_idx = true)});
 }
 
 TEST(data_without_kick_fd)

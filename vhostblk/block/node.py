@@ -74,6 +74,7 @@ class ExtentFlag(enum.IntFlag):
     INLINE = 16  # the file never blocks (tmpfs)
     POOL = 32  # aio=threads
     FIXED = 64  # O_DIRECT: fixed buffers pay
+    CACHED = 128  # a page cache in between: reads may be there, writes are copies
 
 
 @dataclass(frozen=True, slots=True)

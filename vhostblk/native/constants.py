@@ -75,6 +75,7 @@ class ExtentFlag(enum.IntFlag):
     INLINE = 16
     POOL = 32
     FIXED = 64
+    CACHED = 128
 
 
 class QueueFd(enum.IntEnum):

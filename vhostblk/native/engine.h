@@ -76,7 +76,9 @@ enum vb_extent_flag {
 	VB_EXTENT_NULL = 8,    /* accepts anything, keeps nothing; without ZERO, leaves read buffers alone; no file */
 	VB_EXTENT_INLINE = 16, /* the file never blocks (tmpfs): preadv/pwritev at once; long ones in the pool */
 	VB_EXTENT_POOL = 32,   /* use the thread pool even where io_uring works (aio=threads) */
-	VB_EXTENT_FIXED = 64   /* O_DIRECT: io_uring fixed buffers pay, and no write is lost behind our back */
+	VB_EXTENT_FIXED = 64,  /* O_DIRECT: io_uring fixed buffers pay, and no write is lost behind our back */
+	VB_EXTENT_CACHED = 128 /* there is a page cache: reads may be in it, writes are copies into it and wait only
+				* when too much of it is dirty */
 };
 
 struct vb_extent {

@@ -53,6 +53,7 @@ def test_extent_flags_have_the_values_of_the_engines_header() -> None:
         "INLINE": 16,
         "POOL": 32,
         "FIXED": 64,
+        "CACHED": 128,
     }
 
 

@@ -276,8 +276,10 @@ class PosixNode(BlockNode):
             flags |= ExtentFlag.WRITE
         if file.in_memory:
             flags |= ExtentFlag.INLINE
-        if self._direct:
+        elif self._direct:
             flags |= ExtentFlag.FIXED
+        else:
+            flags |= ExtentFlag.CACHED
         if self._pool:
             flags |= ExtentFlag.POOL
         return HostExtent(

@@ -77,6 +77,8 @@ struct attachment {
 	struct extent_map map;
 	struct memory_use *memory; /* NULL: none was set */
 	uint32_t retired;          /* memory uses that still have users */
+	uint8_t cold;              /* so many reads are not looked for in the page cache */
+	uint8_t cold_next;         /* that, when the next one is not found there */
 	int32_t flush_fd;          /* or VB_FLUSH_MISS, VB_FLUSH_NOTHING */
 	uint32_t queues;
 	uint64_t sequence;         /* grows with each I/O that begins and each barrier */

@@ -7,6 +7,9 @@
 #include "sigbus.h"
 #include "stats.h"
 
+/* So many reads at most are not looked for in the page cache because others were not there. */
+#define COLD_MAX 63
+
 /* `flags`: what VB_REQUEST says beyond VB_REQUEST_RETRIED. */
 static void hand_to_control(struct request *request, uint16_t flags)
 {
@@ -114,19 +117,63 @@ static bool is_aligned(const struct blk_request *blk, const struct vb_extent *ex
 	return !(bits & (extent->memory_alignment - 1));
 }
 
-/* Do it here and now, if it is short and the queue has not had its share of this turn; otherwise let the pool do it. */
-static void run_or_start(struct request *request)
+static void start_io(struct request *request)
+{
+	track_io(request, request->flush_after);
+	aio_start(request->queue->thread->aio, &request->op);
+}
+
+/* Whether it is short, and the queue has not had its share of this turn; counts it, if so. */
+static bool may_run(struct request *request)
 {
 	struct queue *queue = request->queue;
 
-	if (request->blk.length <= INLINE_MAX && queue->work < QUEUE_WORK) {
-		queue->work += (uint32_t)(request->blk.length / 4096);
+	if (request->blk.length > INLINE_MAX || queue->work >= QUEUE_WORK)
+		return false;
+	queue->work += (uint32_t)(request->blk.length / 4096);
+	return true;
+}
+
+/* Do it here and now, if that is all right for others; otherwise let the pool do it. */
+static void run_or_start(struct request *request)
+{
+	if (may_run(request)) {
 		aio_run(&request->op);
 		finish_io(request, request->op.result);
 	} else {
-		track_io(request, false);
-		aio_start(queue->thread->aio, &request->op);
+		start_io(request);
 	}
+}
+
+/* Most reads from a page cache are found there; looking costs a system call, so after each that is not, more and more
+ * are not looked for. */
+static void read_cached(struct request *request)
+{
+	struct attachment *a = request->queue->attachment;
+
+	if (a->cold || !may_run(request)) {
+		a->cold -= !!a->cold;
+		start_io(request);
+	} else if (aio_try_read(&request->op)) {
+		a->cold_next = 0;
+		finish_io(request, request->op.result);
+	} else {
+		a->cold = a->cold_next = (uint8_t)MIN(a->cold_next * 2 + 1, COLD_MAX);
+		start_io(request);
+	}
+}
+
+/* io_uring has a worker thread for each write into the page cache of most file systems. We copy by ourselves where only
+ * this disk waits if the kernel makes us wait (too much is dirty); where the thread serves others, too, a pool does. */
+static void write_cached(struct request *request)
+{
+	struct vb_thread *thread = request->queue->thread;
+
+	request->op.flags |= AIO_POOL | AIO_BRIEF;
+	if (thread->attached == 1 && !request->flush_after)
+		run_or_start(request);
+	else
+		start_io(request);
 }
 
 static void serve_zeroes(struct request *request)
@@ -149,11 +196,11 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 	bool durable = write && load_relaxed(&request->queue->attachment->disk->write_through);
 	bool fixed = extent->flags & VB_EXTENT_FIXED && blk->pieces == 1;
 	bool pool = extent->flags & (VB_EXTENT_POOL | VB_EXTENT_INLINE);
-	bool cached = !(extent->flags & (VB_EXTENT_FIXED | VB_EXTENT_INLINE));
+	bool written_back = !(extent->flags & (VB_EXTENT_FIXED | VB_EXTENT_INLINE));
 
 	/* RWF_DSYNC asks for writeback errors as fdatasync does: of two at a time one may take the error of the other.
 	 * Where there is writeback a write is durable by the line of flushes, which many share at a time. */
-	request->flush_after = durable && cached;
+	request->flush_after = durable && written_back;
 	if (request->flush_after && !may_flush(request->queue->attachment, extent->fd)) {
 		hand_to_control(request, VB_REQUEST_NEEDS_FLUSH);
 		return;
@@ -162,17 +209,19 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 		.iov = blk->data,
 		.pieces = blk->pieces,
 		.kind = write ? VB_IO_WRITE : VB_IO_READ,
-		.flags = (uint8_t)((durable && !cached ? AIO_DSYNC : 0) | (pool ? AIO_POOL : 0)),
+		.flags = (uint8_t)((durable && !written_back ? AIO_DSYNC : 0) | (pool ? AIO_POOL : 0)),
 		.buffer = (int16_t)(fixed ? memory_use_buffer(request->memory, blk->data) : -1),
 		.fd = extent->fd,
 		.offset = extent->host_offset + (blk->offset - extent->offset),
 	};
-	if (extent->flags & VB_EXTENT_INLINE) {
+	if (extent->flags & VB_EXTENT_INLINE)
 		run_or_start(request);
-	} else {
-		track_io(request, request->flush_after);
-		aio_start(request->queue->thread->aio, &request->op);
-	}
+	else if (!(extent->flags & VB_EXTENT_CACHED) || extent->flags & VB_EXTENT_POOL)
+		start_io(request);
+	else if (write)
+		write_cached(request);
+	else
+		read_cached(request);
 }
 
 static void serve_transfer(struct request *request)

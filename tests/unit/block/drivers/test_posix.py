@@ -147,10 +147,10 @@ def test_resize_changes_the_file_and_is_reported(image: Path) -> None:
 def test_extent_is_the_file_with_the_hints_that_fit(image: Path, memory_image: Path) -> None:
     both = ExtentFlag.READ | ExtentFlag.WRITE
     for path, options, flags in (
-        (image, {}, both),
-        (image, {"aio": "threads"}, both | ExtentFlag.POOL),
+        (image, {}, both | ExtentFlag.CACHED),
+        (image, {"aio": "threads"}, both | ExtentFlag.CACHED | ExtentFlag.POOL),
         (image, {"cache.direct": True}, both | ExtentFlag.FIXED),
-        (image, {"read-only": True}, ExtentFlag.READ),
+        (image, {"read-only": True}, ExtentFlag.READ | ExtentFlag.CACHED),
         (memory_image, {}, both | ExtentFlag.INLINE),
     ):
 
