@@ -53,7 +53,7 @@ struct vb_load_options {
 	uint64_t seed;
 	struct vb_load_model *model; /* writes carry, and reads are compared with, what it says; or NULL */
 	uint32_t known_only;         /* blocks the model does not know: 1: are not compared, 0: carry any generation */
-	uint32_t skip_unknown;       /* sequential reads leave out blocks the model does not know */
+	uint32_t skip_unknown;       /* `once` leaves out blocks the model does not know */
 };
 
 struct vb_load_ring {

@@ -177,7 +177,7 @@ class _Run:
             self._sleep(left)
             now = time.monotonic()
             stats = load.stats(phase)
-            if stats.requests != requests or not load.in_flight:
+            if stats.requests != requests or (self._options.rate and not load.in_flight):
                 requests, moved = stats.requests, now
             elif now - moved > self._session.options.timeout:
                 raise TimeoutError(
@@ -309,7 +309,7 @@ def _describe_sector(error: LoadError) -> str:
     if offset == error.offset:
         if error.expected_generation and generation != error.expected_generation:
             return f"generation {generation:#x} of it"
-        return "damaged data of that offset"
+        return "other data of that offset (damaged, or written with another seed)"
     if offset % 512 == 0 and offset < 1 << 50 and generation >> 32:
         return f"what belongs to offset {offset}, generation {generation:#x}"
     return "something that no benchmark wrote"

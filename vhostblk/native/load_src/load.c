@@ -22,7 +22,8 @@ static bool is_valid(const struct vb_load_options *options, const struct vb_load
 	       options->block_min >= 512 && options->block_min % 512 == 0 && options->block_max >= options->block_min &&
 	       options->block_max % options->block_min == 0 && options->size >= options->block_max &&
 	       options->size % options->block_min == 0 && options->offset % 512 == 0 &&
-	       options->size / options->block_min <= UINT32_MAX && (!options->skip_unknown || options->model);
+	       options->size / options->block_min <= UINT32_MAX &&
+	       (!options->skip_unknown || (options->model && options->once));
 }
 
 static int start(struct vb_load *load)

@@ -44,13 +44,12 @@ static uint32_t choose_op(struct pattern *pattern)
 	return op;
 }
 
-static bool skip_unknown(struct pattern *pattern)
+static void skip_unknown(struct pattern *pattern)
 {
 	const struct vb_load_options *options = pattern->options;
 
 	while (pattern->at < pattern->end && !model_knows(options->model, pattern->at))
 		pattern->at += options->block_min;
-	return pattern->at < pattern->end;
 }
 
 bool pattern_next_slow(struct pattern *pattern, struct ask *ret)
@@ -66,8 +65,8 @@ bool pattern_next_slow(struct pattern *pattern, struct ask *ret)
 	if (options->random) {
 		ret->offset = options->offset + pattern_below(pattern, pattern->starts) * options->block_min;
 	} else {
-		if (options->skip_unknown && !skip_unknown(pattern))
-			return false;
+		if (options->skip_unknown)
+			skip_unknown(pattern);
 		if (pattern->at >= pattern->end) {
 			if (options->once || pattern->begin == pattern->end) {
 				pattern->left = 0;
