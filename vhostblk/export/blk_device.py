@@ -139,7 +139,7 @@ class BlkDevice:
             # 16 bits: a stripe that does not fit is not told of, because half of one would be wrong.
             min_io_size=min_io if min_io <= 0xFFFF else 0,
             opt_io_size=sizes.opt_io // block,
-            writeback=int(self._writeback),
+            writeback=int(self._writeback and not self._cannot_flush),
             num_queues=self._num_queues,
         )
         if self.offered_features & Feature.VIRTIO_BLK_F_WRITE_ZEROES:
@@ -158,6 +158,12 @@ class BlkDevice:
                 discard_sector_alignment=alignment // SECTOR,
             )
         return config
+
+    @property
+    def _cannot_flush(self) -> bool:
+        """VIRTIO 1.2 §5.2.5.2: a driver that took CONFIG_WCE without FLUSH finds `writeback` at 0."""
+        taken = self.features & (Feature.VIRTIO_BLK_F_CONFIG_WCE | Feature.VIRTIO_BLK_F_FLUSH)
+        return taken == Feature.VIRTIO_BLK_F_CONFIG_WCE
 
     @property
     def write_through(self) -> bool:

@@ -229,6 +229,16 @@ def test_writeback_starts_as_the_disk_is_and_comes_back_with_a_reset(write_cache
     assert device.write_through is not write_cache
 
 
+def test_a_driver_that_cannot_flush_is_told_of_no_cache() -> None:
+    """VIRTIO 1.2 §5.2.5.2: CONFIG_WCE without FLUSH finds `writeback` at 0."""
+    device = make()
+    device.set_features(ALL & ~Feature.VIRTIO_BLK_F_FLUSH)
+    assert device.config().writeback == 0
+    assert device.write_through
+    device.set_features(ALL)
+    assert device.config().writeback == 1
+
+
 def test_writes_are_durable_without_flush_or_cache() -> None:
     node = ArrayNode(64 * KIB, write_flags=int(Req.FUA))
     device = make(node)

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from vhostblk.client.client import Client
-from vhostblk.client.conformance.check import expect
+from vhostblk.client.conformance.check import CheckFailedError, expect
 from vhostblk.client.control import Control
 from vhostblk.client.queue import ClientQueue, Framing, Pending
 from vhostblk.errors import PeerError, SessionError
@@ -224,6 +224,24 @@ class Guest:
         for _ in range(2):
             self.ask(self.control.frontend.get_features())
         return self._read_calls(queue, _GRACE)
+
+    def wait_told(self, pending: Collection[Pending], queue: int = 0) -> None:
+        """Wait for requests of one queue as a driver does that sleeps until it is told.
+
+        `Client.wait` looks once more when its time is over, and so forgives a call that was lost.
+
+        Raises:
+            CheckFailedError: no call came.
+        """
+        driver, ours = self.driver(queue), self.queue(queue)
+        while not all(p.is_done for p in pending):
+            if not driver.enable_interrupts() and not self.wait_call(queue):
+                finished = bool(ours.reap())
+                what = "finished, but no call came" if finished else "did not finish"
+                raise CheckFailedError(f"of {len(pending)} requests some {what}")
+            ours.calls += 1
+            driver.disable_interrupts()
+            ours.reap()
 
     def wait_call(self, queue: int = 0) -> bool:
         """Whether the device calls, within the time that there is for everything."""

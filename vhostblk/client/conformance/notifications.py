@@ -38,8 +38,8 @@ def no_call_lost_flags(rig: Rig) -> str:
 def _sleep_often(rig: Rig, without: int) -> str:
     with rig.guest(without=without) as guest:
         for i in range(300):
-            guest.client.wait(guest.identify(1 + i % 3))
-        return f"{guest.queue().calls} calls for 300 waits"
+            guest.wait_told(guest.identify(1 + i % 3))
+        return f"{guest.queue().calls} wake-ups for 300 waits"
 
 
 @check(

@@ -230,12 +230,12 @@ def call_exchanged(rig: Rig) -> None:
             old = guest.exchange(VringFd.CALL)
             try:
                 # What the old one was told of is to be looked for: that is the driver's part.
-                guest.client.wait(pending)
+                guest.wait_told(pending)
                 for _ in range(2):
-                    guest.client.wait(guest.identify())
+                    guest.wait_told(guest.identify())
                 with suppress(BlockingIOError):
                     os.eventfd_read(old)
-                guest.client.wait(guest.identify())
+                guest.wait_told(guest.identify())
                 guest.calls()
                 try:
                     os.eventfd_read(old)
