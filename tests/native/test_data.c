@@ -521,6 +521,100 @@ TEST(revoke_and_map_under_load_threads)
 	run_moving(VB_IO_THREADS, true, 0, false);
 }
 
+TEST(revoke_and_map_under_load_registered_files)
+{
+	run_moving(VB_IO_AUTO, true, VB_EXTENT_FIXED, false);
+}
+
+/* ---------------------------------------------------------------- fds that become other files */
+
+struct recycled {
+	struct vb_disk *disk;
+	struct vb_extent extent;
+	uint64_t waiting[64];
+	int waiters;
+	bool busy;
+};
+
+static void recycled_map(struct engine *engine, struct recycled *r)
+{
+	disk_map(engine, r->disk, r->extent);
+	while (r->waiters)
+		engine_tell(engine, (struct vb_message){.type = VB_RETRY, .cookie = r->waiting[--r->waiters]});
+}
+
+static void recycled_miss(struct engine *engine, const struct vb_message *message)
+{
+	struct recycled *r = engine->opaque;
+
+	CHECK_EQUAL(message->type, VB_REQUEST);
+	r->waiting[r->waiters++] = message->cookie;
+	if (!r->busy)
+		recycled_map(engine, r);
+}
+
+/* The file that was behind the fd is spoilt, and nobody has it any more: a lock that it had is gone. */
+static void recycle(struct engine *engine, struct recycled *r)
+{
+	static uint8_t data[64 * RANGE];
+	struct vb_message revoke = {.type = VB_REVOKE, .disk = (uint64_t)r->disk, .length = UINT64_MAX};
+	struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+	int fd = r->extent.fd, other, fresh = file_new(true, sizeof(data));
+	char path[64];
+
+	r->busy = true;
+	CHECK_EQUAL(engine_command(engine, revoke).result, 0);
+	CHECK_EQUAL(pread(fd, data, sizeof(data), 0), sizeof(data));
+	CHECK_EQUAL(pwrite(fresh, data, sizeof(data), 0), sizeof(data));
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+	other = open(path, O_RDWR | O_CLOEXEC);
+	CHECK(other >= 0);
+	CHECK_EQUAL(fcntl(fd, F_OFD_SETLK, &lock), 0);
+	CHECK_EQUAL(fcntl(other, F_OFD_SETLK, &lock), -1);
+	CHECK_EQUAL(dup3(fresh, fd, O_CLOEXEC), fd);
+	CHECK_EQUAL(fcntl(other, F_OFD_SETLK, &lock), 0);
+	CHECK_EQUAL(ftruncate(other, 0), 0);
+	close(other);
+	close(fresh);
+	r->busy = false;
+	recycled_map(engine, r);
+}
+
+TEST(an_fd_that_becomes_another_file_is_not_taken_for_the_old_one)
+{
+	struct engine *engine = engine_new(VB_IO_AUTO, 20000);
+	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2);
+	uint64_t size = 64u * RANGE;
+	struct recycled r = {
+		.disk = disk_new(1, size), .extent = whole_file(file_new(true, size), size, RW | VB_EXTENT_FIXED)};
+	struct guest guest;
+	struct driver driver;
+	struct worker worker;
+
+	guest_init(&guest);
+	disk_attach(engine, r.disk, guest.memory);
+	engine->on_message = recycled_miss;
+	engine->opaque = &r;
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, r.disk, 5);
+	worker_start(&worker, &driver, 0, 4000);
+	worker_go(&worker);
+	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker);) {
+		CHECK(now_ns() < end);
+		recycle(engine, &r);
+		engine_pump(engine, 1);
+	}
+	worker_join(&worker);
+	driver_stop(&driver);
+	engine->on_message = NULL;
+	disk_detach(engine, r.disk);
+	engine_delete(engine);
+	vb_disk_unref(r.disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(r.extent.fd);
+}
+
 TEST(stop_and_start_under_load)
 {
 	run_moving(VB_IO_AUTO, false, 0, true);

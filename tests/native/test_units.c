@@ -29,6 +29,22 @@ static void check_sorted(const struct extent_map *map)
 	CHECK(map->count <= map->limit);
 }
 
+static void check_files(const struct extent_map *map)
+{
+	uint32_t extents[EXTENT_FILES] = {0};
+
+	for (uint32_t i = 0; i < map->count; i++) {
+		const struct extent_entry *entry = &map->entries[i];
+
+		if (entry->file == EXTENT_FILES)
+			continue;
+		CHECK_EQUAL(map->files[entry->file].fd, entry->extent.fd);
+		extents[entry->file]++;
+	}
+	for (uint32_t i = 0; i < EXTENT_FILES; i++)
+		CHECK_EQUAL(map->files[i].extents, extents[i]);
+}
+
 /* The map may have forgotten, but what it says is so. */
 static int check_against_model(struct extent_map *map)
 {
@@ -59,7 +75,7 @@ static void random_extents(uint32_t limit)
 		struct vb_extent e = {.offset = first * 512,
 			.length = count * 512,
 			.host_offset = host * 512,
-			.fd = 3,
+			.fd = host == first ? 3 : 3 + (int)host % 12,
 			.flags = VB_EXTENT_READ,
 			.request_alignment = 1,
 			.memory_alignment = 1};
@@ -73,6 +89,7 @@ static void random_extents(uint32_t limit)
 		for (uint64_t i = 0; i < count; i++)
 			model[first + i] = insert ? 1 + host + i : 0;
 		check_sorted(&map);
+		check_files(&map);
 		if (step % 16 == 0) {
 			mapped = 0;
 			for (int i = 0; i < BLOCKS; i++)
@@ -252,8 +269,12 @@ TEST(short_transfers_go_on_where_they_ended)
 
 	for (int round = 0; round < 5000; round++) {
 		struct iovec iov[8], before[8];
-		struct aio_op op = {
-			.iov = iov, .pieces = random_below(9), .kind = VB_IO_WRITE, .offset = 1000, .buffer = 3};
+		struct aio_op op = {.iov = iov,
+			.pieces = random_below(9),
+			.kind = VB_IO_WRITE,
+			.offset = 1000,
+			.buffer = 3,
+			.file = -1};
 		uint64_t total = 0, done = 0;
 
 		for (uint32_t i = 0; i < op.pieces; i++) {

@@ -293,3 +293,13 @@ void aio_unregister_buffer(struct aio *aio, int number)
 {
 	aio_uring_unregister_buffer(aio->uring, number);
 }
+
+int aio_register_file(struct aio *aio, int fd)
+{
+	return aio->uring ? aio_uring_register_file(aio->uring, fd) : -EOPNOTSUPP;
+}
+
+void aio_unregister_file(struct aio *aio, int number)
+{
+	aio_uring_unregister_file(aio->uring, number);
+}

@@ -26,6 +26,7 @@ struct aio_op {
 	uint8_t kind;   /* enum vb_io_op, or AIO_ZEROES */
 	uint8_t flags;  /* enum aio_flag */
 	int16_t buffer; /* number of the registered buffer that has the one piece, or -1 */
+	int16_t file;   /* number of the registered file that fd is, or -1 */
 	int32_t fd;
 	int32_t mode;     /* FALLOCATE */
 	uint64_t offset;  /* in the file; advances */
@@ -64,6 +65,10 @@ bool aio_try_read(struct aio_op *op);
 int aio_register_buffer(struct aio *aio, uint64_t address, uint64_t length);
 void aio_unregister_buffer(struct aio *aio, int number);
 
+/* Registered ("fixed") files: number >= 0 or -errno. A registered file stays open until it is unregistered. */
+int aio_register_file(struct aio *aio, int fd);
+void aio_unregister_file(struct aio *aio, int number);
+
 /* For the parts of aio. */
 
 /* Take note of what one system call or completion said (bytes, or -errno). True: the operation has finished. */
@@ -90,6 +95,8 @@ bool aio_uring_pending(const struct aio_uring *uring);
 struct aio_op *aio_uring_reap(struct aio_uring *uring, int64_t *result);
 int aio_uring_register_buffer(struct aio_uring *uring, uint64_t address, uint64_t length);
 void aio_uring_unregister_buffer(struct aio_uring *uring, int number);
+int aio_uring_register_file(struct aio_uring *uring, int fd);
+void aio_uring_unregister_file(struct aio_uring *uring, int number);
 
 struct aio_pool;
 

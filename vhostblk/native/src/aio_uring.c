@@ -12,12 +12,17 @@
 /* Registered buffers of one ring; a number each for up to 1 GiB of guest memory. */
 #define BUFFERS 512
 
+/* Registered files of one ring. */
+#define FILES 256
+
 struct aio_uring {
 	struct io_uring ring;
 	uint32_t in_flight; /* prepared or submitted, not reaped */
 	uint32_t depth;     /* no more than the completion queue holds */
 	bool has_buffers;
+	bool has_files;
 	bool used[BUFFERS];
+	bool used_files[FILES];
 };
 
 int vb_io_uring_error(void)
@@ -44,8 +49,9 @@ int aio_uring_create(uint32_t depth, struct aio_uring **ret)
 		return error;
 	}
 	uring->depth = params.cq_entries;
-	/* Linux 5.19; without it there are no registered buffers. */
+	/* Linux 5.19; without it nothing is registered. */
 	uring->has_buffers = !io_uring_register_buffers_sparse(&uring->ring, BUFFERS);
+	uring->has_files = !io_uring_register_files_sparse(&uring->ring, FILES);
 	*ret = uring;
 	return 0;
 }
@@ -76,6 +82,10 @@ static void prepare(struct io_uring_sqe *sqe, const struct aio_op *op)
 		io_uring_prep_writev(sqe, op->fd, op->iov, aio_batch(op), op->offset);
 	if (op->flags & AIO_DSYNC)
 		sqe->rw_flags = RWF_DSYNC;
+	if (op->file >= 0) {
+		sqe->fd = op->file;
+		sqe->flags |= IOSQE_FIXED_FILE;
+	}
 }
 
 bool aio_uring_start(struct aio_uring *uring, struct aio_op *op)
@@ -141,16 +151,21 @@ static int update_buffer(struct aio_uring *uring, int number, void *address, uin
 	return updated < 0 ? updated : 0;
 }
 
+/* A number that is not in use, or -ENOSPC. */
+static int vacant(const bool *used, int count)
+{
+	for (int number = 0; number < count; number++)
+		if (!used[number])
+			return number;
+	return -ENOSPC;
+}
+
 int aio_uring_register_buffer(struct aio_uring *uring, uint64_t address, uint64_t length)
 {
-	int number = 0, error;
+	int number = uring->has_buffers ? vacant(uring->used, BUFFERS) : -EOPNOTSUPP, error;
 
-	if (!uring->has_buffers)
-		return -EOPNOTSUPP;
-	while (number < BUFFERS && uring->used[number])
-		number++;
-	if (number == BUFFERS)
-		return -ENOSPC;
+	if (number < 0)
+		return number;
 	error = update_buffer(uring, number, (void *)address, length);
 	if (error)
 		return error;
@@ -162,6 +177,27 @@ void aio_uring_unregister_buffer(struct aio_uring *uring, int number)
 {
 	update_buffer(uring, number, NULL, 0);
 	uring->used[number] = false;
+}
+
+int aio_uring_register_file(struct aio_uring *uring, int fd)
+{
+	int number = uring->has_files ? vacant(uring->used_files, FILES) : -EOPNOTSUPP, updated;
+
+	if (number < 0)
+		return number;
+	updated = io_uring_register_files_update(&uring->ring, (unsigned)number, &fd, 1);
+	if (updated < 0)
+		return updated;
+	uring->used_files[number] = true;
+	return number;
+}
+
+void aio_uring_unregister_file(struct aio_uring *uring, int number)
+{
+	int nothing = -1;
+
+	io_uring_register_files_update(&uring->ring, (unsigned)number, &nothing, 1);
+	uring->used_files[number] = false;
 }
 
 #else /* built without liburing: as on a kernel without io_uring */
@@ -229,6 +265,19 @@ int aio_uring_register_buffer(struct aio_uring *uring, uint64_t address, uint64_
 }
 
 void aio_uring_unregister_buffer(struct aio_uring *uring, int number)
+{
+	(void)uring;
+	(void)number;
+}
+
+int aio_uring_register_file(struct aio_uring *uring, int fd)
+{
+	(void)uring;
+	(void)fd;
+	return -EOPNOTSUPP;
+}
+
+void aio_uring_unregister_file(struct aio_uring *uring, int number)
 {
 	(void)uring;
 	(void)number;

@@ -61,6 +61,7 @@ static int map(struct attachment *a, const struct vb_message *command)
 			return -EINVAL;
 	for (uint32_t i = 0; i < command->count; i++)
 		extent_map_insert(&a->map, &extents[i]);
+	attachment_register_files(a);
 	return 0;
 }
 

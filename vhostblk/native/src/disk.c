@@ -90,6 +90,8 @@ void attachment_destroy(struct attachment *a)
 {
 	if (a->memory)
 		memory_use_destroy(a, a->memory);
+	extent_map_remove(&a->map, 0, UINT64_MAX);
+	attachment_register_files(a);
 	extent_map_deinit(&a->map);
 	vb_disk_unref(a->disk);
 	free(a);
@@ -164,9 +166,26 @@ static void raise_barrier(struct attachment *a, const struct vb_message *command
 	thread_owe_ack(a->thread);
 }
 
+/* Where I/O goes through io_uring, a registered file saves looking up the fd each time. Numbers are given out again, and
+ * are looked up when the kernel takes the I/O, which may be later than we think: so none is taken back before that. */
+void attachment_register_files(struct attachment *a)
+{
+	for (uint32_t i = 0; i < EXTENT_FILES; i++) {
+		struct extent_file *file = &a->map.files[i];
+
+		if (file->extents && file->direct && file->number < 0) {
+			file->number = MAX(aio_register_file(a->thread->aio, file->fd), -1);
+		} else if (!file->extents && !file->users && file->number >= 0) {
+			aio_unregister_file(a->thread->aio, file->number);
+			file->number = -1;
+		}
+	}
+}
+
 void attachment_revoke(struct attachment *a, const struct vb_message *command)
 {
 	extent_map_remove(&a->map, command->offset, command->length);
+	attachment_register_files(a);
 	raise_barrier(a, command);
 }
 

@@ -97,6 +97,9 @@ void attachment_destroy(struct attachment *attachment);
 void attachment_io_begins(struct attachment *attachment, struct io_track *track);
 void attachment_io_ended(struct attachment *attachment, struct io_track *track);
 
+/* The map has other extents: register files that have come, forget those that are gone and not in use. */
+void attachment_register_files(struct attachment *attachment);
+
 /* Acknowledge `command` when no I/O that has begun before touches the range, or, for flushes, none is in flight. */
 void attachment_revoke(struct attachment *attachment, const struct vb_message *command);
 void attachment_set_flush(struct attachment *attachment, const struct vb_message *command);

@@ -12,6 +12,8 @@
 void extent_map_init(struct extent_map *map, uint32_t limit)
 {
 	*map = (struct extent_map){.limit = MAX(limit, 1u)};
+	for (uint32_t i = 0; i < EXTENT_FILES; i++)
+		map->files[i].number = -1;
 }
 
 void extent_map_deinit(struct extent_map *map)
@@ -75,12 +77,42 @@ static bool make_room(struct extent_map *map)
 	return true;
 }
 
+/* Count one more extent of a file. A place that somebody still has a number for is not free. */
+static uint8_t enter_file(struct extent_map *map, const struct vb_extent *extent)
+{
+	uint8_t free = EXTENT_FILES;
+
+	if (extent->flags & FILELESS)
+		return EXTENT_FILES;
+	for (uint8_t i = 0; i < EXTENT_FILES; i++) {
+		struct extent_file *file = &map->files[i];
+
+		if (file->extents && file->fd == extent->fd) {
+			file->extents++;
+			file->direct |= !!(extent->flags & VB_EXTENT_FIXED);
+			return i;
+		}
+		if (!file->extents && file->number < 0)
+			free = i;
+	}
+	if (free < EXTENT_FILES)
+		map->files[free] = (struct extent_file){
+			.fd = extent->fd, .extents = 1, .direct = extent->flags & VB_EXTENT_FIXED, .number = -1};
+	return free;
+}
+
+static void leave_file(struct extent_map *map, const struct extent_entry *entry)
+{
+	if (entry->file < EXTENT_FILES)
+		map->files[entry->file].extents--;
+}
+
 static void insert_at(struct extent_map *map, uint32_t index, const struct vb_extent *extent)
 {
 	struct extent_entry *entry = &map->entries[index];
 
 	memmove(entry + 1, entry, (map->count - index) * sizeof(*entry));
-	*entry = (struct extent_entry){.extent = *extent, .recent = true};
+	*entry = (struct extent_entry){.extent = *extent, .recent = true, .file = enter_file(map, extent)};
 	map->count++;
 }
 
@@ -88,6 +120,8 @@ static void delete_at(struct extent_map *map, uint32_t index, uint32_t count)
 {
 	struct extent_entry *entry = &map->entries[index];
 
+	for (uint32_t i = 0; i < count; i++)
+		leave_file(map, &entry[i]);
 	memmove(entry, entry + count, (map->count - index - count) * sizeof(*entry));
 	map->count -= count;
 }
@@ -136,6 +170,7 @@ static void evict(struct extent_map *map)
 		bool must_drop = dropped + left <= goal;
 
 		if (!entry->recent || must_drop) {
+			leave_file(map, entry);
 			dropped++;
 			continue;
 		}

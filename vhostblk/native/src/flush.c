@@ -61,7 +61,7 @@ static bool lead_or_watch(struct attachment *a)
 
 static void lead(struct request *request)
 {
-	request->op = (struct aio_op){.kind = VB_IO_FDATASYNC, .buffer = -1, .fd = request->op.fd};
+	request->op = (struct aio_op){.kind = VB_IO_FDATASYNC, .buffer = -1, .file = -1, .fd = request->op.fd};
 	aio_start(request->queue->thread->aio, &request->op);
 }
 

@@ -89,6 +89,7 @@ int vb_io_submit(struct vb_io *io, const struct vb_io_request *requests, uint32_
 			.kind = (uint8_t)from->op,
 			.flags = from->op == VB_IO_WRITE && from->flags & 1 ? AIO_DSYNC : 0,
 			.buffer = -1,
+			.file = -1,
 			.fd = from->fd,
 			.mode = (int32_t)from->flags,
 			.offset = from->offset,

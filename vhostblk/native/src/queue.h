@@ -51,9 +51,10 @@ struct request {
 	struct memory_use *memory;
 	uint64_t started_ns;
 	struct blk_request blk;
-	struct aio_op op;      /* while an I/O is in flight */
-	struct io_track track; /* the same */
-	struct list in_line;   /* while it waits for an fdatasync: see flush.c */
+	struct aio_op op;         /* while an I/O is in flight */
+	struct io_track track;    /* the same */
+	struct extent_file *file; /* whose number the I/O uses, or NULL */
+	struct list in_line;      /* while it waits for an fdatasync: see flush.c */
 	uint64_t ticket;
 	void *spilled; /* what did not fit below, or NULL */
 	uint32_t spilled_pieces;

@@ -70,6 +70,17 @@ static void finish_io(struct request *request, int64_t result)
 	request_complete(request, VIRTIO_BLK_S_OK, blk->op == VB_OP_READ ? blk->length : 0);
 }
 
+static void untrack_io(struct request *request)
+{
+	struct attachment *attachment = request->queue->attachment;
+	struct extent_file *file = request->file;
+
+	request->file = NULL;
+	if (file && !--file->users && !file->extents)
+		attachment_register_files(attachment);
+	attachment_io_ended(attachment, &request->track);
+}
+
 void request_io_done(struct aio_op *op)
 {
 	struct request *request = container_of(op, struct request, op);
@@ -79,14 +90,14 @@ void request_io_done(struct aio_op *op)
 	} else if (request->flush_after && op->result == (int64_t)request->blk.length) {
 		flush_join(request, op->fd);
 	} else {
-		attachment_io_ended(request->queue->attachment, &request->track);
+		untrack_io(request);
 		finish_io(request, op->result);
 	}
 }
 
 void request_flushed(struct request *request, int error)
 {
-	attachment_io_ended(request->queue->attachment, &request->track);
+	untrack_io(request);
 	finish_io(request, error ? error : (int64_t)request->blk.length);
 }
 
@@ -120,6 +131,8 @@ static bool is_aligned(const struct blk_request *blk, const struct vb_extent *ex
 static void start_io(struct request *request)
 {
 	track_io(request, request->flush_after);
+	if (request->file)
+		request->file->users++;
 	aio_start(request->queue->thread->aio, &request->op);
 }
 
@@ -185,6 +198,7 @@ static void serve_zeroes(struct request *request)
 		.kind = AIO_ZEROES,
 		.flags = AIO_POOL,
 		.buffer = -1,
+		.file = -1,
 	};
 	run_or_start(request);
 }
@@ -192,6 +206,7 @@ static void serve_zeroes(struct request *request)
 static void serve_from_file(struct request *request, const struct vb_extent *extent)
 {
 	struct blk_request *blk = &request->blk;
+	struct extent_file *file = extent_file(&request->queue->attachment->map, extent);
 	bool write = blk->op == VB_OP_WRITE;
 	bool durable = write && load_relaxed(&request->queue->attachment->disk->write_through);
 	bool fixed = extent->flags & VB_EXTENT_FIXED && blk->pieces == 1;
@@ -211,9 +226,12 @@ static void serve_from_file(struct request *request, const struct vb_extent *ext
 		.kind = write ? VB_IO_WRITE : VB_IO_READ,
 		.flags = (uint8_t)((durable && !written_back ? AIO_DSYNC : 0) | (pool ? AIO_POOL : 0)),
 		.buffer = (int16_t)(fixed ? memory_use_buffer(request->memory, blk->data) : -1),
+		.file = (int16_t)(file ? file->number : -1),
 		.fd = extent->fd,
 		.offset = extent->host_offset + (blk->offset - extent->offset),
 	};
+	if (request->op.file >= 0)
+		request->file = file;
 	if (extent->flags & VB_EXTENT_INLINE)
 		run_or_start(request);
 	else if (!(extent->flags & VB_EXTENT_CACHED) || extent->flags & VB_EXTENT_POOL)
@@ -283,6 +301,7 @@ void request_serve(struct request *request)
 	struct queue *queue = request->queue;
 
 	request->state = REQUEST_ENGINE;
+	request->file = NULL;
 	/* The data of a write could be the zeroes of memory that was truncated: do not let it reach the disk. */
 	if (queue->thread->faults != sigbus_faults())
 		thread_check_faults(queue->thread);
