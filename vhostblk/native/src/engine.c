@@ -271,7 +271,8 @@ int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 	if (!thread)
 		return -ENOMEM;
 	memset(thread, 0, sizeof(*thread));
-	thread->down_fd = thread->up_fd = thread->epoll_fd = thread->notifier.file = -1;
+	thread->down_fd = thread->up_fd = thread->epoll_fd = -1;
+	notifier_init(&thread->notifier);
 	thread->up.asleep = 1; /* control waits for the eventfd from the beginning */
 	thread->poll_max_ns = options->poll_max_ns;
 	thread->poll_grow = options->poll_grow ? options->poll_grow : 2;

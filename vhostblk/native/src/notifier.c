@@ -24,13 +24,11 @@ bool notifier_may_wait(int fd)
 	return flags < 0 || !(flags & O_NONBLOCK);
 }
 
-static bool prepare(struct notifier *notifier)
+void notifier_init(struct notifier *notifier)
 {
-	if (notifier->file < 0)
-		notifier->file = memfd_create("vhostblk-notifier", MFD_CLOEXEC);
-	if (!notifier->context && syscall(SYS_io_setup, READS, &notifier->context))
+	*notifier = (struct notifier){.file = memfd_create("vhostblk-notifier", MFD_CLOEXEC)};
+	if (notifier->file >= 0 && syscall(SYS_io_setup, READS, &notifier->context))
 		notifier->context = 0;
-	return notifier->file >= 0 && notifier->context;
 }
 
 static void fetch_results(struct notifier *notifier)
@@ -67,23 +65,23 @@ static void write_one(int fd)
 	(void)ignored;
 }
 
-/* On a kernel without io_submit: it may be filled between the look and the write. */
-static void look_and_write(int fd)
+static bool has_room(int fd)
 {
 	struct pollfd writable = {.fd = fd, .events = POLLOUT};
 
-	if (poll(&writable, 1, 0) == 1 && writable.revents & POLLOUT)
-		write_one(fd);
+	return poll(&writable, 1, 0) == 1 && writable.revents & POLLOUT;
 }
 
 void notifier_signal(struct notifier *notifier, int fd, bool may_wait)
 {
 	if (!may_wait)
 		write_one(fd);
-	else if (prepare(notifier))
+	else if (!has_room(fd))
+		return; /* the kernel would signal it all the same, but the counter would overflow */
+	else if (notifier->context)
 		let_kernel_signal(notifier, fd);
 	else
-		look_and_write(fd);
+		write_one(fd); /* a kernel without io_submit: the fd may have been filled since the look */
 }
 
 void notifier_deinit(struct notifier *notifier)
