@@ -172,6 +172,8 @@ class BenchOptions:
             raise ConfigError(f"once: the pattern '{self.pattern.name}' has no end")
         if self.once and not any(self.pattern.has(op) for op in LoadOp if op != LoadOp.FLUSH):
             raise ConfigError("once: flushes have no end")
+        if not self.has_end and self.duration <= 0:
+            raise ConfigError(f"duration {self.duration:g}: nothing can be measured in no time")
         if self.offset % 512 or self.size % 512:
             raise ConfigError("offset, size: multiples of 512 are needed")
 
