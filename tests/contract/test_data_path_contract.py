@@ -412,18 +412,32 @@ def test_unaligned_buffers_and_offsets_work_without_the_page_cache(disks: Disks)
 # ---------------------------------------------------------------- the size changes
 
 
+def begin_at(disks: Disks, size: int) -> None:
+    """Return when `grows` has this size, and whoever connects from now on will not be told of it."""
+    disks.resize(size)
+    with disks.connect("grows") as client:
+        eventually(lambda: client.read_config().capacity * SECTOR == size, "the old size")
+
+
+def wait_for_size(client: Client, size: int) -> None:
+    """Return when a message has said that the size has changed, and it is this one.
+
+    The configuration is read after the message, so it may be of a later change than the message; whose own message is
+    still to come then, and tells nothing new.
+    """
+    eventually(lambda: client.wait_config_change().capacity * SECTOR == size, f"{size} bytes")
+
+
 def test_a_running_guest_hears_that_its_disk_grew_and_uses_it(disks: Disks) -> None:
-    disks.resize(CAPACITY)
+    begin_at(disks, CAPACITY)
     with disks.connect("grows", strict=False) as client:
-        eventually(lambda: client.read_config().capacity * SECTOR == CAPACITY, "the old size")
         check_status(client, Status.IOERR, RequestType.IN, CAPACITY, room=512)
         disks.resize(2 * CAPACITY)
-        # Once more if the change to the old size was still to be told.
-        eventually(lambda: client.wait_config_change().capacity * SECTOR == 2 * CAPACITY, "it")
+        wait_for_size(client, 2 * CAPACITY)
         client.write(2 * CAPACITY - 512, DATA[:512])
         assert client.read(2 * CAPACITY - 512, 512) == DATA[:512]
         disks.resize(CAPACITY)
-        assert client.wait_config_change().capacity * SECTOR == CAPACITY
+        wait_for_size(client, CAPACITY)
         check_status(client, Status.IOERR, RequestType.IN, CAPACITY, room=512)
         check_status(client, Status.IOERR, RequestType.OUT, CAPACITY, out=bytes(512))
         client.write(CAPACITY - 512, DATA[:512])
@@ -431,9 +445,8 @@ def test_a_running_guest_hears_that_its_disk_grew_and_uses_it(disks: Disks) -> N
 
 
 def test_a_size_that_changed_while_no_ring_ran_is_told_when_one_does(disks: Disks) -> None:
-    disks.resize(CAPACITY)
+    begin_at(disks, CAPACITY)
     with disks.connect("grows") as client:
-        eventually(lambda: client.read_config().capacity * SECTOR == CAPACITY, "the old size")
         client.stop_queue(0)
         disks.resize(CAPACITY + 4096)
         eventually(lambda: client.read_config().capacity * SECTOR != CAPACITY, "the new size")
