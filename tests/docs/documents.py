@@ -12,6 +12,7 @@ DOCS = ROOT / "docs"
 #: One for each part of the program; each has an example that runs.
 FEATURES = (
     "block-nodes.md",
+    "check.md",
     "client.md",
     "data-paths.md",
     "hostile.md",

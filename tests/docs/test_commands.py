@@ -23,7 +23,7 @@ PAGES = sorted(
     ]
 )
 _COMMAND = re.compile(
-    r"^ *(?:\$ )?(?P<line>vhostblk(?:-storage-daemon| serve| stats| storage-daemon) (?:[^\n\\]|\\\n)*)",
+    r"^ *(?:\$ )?(?P<line>vhostblk(?:-storage-daemon| check| serve| stats| storage-daemon) (?:[^\n\\]|\\\n)*)",
     re.MULTILINE,
 )
 
@@ -37,7 +37,7 @@ def command_lines(path: Path) -> list[list[str]]:
     found = []
     for match in _COMMAND.finditer(text):
         line = match["line"].replace("\\\n", " ")
-        line = re.split(r" (?:&|\|\|?|#)|…", line)[0]
+        line = re.split(r" (?:&|\||#|>)|…", line)[0]
         found.append(shlex.split(line.replace('"$', '"')))
     return found
 

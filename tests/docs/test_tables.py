@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vhostblk.block.node import BlockSizes
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.cli import storage_daemon
 from vhostblk.cli.serve import _MAGIC
+from vhostblk.client.conformance.registry import ALL_CHECKS
 from vhostblk.export import options as export_options
 from vhostblk.export.blk_device import SEG_MAX, BlkDevice
 from vhostblk.export.error_log import ErrorLog
@@ -263,3 +265,20 @@ def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
         if not target.startswith("https://"):
             assert (document.parent / target).exists(), target
+
+
+# ---------------------------------------------------------------- check.md
+
+
+def test_areas_have_as_many_checks_as_the_table_says() -> None:
+    rows = table(read("docs/check.md"), "Areas")
+    documented = {row["area"]: int(row["checks"]) for row in rows}
+    assert documented == Counter(check.area for check in ALL_CHECKS)
+
+
+def test_transcripts_show_lines_of_checks_that_exist() -> None:
+    known = {check.id: check for check in ALL_CHECKS}
+    shown = re.findall(r"^(?:FAIL|warn)  (\S+) +(.*?)  \[(.*?)\]  ", read("docs/check.md"), re.M)
+    assert len(shown) == 17
+    for name, title, spec in shown:
+        assert (title, spec) == (known[name].title, known[name].spec), name
