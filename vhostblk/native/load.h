@@ -50,6 +50,7 @@ struct vb_load_options {
 	uint32_t threads;     /* queue i is driven by thread i modulo threads */
 	uint64_t rate;        /* requests per second of all threads; 0: as many as possible */
 	uint64_t requests;    /* of all queues, then it ends; 0: until it is told to */
+	uint32_t no_ramp;     /* begin in phase MEASURE */
 	uint64_t seed;
 	struct vb_load_model *model; /* writes carry, and reads are compared with, what it says; or NULL */
 	uint32_t known_only;         /* blocks the model does not know: 1: are not compared, 0: carry any generation */
@@ -133,7 +134,7 @@ struct vb_load_stats {
 struct vb_load;
 
 /* -EINVAL: options that contradict each other; -ENOMEM, and what threads and epoll return. The rings must be unused, or
- * left by another run; the threads start at once in phase RAMP. */
+ * left by another run; the threads start at once. */
 int vb_load_create(
 	const struct vb_load_options *options, const struct vb_load_ring *rings, uint32_t count, struct vb_load **ret);
 /* Go to a later phase. */

@@ -109,6 +109,7 @@ class LoadOptions:
     threads: int = 1
     rate: int = 0
     requests: int = 0
+    no_ramp: bool = False
     seed: int = 0
     known_only: bool = False
     skip_unknown: bool = False

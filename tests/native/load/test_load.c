@@ -21,6 +21,7 @@ static struct vb_load_options defaults(void)
 		.event_idx = 1,
 		.threads = 1,
 		.requests = 5000,
+		.no_ramp = 1,
 		.seed = 7,
 	};
 }
@@ -52,7 +53,7 @@ static struct outcome run(struct device *device, const struct vb_load_options *o
 	CHECK_EQUAL(vb_load_create(options, device->rings, device->count, &load), 0);
 	wait_for_end(load);
 	for (uint32_t i = 0; i < options->threads; i++) {
-		const struct vb_load_stats *stats = vb_load_stats(load, i, VB_LOAD_RAMP);
+		const struct vb_load_stats *stats = vb_load_stats(load, i, VB_LOAD_MEASURE);
 
 		CHECK(stats->end >= stats->begin && stats->begin);
 		outcome.sums.kicks += stats->kicks;
@@ -62,7 +63,7 @@ static struct outcome run(struct device *device, const struct vb_load_options *o
 			outcome.sums.op[op].requests += stats->op[op].requests;
 			outcome.sums.op[op].bytes += stats->op[op].bytes;
 			for (uint32_t bucket = 0; bucket < VB_LOAD_BUCKETS; bucket++)
-				outcome.counted += vb_load_histogram(load, i, VB_LOAD_RAMP, op)[bucket];
+				outcome.counted += vb_load_histogram(load, i, VB_LOAD_MEASURE, op)[bucket];
 		}
 	}
 	outcome.error = *vb_load_error(load);
@@ -284,7 +285,6 @@ TEST(what_does_not_come_back_can_be_abandoned)
 		CHECK_EQUAL(vb_load_create(&options, device.rings, 1, &load), 0);
 		while (vb_load_in_flight(load) < options.depth)
 			cpu_relax();
-		vb_load_set_phase(load, VB_LOAD_MEASURE);
 		vb_load_set_phase(load, VB_LOAD_DRAIN);
 		CHECK_EQUAL(vb_load_running(load), 1);
 		vb_load_set_phase(load, VB_LOAD_ABANDON);

@@ -90,7 +90,9 @@ def _bench(session: BenchSession, model: LoadModel | None, tell: Tell | None) ->
     changes = any(
         options.pattern.has(op) for op in (LoadOp.WRITE, LoadOp.DISCARD, LoadOp.WRITE_ZEROES)
     )
-    shape = replace(session.load_options, known_only=changes)
+    # A run that ends by itself must not begin before it is counted.
+    no_ramp = options.has_end or not options.ramp
+    shape = replace(session.load_options, known_only=changes, no_ramp=no_ramp)
     result = _Run(session, shape, model, tell).measure(options)
     if model is None or not changes:
         return result
@@ -104,6 +106,7 @@ def _bench(session: BenchSession, model: LoadModel | None, tell: Tell | None) ->
         flush_every=0,
         requests=0,
         rate=0,
+        no_ramp=True,
         skip_unknown=True,
     )
     known = model.known
@@ -129,6 +132,8 @@ class _Run:
         self._poll.register(session.connection, select.POLLIN | select.POLLRDHUP)
         for queue in session.client.queues:
             self._poll.register(queue.err_fd, select.POLLIN)
+        self._began = time.monotonic_ns(), native.ticks()
+        self._cpu = cpu_seconds(session.pid)
         self._load = Load(options, session.rings, model)
         self._poll.register(self._load.fd, select.POLLIN)
 
@@ -138,11 +143,11 @@ class _Run:
         """Warm up, measure, drain."""
         load, pid = self._load, self._session.pid
         try:
-            began = time.monotonic_ns(), native.ticks()
-            if options.ramp and not options.has_end:
+            began, cpu = self._began, self._cpu
+            if not self._options.no_ramp:
                 self._watch("ramp", LoadPhase.RAMP, options.ramp)
-            cpu = cpu_seconds(pid)
-            load.set_phase(LoadPhase.MEASURE)
+                cpu = cpu_seconds(pid)
+                load.set_phase(LoadPhase.MEASURE)
             self._watch("run", LoadPhase.MEASURE, None if options.has_end else options.duration)
             after = cpu_seconds(pid)
             ended = time.monotonic_ns(), native.ticks()
@@ -157,7 +162,6 @@ class _Run:
     def finish(self, name: str) -> None:
         """Run until the generator has nothing more to do."""
         try:
-            self._load.set_phase(LoadPhase.MEASURE)
             self._watch(name, LoadPhase.MEASURE, None)
         finally:
             self._load.close()

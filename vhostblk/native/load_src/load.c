@@ -59,6 +59,7 @@ int vb_load_create(
 		return -ENOMEM;
 	load->options = *options;
 	load->tsc = clock_has_tsc();
+	load->phase = options->no_ramp ? VB_LOAD_MEASURE : VB_LOAD_RAMP;
 	load->workers = calloc(options->threads, sizeof(struct worker *));
 	load->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	load->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

@@ -189,7 +189,7 @@ void *worker_main(void *argument)
 	static const uint64_t one = 1;
 
 	take_calls(worker);
-	begin_phase(worker, VB_LOAD_RAMP);
+	begin_phase(worker, load_relaxed(&load->phase));
 	worker->due = clock_ticks(load->tsc);
 	for (;;) {
 		uint32_t phase = load_relaxed(&load->phase);
