@@ -250,7 +250,7 @@ class BlockBackend:
         """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).
 
         May change whenever `revoke` or `revoke_flush` was called, and after `flush_failed`. Only one user may have it:
-        the one that writes.
+        the one that writes; where there are several, nobody.
         """
         if self._quiesced or (not self.writable and not self.node.read_only):
             return FlushTarget.ASK
