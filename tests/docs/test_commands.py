@@ -23,7 +23,7 @@ PAGES = sorted(
     ]
 )
 _COMMAND = re.compile(
-    r"^ *(?:\$ )?(?P<line>vhostblk(?:-storage-daemon| check| serve| stats| storage-daemon) (?:[^\n\\]|\\\n)*)",
+    r"^ *(?:\$ )?(?P<line>vhostblk(?:-storage-daemon| bench| check| serve| stats| storage-daemon) (?:[^\n\\]|\\\n)*)",
     re.MULTILINE,
 )
 

@@ -24,7 +24,7 @@ from vhostblk.errors import ConfigError, PeerError
 from vhostblk.native import load
 from vhostblk.testing.daemon_process import VHOSTBLK, DaemonProcess
 
-pytestmark = pytest.mark.skipif(not load.available, reason="the generator is not built")
+pytestmark = pytest.mark.skipif(not load.available(), reason="the generator is not built")
 
 QUICK = BenchOptions(duration=0.3, ramp=0.0, depth=8)
 ONCE = replace(QUICK, once=True, verify=True)

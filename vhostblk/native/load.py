@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+import importlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +19,6 @@ from typing import Any, NamedTuple
 
 from vhostblk.errors import StateError
 from vhostblk.native.binding import check
-
-try:
-    from vhostblk.native._load import ffi, lib
-except ImportError as error:
-    ffi = lib = None
-    _why = str(error)
 
 __all__ = [
     "BUCKETS",
@@ -48,9 +44,6 @@ __all__ = [
     "slots_size",
     "ticks",
 ]
-
-available: bool = lib is not None
-"""Whether the extension was built and could be loaded."""
 
 BUCKETS = 2496
 """Length of a latency histogram."""
@@ -192,66 +185,79 @@ class LoadError:
     sector: bytes
 
 
-def _lib() -> Any:
-    if lib is None:
-        raise StateError(f"the load generator was not built: {_why}")
-    return lib
+@functools.cache
+def _extension() -> Any:
+    """Load it when it is needed first: commands that need none do not have it in their memory."""
+    try:
+        return importlib.import_module("vhostblk.native._load")
+    except ImportError as error:
+        raise StateError(f"the load generator was not built: {error}") from None
+
+
+def available() -> bool:
+    """Whether the extension was built and can be loaded."""
+    try:
+        _extension()
+    except StateError:
+        return False
+    return True
 
 
 def address_of(buffer: memoryview) -> int:
     """Where a buffer is in this process."""
-    _lib()
+    ffi = _extension().ffi
     return int(ffi.cast("uintptr_t", ffi.from_buffer(buffer)))
 
 
 def ticks() -> int:
     """The generator's clock."""
-    return int(_lib().vb_load_ticks())
+    return int(_extension().lib.vb_load_ticks())
 
 
 def calibrate() -> float:
     """Ticks of a second; takes 20 ms."""
-    return float(_lib().vb_load_calibrate())
+    return float(_extension().lib.vb_load_calibrate())
 
 
 def clock_cost() -> float:
     """Ticks that a look at the clock takes; the least of many."""
-    return float(_lib().vb_load_clock_cost())
+    return float(_extension().lib.vb_load_clock_cost())
 
 
 def clock_is_tsc() -> bool:
     """Whether ticks are the processor's counter's, not nanoseconds."""
-    return bool(_lib().vb_load_clock_is_tsc())
+    return bool(_extension().lib.vb_load_clock_is_tsc())
 
 
 def bucket_of(latency: int) -> int:
     """Index of the bucket that so many ticks are counted in."""
-    return int(_lib().vb_load_bucket(latency))
+    return int(_extension().lib.vb_load_bucket(latency))
 
 
 def bucket_bound(bucket: int) -> int:
     """The least number of ticks that is counted in a bucket."""
-    return int(_lib().vb_load_bucket_bound(bucket))
+    return int(_extension().lib.vb_load_bucket_bound(bucket))
 
 
 def slots_size(options: LoadOptions) -> int:
     """Bytes of guest memory that each queue's requests need."""
-    return int(_lib().vb_load_slots_size(_c_options(options)))
+    return int(_extension().lib.vb_load_slots_size(_c_options(options)))
 
 
 def ring_entries(options: LoadOptions) -> int:
     """Entries a ring must have at least."""
-    return int(_lib().vb_load_ring_entries(_c_options(options)))
+    return int(_extension().lib.vb_load_ring_entries(_c_options(options)))
 
 
 def _c_options(options: LoadOptions, model: LoadModel | None = None) -> Any:
+    ffi = _extension().ffi
     fields = dataclasses.asdict(options)
     fields["model"] = ffi.NULL if model is None else model._model
     return ffi.new("struct vb_load_options *", fields)
 
 
 def _c_rings(rings: Sequence[LoadRing]) -> Any:
-    return ffi.new("struct vb_load_ring[]", [ring._asdict() for ring in rings])
+    return _extension().ffi.new("struct vb_load_ring[]", [ring._asdict() for ring in rings])
 
 
 class LoadModel:
@@ -271,24 +277,28 @@ class LoadModel:
 
     def __init__(self, offset: int, size: int, block: int, *, seed: int, stamp: int) -> None:
         ret = _new("struct vb_load_model **")
-        check(lib.vb_load_model_create(offset, size, block, seed, stamp, ret), "what to expect")
+        check(
+            _extension().lib.vb_load_model_create(offset, size, block, seed, stamp, ret),
+            "what to expect",
+        )
         self._model = ret[0]
 
     @property
     def known(self) -> int:
         """Blocks whose content is known."""
-        return int(lib.vb_load_model_known(self._model))
+        return int(_extension().lib.vb_load_model_known(self._model))
 
     def sector(self, offset: int, generation: int) -> bytes:
         """Content of 512 bytes after a write."""
+        ffi = _extension().ffi
         buffer = ffi.new("char[512]")
-        lib.vb_load_model_sector(self._model, offset, generation, buffer)
+        _extension().lib.vb_load_model_sector(self._model, offset, generation, buffer)
         return bytes(ffi.buffer(buffer))
 
     def close(self) -> None:
         """Free it. Idempotent."""
         if self._model is not None:
-            lib.vb_load_model_destroy(self._model)
+            _extension().lib.vb_load_model_destroy(self._model)
             self._model = None
 
 
@@ -311,37 +321,39 @@ class Load:
     ) -> None:
         ret = _new("struct vb_load **")
         c_options, c_rings = _c_options(options, model), _c_rings(rings)
-        check(lib.vb_load_create(c_options, c_rings, len(rings), ret), "load generator")
+        check(
+            _extension().lib.vb_load_create(c_options, c_rings, len(rings), ret), "load generator"
+        )
         self._load = ret[0]
         self._threads = options.threads
-        self.fd: int = lib.vb_load_fd(self._load)
+        self.fd: int = _extension().lib.vb_load_fd(self._load)
         """Becomes readable when a thread has ended."""
 
     @property
     def running(self) -> int:
         """Threads that have not ended."""
-        return int(lib.vb_load_running(self._load))
+        return int(_extension().lib.vb_load_running(self._load))
 
     @property
     def in_flight(self) -> int:
         """Requests on all queues."""
-        return int(lib.vb_load_in_flight(self._load))
+        return int(_extension().lib.vb_load_in_flight(self._load))
 
     @property
     def phase(self) -> LoadPhase:
         """Where it is; a failure makes it ABANDON."""
-        return LoadPhase(lib.vb_load_phase(self._load))
+        return LoadPhase(_extension().lib.vb_load_phase(self._load))
 
     def set_phase(self, phase: LoadPhase) -> None:
         """Go on to a later phase."""
-        lib.vb_load_set_phase(self._load, phase)
+        _extension().lib.vb_load_set_phase(self._load, phase)
 
     def stats(self, phase: LoadPhase) -> LoadStats:
         """What was counted in a phase up to now."""
         sums = LoadStats([OpStats() for _ in LoadOp])
         ends = []
         for thread in range(self._threads):
-            part = lib.vb_load_stats(self._load, thread, phase)
+            part = _extension().lib.vb_load_stats(self._load, thread, phase)
             for name in _SUMMED:
                 setattr(sums, name, getattr(sums, name) + getattr(part, name))
             for op, theirs in zip(sums.op, part.op, strict=True):
@@ -358,16 +370,17 @@ class Load:
     def histogram(self, phase: LoadPhase, op: LoadOp) -> list[int]:
         """Requests in each bucket."""
         sums = [0] * BUCKETS
+        buffer = _extension().ffi.buffer
         for thread in range(self._threads):
-            part = lib.vb_load_histogram(self._load, thread, phase, op)
-            counts = array("Q", bytes(ffi.buffer(part, 8 * BUCKETS)))
+            part = _extension().lib.vb_load_histogram(self._load, thread, phase, op)
+            counts = array("Q", bytes(buffer(part, 8 * BUCKETS)))
             sums = [a + b for a, b in zip(sums, counts, strict=True)]
         return sums
 
     @property
     def error(self) -> LoadError | None:
         """What went wrong first; final once `running` is 0."""
-        error = lib.vb_load_error(self._load)
+        error = _extension().lib.vb_load_error(self._load)
         if not error.failure:
             return None
         return LoadError(
@@ -388,7 +401,7 @@ class Load:
         """Leave what is in flight, and wait for the threads. Idempotent."""
         if self._load is not None:
             self.set_phase(LoadPhase.ABANDON)
-            lib.vb_load_destroy(self._load)
+            _extension().lib.vb_load_destroy(self._load)
             self._load = None
 
 
@@ -403,16 +416,15 @@ class LoadEcho:
 
     def __init__(self, rings: Sequence[LoadRing]) -> None:
         ret = _new("struct vb_load_echo **")
-        check(lib.vb_load_echo_create(_c_rings(rings), len(rings), ret), "echo")
+        check(_extension().lib.vb_load_echo_create(_c_rings(rings), len(rings), ret), "echo")
         self._echo = ret[0]
 
     def close(self) -> None:
         """End it. Idempotent."""
         if self._echo is not None:
-            lib.vb_load_echo_destroy(self._echo)
+            _extension().lib.vb_load_echo_destroy(self._echo)
             self._echo = None
 
 
 def _new(what: str) -> Any:
-    _lib()
-    return ffi.new(what)
+    return _extension().ffi.new(what)

@@ -12,7 +12,7 @@ from vhostblk.native import load
 
 pytestmark = [
     pytest.mark.usefixtures("folder"),
-    pytest.mark.skipif(not load.available, reason="the generator is not built"),
+    pytest.mark.skipif(not load.available(), reason="the generator is not built"),
 ]
 
 

@@ -17,7 +17,7 @@ import pytest
 from vhostblk import __version__
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
-from vhostblk.cli import check, main, serve, stats, storage_daemon
+from vhostblk.cli import bench, check, main, serve, stats, storage_daemon
 from vhostblk.export.options import _Options
 from vhostblk.testing.requirements import require
 
@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "docs" / "man"
 PAGES = sorted(FOLDER.glob("*.1"))
 NAMES = [
+    "vhostblk-bench.1",
     "vhostblk-check.1",
     "vhostblk-serve.1",
     "vhostblk-stats.1",
@@ -116,12 +117,13 @@ def test_the_pages_are_those_that_are_checked_here() -> None:
     ("page", "parser"),
     [
         ("vhostblk.1", common()),
+        ("vhostblk-bench.1", declared(bench)),
         ("vhostblk-check.1", declared(check)),
         ("vhostblk-serve.1", declared(serve)),
         ("vhostblk-stats.1", declared(stats)),
         ("vhostblk-storage-daemon.1", declared(storage_daemon)),
     ],
-    ids=["vhostblk", "check", "serve", "stats", "storage-daemon"],
+    ids=["vhostblk", "bench", "check", "serve", "stats", "storage-daemon"],
 )
 def test_page_has_exactly_the_options_of_the_parser(
     page: str, parser: argparse.ArgumentParser

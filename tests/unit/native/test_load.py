@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from enum import IntEnum
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from vhostblk.errors import StateError
 from vhostblk.native import load
 
-pytestmark = pytest.mark.skipif(not load.available, reason="the generator is not built")
+pytestmark = pytest.mark.skipif(not load.available(), reason="the generator is not built")
 
 
 @pytest.mark.parametrize(
@@ -22,14 +24,14 @@ pytestmark = pytest.mark.skipif(not load.available, reason="the generator is not
     ],
 )
 def test_enum_is_that_of_the_header(c_enum: str, prefix: str, enum: type[IntEnum]) -> None:
-    numbers = dict(load.ffi.typeof(c_enum).relements)
+    numbers = dict(load._extension().ffi.typeof(c_enum).relements)
     for end in ("OPS", "PHASES"):
         numbers.pop(prefix + end, None)
     assert numbers == {prefix + member.name: member.value for member in enum}
 
 
 def test_histogram_is_as_long_as_the_header_says() -> None:
-    assert load.lib.VB_LOAD_BUCKETS == load.BUCKETS
+    assert load._extension().lib.VB_LOAD_BUCKETS == load.BUCKETS
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,9 @@ def test_histogram_is_as_long_as_the_header_says() -> None:
 def test_struct_has_the_fields_of_the_header(
     struct: str, fields: list[str], besides: set[str]
 ) -> None:
-    assert {name for name, _ in load.ffi.typeof(struct).fields} == set(fields) | besides
+    assert {name for name, _ in load._extension().ffi.typeof(struct).fields} == set(
+        fields
+    ) | besides
 
 
 def test_every_counter_is_summed_over_the_threads() -> None:
@@ -72,7 +76,18 @@ def test_rings_that_do_not_fit_are_refused() -> None:
 
 
 def test_missing_extension_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(load, "lib", None)
-    monkeypatch.setattr(load, "_why", "no compiler", raising=False)
-    with pytest.raises(StateError, match="the load generator was not built: no compiler"):
+    monkeypatch.setitem(sys.modules, "vhostblk.native._load", None)
+    load._extension.cache_clear()
+    assert not load.available()
+    with pytest.raises(StateError, match="the load generator was not built: "):
         load.ticks()
+    monkeypatch.undo()
+    assert load.available()
+
+
+def test_commands_that_do_not_need_it_do_not_load_it() -> None:
+    script = "import sys, vhostblk.cli.main; print('vhostblk.native._load' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=True
+    )
+    assert done.stdout == "False\n"

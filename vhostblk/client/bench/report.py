@@ -99,10 +99,14 @@ def _lines(result: BenchResult) -> Iterator[str]:
         f" client {micro(result.client_cpu_us)} us of CPU, {micro(result.client_busy_us)} us of them at work;"
         f" {result.kicks_per_request:.3g} kicks, {result.calls_per_request:.3g} calls"
     )
+    checked = []
     if result.compared:
+        checked.append(f"{result.compared} bytes of reads were right")
+    if result.verified_blocks:
         blocks = result.verified_blocks
-        after = f"; {blocks} blocks read again afterwards" if blocks else ""
-        yield f"verified: {result.compared} bytes of reads were right{after}"
+        checked.append(f"{blocks} blocks were read again afterwards, and were right")
+    if checked:
+        yield f"verified: {'; '.join(checked)}"
 
 
 def table_of(result: BenchResult) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import pytest
 
@@ -52,6 +52,19 @@ def test_table_shows_latency_and_the_cost_on_both_sides() -> None:
 
 def test_table_says_that_a_process_could_not_be_seen() -> None:
     assert "back-end n/a us of CPU, client" in table_of(result(cpu=None))
+
+
+@pytest.mark.parametrize(
+    ("compared", "blocks", "said"),
+    [
+        (4096, 0, "verified: 4096 bytes of reads were right"),
+        (0, 7, "verified: 7 blocks were read again afterwards, and were right"),
+        (512, 1, "verified: 512 bytes of reads were right; 1 blocks were read again"),
+    ],
+)
+def test_table_says_what_was_verified(compared: int, blocks: int, said: str) -> None:
+    last = table_of(replace(result(), compared=compared, verified_blocks=blocks)).splitlines()[-1]
+    assert last.startswith(said)
 
 
 def test_comparison_shows_every_run_medians_and_ratios() -> None:

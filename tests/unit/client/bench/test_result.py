@@ -9,7 +9,7 @@ import pytest
 from vhostblk.client.bench.result import CURVE, PERCENTILES, percentiles
 from vhostblk.native import load
 
-pytestmark = pytest.mark.skipif(not load.available, reason="the generator is not built")
+pytestmark = pytest.mark.skipif(not load.available(), reason="the generator is not built")
 
 
 def histogram_of(values: list[int]) -> list[int]:
