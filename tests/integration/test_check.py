@@ -106,7 +106,7 @@ SHAPES: dict[str, tuple[str, str, dict[str, str]]] = {
     ),
     "write-through": ("", "writable=on,writethrough=on", {}),
     "one queue": (
-        ",cache.direct=on",
+        "",
         "writable=on,num-queues=1",
         {"queues.at-once": "needs 2 queues"},
     ),

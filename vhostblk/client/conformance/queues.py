@@ -150,7 +150,7 @@ def integrity_of_several(rig: Rig) -> str:
 
 @check(
     "queues.same-blocks",
-    "reads that run together with writes of the same block give one of the two contents, whole",
+    "a read in flight together with a write of the same block succeeds, and the write is there",
     "VIRTIO 1.2 §5.2.6",
     writes=True,
 )

@@ -279,11 +279,13 @@ def out_of_order(rig: Rig) -> str:
     with rig.guest() as guest:
         places = [i * rig.block for i in range(min(64, rig.span // rig.block))]
         expected = [guest.read(place, rig.block) for place in places]
-        disorder = 0
+        disorder, long = 0, 16 * rig.block
         for _ in range(5):
-            # Every fourth one is longer: it may be overtaken.
+            # Every fourth one is longer, where there is room: it may be overtaken.
             pending = [
-                guest.submit(_IN, place, room=rig.block * (16 if i % 4 == 0 and place == 0 else 1))
+                guest.submit(
+                    _IN, place, room=long if i % 4 == 0 and place + long <= rig.span else rig.block
+                )
                 for i, place in enumerate(places)
             ]
             finished = guest.client.wait(pending)
