@@ -5,6 +5,9 @@
 #include "histogram.h"
 #include "worker.h"
 
+#define PATIENCE 16u
+#define MAX_PAUSES 64u
+
 static bool is_exclusive(uint32_t op)
 {
 	return op != VB_LOAD_READ;
@@ -212,6 +215,19 @@ static void publish(struct worker *worker, struct load_queue *queue, uint32_t ad
 	}
 }
 
+/*
+ * Each look at the used ring takes its cache line away from the device, which wants to write there. If completions of many
+ * requests come one by one, look less often, until a sixteenth of what is in flight comes at once: latencies grow by less
+ * than that part of them.
+ */
+static void adapt_pauses(struct worker *worker, uint32_t ready, uint32_t in_flight)
+{
+	if (ready * PATIENCE < in_flight)
+		worker->pauses = MIN(worker->pauses * 2, MAX_PAUSES);
+	else if (ready * PATIENCE >= 2 * in_flight)
+		worker->pauses = MAX(worker->pauses / 2, 1u);
+}
+
 bool queue_turn(struct worker *worker, struct load_queue *queue)
 {
 	bool tsc = worker->load->tsc, submits = worker->phase <= VB_LOAD_MEASURE;
@@ -224,6 +240,7 @@ bool queue_turn(struct worker *worker, struct load_queue *queue)
 	if (ready) {
 		if (ready > ring_in_flight(&queue->ring))
 			return fail(worker, queue, NULL, VB_LOAD_USED_IDX, ready);
+		adapt_pauses(worker, ready, ring_in_flight(&queue->ring));
 		ready = MIN(ready, worker->batch);
 		if (!reap(worker, queue, ready, begin))
 			return false;

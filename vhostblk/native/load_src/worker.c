@@ -54,6 +54,7 @@ int worker_create(
 		return -ENOMEM;
 	worker->load = load;
 	worker->index = index;
+	worker->pauses = 1;
 	worker->batch = options->batch ? options->batch : DEFAULT_BATCH;
 	worker->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	worker->queues = calloc(count / options->threads + 1, sizeof(*worker->queues));
@@ -210,7 +211,8 @@ void *worker_main(void *argument)
 		if (load->options.sleep)
 			sleep_for_calls(worker);
 		else
-			cpu_relax();
+			for (uint32_t i = 0; i < worker->pauses; i++)
+				cpu_relax();
 	}
 	end_phase(worker);
 	__atomic_fetch_sub(&load->running, 1, __ATOMIC_RELEASE);

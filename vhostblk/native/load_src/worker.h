@@ -27,6 +27,7 @@ struct worker {
 	uint32_t phase;
 	uint32_t index;
 	uint32_t batch;
+	uint32_t pauses;    /* between two looks that find nothing */
 	bool starved;       /* the model let nothing through though there is room, or the rate did not */
 	uint64_t due;       /* when the rate allows the next request, ticks; */
 	uint64_t interval;  /* ticks between two requests; 0: no limit */
