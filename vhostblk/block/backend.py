@@ -28,6 +28,7 @@ from vhostblk.block.node import (
     Role,
 )
 from vhostblk.block.permissions import Perm
+from vhostblk.block.quiesce import Quiescent, wake
 from vhostblk.errors import BlockError
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _MAY_UNMAP = int(Req.MAY_UNMAP)
 _MAX_EXTENTS = 256
 
 
-class BlockBackend:
+class BlockBackend(Quiescent):
     """One user's view of a node.
 
     Args:
@@ -67,14 +68,12 @@ class BlockBackend:
         resize: bool = False,
         shared: Perm = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
     ) -> None:
+        super().__init__()
         self.node = node
         self.name = name
         self.writable = writable
         self.write_cache = write_cache
-        self.in_flight = 0
-        self._quiesced = 0
         self._epoch = 0  # counts revocations
-        self._idle: list[asyncio.Future[None]] = []
         self._queued: list[asyncio.Future[None]] = []
         self._revoke: Revoke | None = None
         self._revoke_flush: RevokeFlush | None = None
@@ -141,14 +140,14 @@ class BlockBackend:
         Raises:
             BlockError: EIO outside the disk, else the driver's errno.
         """
-        if self._quiesced:
+        if self.quiesced:
             await self._resume()
         self._check(offset, iov.length)
         self.in_flight += 1
         try:
             await pipeline.preadv(self.node, offset, iov)
         finally:
-            self._leave()
+            self.leave()
 
     async def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> None:
         """Write `iov`; durable when this returns if `flags` has `Req.FUA` or there is no write cache.
@@ -156,7 +155,7 @@ class BlockBackend:
         Raises:
             BlockError: EIO outside the disk, EPERM if not writable, else the driver's errno.
         """
-        if self._quiesced:
+        if self.quiesced:
             await self._resume()
         self._check(offset, iov.length)
         self._check_writable()
@@ -166,7 +165,7 @@ class BlockBackend:
                 flags |= _FUA
             await pipeline.pwritev(self.node, offset, iov, flags)
         finally:
-            self._leave()
+            self.leave()
 
     async def pwrite_zeroes(
         self, offset: int, length: int, may_unmap: bool = False, flags: int = 0
@@ -179,7 +178,7 @@ class BlockBackend:
         Raises:
             BlockError: as `pwritev`.
         """
-        if self._quiesced:
+        if self.quiesced:
             await self._resume()
         self._check(offset, length)
         self._check_writable()
@@ -191,7 +190,7 @@ class BlockBackend:
                 flags |= _FUA
             await clear.pwrite_zeroes(self.node, offset, length, flags)
         finally:
-            self._leave()
+            self.leave()
 
     async def pdiscard(self, offset: int, length: int) -> None:
         """The range is not needed any more; does nothing unless the node has `discard=unmap`.
@@ -199,7 +198,7 @@ class BlockBackend:
         Raises:
             BlockError: as `pwritev`.
         """
-        if self._quiesced:
+        if self.quiesced:
             await self._resume()
         self._check(offset, length)
         self._check_writable()
@@ -207,7 +206,7 @@ class BlockBackend:
         try:
             await clear.pdiscard(self.node, offset, length)
         finally:
-            self._leave()
+            self.leave()
 
     async def flush(self) -> None:
         """Make durable every write that has completed before this call, also through extents.
@@ -215,13 +214,13 @@ class BlockBackend:
         Raises:
             BlockError: the driver's errno.
         """
-        if self._quiesced:
+        if self.quiesced:
             await self._resume()
         self.in_flight += 1
         try:
             await pipeline.flush(self.node)
         finally:
-            self._leave()
+            self.leave()
 
     # ------------------------------------------------------------------ what may be done without
     # asking
@@ -235,7 +234,7 @@ class BlockBackend:
         found: list[HostExtent] = []
         epoch = self._epoch
         position, end = offset, min(offset + length, self.node.length)
-        while position < end and not self._quiesced and len(found) < _MAX_EXTENTS:
+        while position < end and not self.quiesced and len(found) < _MAX_EXTENTS:
             extent = await pipeline.host_extent(self.node, position, end - position)
             if extent is None:
                 break
@@ -244,7 +243,7 @@ class BlockBackend:
                 extent = extent.without(ExtentFlag.WRITE)
             found.append(extent)
         # A driver that had to wait may have been overtaken; the next miss asks again.
-        return found if self._epoch == epoch and not self._quiesced else []
+        return found if self._epoch == epoch and not self.quiesced else []
 
     def flush_target(self) -> int | FlushTarget:
         """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).
@@ -252,7 +251,7 @@ class BlockBackend:
         May change whenever `revoke` or `revoke_flush` was called, and after `flush_failed`. Only one user may have it:
         the one that writes; where there are several, nobody.
         """
-        if self._quiesced or (not self.writable and not self.node.read_only):
+        if self.quiesced or (not self.writable and not self.node.read_only):
             return FlushTarget.ASK
         return FlushTarget.NOTHING if self.node.read_only else pipeline.flush_target(self.node)
 
@@ -281,7 +280,8 @@ class BlockBackend:
 
     async def settle(self) -> None:
         """Return when none of our requests is in flight; those that come meanwhile wait, other users go on."""
-        await self.child_drained_begin(self._edge)
+        self.child_drained_begin(self._edge)
+        await self.child_drained_poll(self._edge)
         self.child_drained_end(self._edge)
 
     async def close(self) -> bool:
@@ -328,23 +328,21 @@ class BlockBackend:
         if self._resized is not None:
             self._resized(self.node.length)
 
-    async def child_drained_begin(self, edge: Edge) -> None:
-        """Hold new requests, take back all extents, wait for what runs."""
-        self._quiesced += 1
+    def child_drained_begin(self, edge: Edge) -> None:
+        """Hold new requests."""
+        self.quiesced += 1
+
+    async def child_drained_poll(self, edge: Edge) -> None:
+        """Take back all extents, wait for what runs."""
         await self.child_revoke(edge, 0, self.node.length)
-        while self.in_flight:
-            waiter = asyncio.get_running_loop().create_future()
-            self._idle.append(waiter)
-            await waiter
+        await self.idle()
 
     def child_drained_end(self, edge: Edge) -> None:
         """Let requests go on."""
-        self._quiesced -= 1
-        if not self._quiesced:
+        self.quiesced -= 1
+        if not self.quiesced:
             queued, self._queued = self._queued, []
-            for waiter in queued:
-                if not waiter.done():
-                    waiter.set_result(None)
+            wake(queued)
 
     def external_writes(self) -> int:
         """Writes completed through extents."""
@@ -353,18 +351,10 @@ class BlockBackend:
     # ------------------------------------------------------------------
 
     async def _resume(self) -> None:
-        while self._quiesced:
+        while self.quiesced:
             waiter = asyncio.get_running_loop().create_future()
             self._queued.append(waiter)
             await waiter
-
-    def _leave(self) -> None:
-        self.in_flight -= 1
-        if not self.in_flight and self._idle:
-            idle, self._idle = self._idle, []
-            for waiter in idle:
-                if not waiter.done():
-                    waiter.set_result(None)
 
     def _check(self, offset: int, length: int) -> None:
         # Row B14.1 leaves the end of the disk to the guest-facing layer.

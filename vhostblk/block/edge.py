@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block import clear, pipeline
+from vhostblk.block import clear, pipeline, quiesce
 from vhostblk.block.permissions import Perm, PermissionChange
 
 if TYPE_CHECKING:
@@ -56,9 +56,11 @@ class Edge:
             change.abort()
             raise
         change.commit()
+        quiesce.join(self)
 
     def detach(self) -> None:
         """Unlink; the node keeps counting the writes that went past its pipeline."""
+        quiesce.part(self)
         self.node.fold_external_writes(self.parent.external_writes())
         self.node.parents.remove(self)
         change = PermissionChange()

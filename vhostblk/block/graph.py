@@ -52,6 +52,9 @@ class BlockGraph:
         self._kept: set[BlockNode] = set()  # from add(); the others live as long as their parents
         self._host_io: dict[str | None, HostIO] = {}
         self._next_name = 100
+        self.quiesced = (
+            0  # drains of everything (`quiesce.all_drained`): new nodes begin with so many
+        )
         self._flush_failed = False  # of a node at its end
 
     async def add(self, options: Mapping[str, Any] | str) -> BlockNode:
@@ -140,6 +143,7 @@ class BlockGraph:
         options = consume(node_type.options_type, flat, where)
         node = node_type(self._name(common.node_name), common, options)
         node.bounce = self.bounce
+        node.quiesced = self.quiesced
         # Taken from here on: opening may wait.
         self.nodes[node.node_name] = node
         self._opening.add(node.node_name)

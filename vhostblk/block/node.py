@@ -15,12 +15,14 @@ import asyncio
 import enum
 import errno
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
+from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
 from vhostblk.block.limits import MAX_BOUNCING, SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
+from vhostblk.block.quiesce import Quiescent
 from vhostblk.block.tracking import RequestTracker
 from vhostblk.errors import BlockError
 
@@ -29,6 +31,18 @@ if TYPE_CHECKING:
     from vhostblk.block.host_io import HostIO
     from vhostblk.block.iov import IoVec
     from vhostblk.block.options import NodeOptions
+
+__all__ = [
+    "BlockNode",
+    "BlockSizes",
+    "EdgeParent",
+    "ExtentFlag",
+    "FlushTarget",
+    "HostExtent",
+    "OpenContext",
+    "Req",
+    "Role",
+]
 
 log = logging.getLogger(__name__)
 
@@ -62,58 +76,6 @@ class Role(enum.IntFlag):
     IMAGE = DATA | METADATA | PRIMARY
 
 
-class ExtentFlag(enum.IntFlag):
-    """What may be done with an extent, and how best; the values are `enum vb_extent_flag` of native/engine.h."""
-
-    READ = 1
-    WRITE = 2
-    ZERO = 4  # reads as zeroes; no file
-    NULL = (
-        8  # accepts writes and drops them; without ZERO, reads leave buffers as they are; no file
-    )
-    INLINE = 16  # the file never blocks (tmpfs)
-    POOL = 32  # aio=threads
-    FIXED = 64  # O_DIRECT: fixed buffers pay
-    CACHED = 128  # a page cache in between: reads may be there, writes are copies
-
-
-@dataclass(frozen=True, slots=True)
-class HostExtent:
-    """A range of a node that is a range of a host file, until it is revoked.
-
-    Attributes: offset, length: bytes on the node that was asked; never empty. fd: borrowed, valid
-        until the extent has been revoked; None where no file is behind it (ZERO, NULL).
-        host_offset: where `offset` is in the file. request_alignment: requests not aligned to it
-        must go through the block layer. memory_alignment: nor those whose buffers' addresses or
-        lengths are not aligned to this.
-    """
-
-    offset: int
-    length: int
-    fd: int | None
-    host_offset: int
-    flags: ExtentFlag
-    request_alignment: int = 1
-    memory_alignment: int = 1
-
-    @property
-    def end(self) -> int:
-        """The byte behind the last."""
-        return self.offset + self.length
-
-    def without(self, flags: ExtentFlag) -> HostExtent:
-        """The same with fewer rights."""
-        return replace(self, flags=self.flags & ~flags)
-
-    def cut(self, start: int, end: int) -> HostExtent | None:
-        """The part inside `start`..`end`, or None if that is empty."""
-        start, end = max(start, self.offset), min(end, self.end)
-        if start >= end:
-            return None
-        host_offset = self.host_offset + start - self.offset
-        return replace(self, offset=start, length=end - start, host_offset=host_offset)
-
-
 @dataclass(frozen=True, slots=True)
 class BlockSizes:
     """Sizes a disk reports to its user, in bytes (row B31.7); 0 means unknown.
@@ -128,13 +90,6 @@ class BlockSizes:
     physical: int = SECTOR_SIZE
     min_io: int = 0
     opt_io: int = 0
-
-
-class FlushTarget(enum.Enum):
-    """What `flush_target` says when it is not a file descriptor."""
-
-    NOTHING = "nothing"  # a flush has nothing to do
-    ASK = "ask"  # only the block layer can flush
 
 
 class EdgeParent(Protocol):
@@ -152,8 +107,13 @@ class EdgeParent(Protocol):
     def child_resized(self, edge: Edge) -> None:
         """The child's length has changed."""
 
-    async def child_drained_begin(self, edge: Edge) -> None:
-        """Send the child nothing new, and finish what is in flight, until `child_drained_end`."""
+    subtree_quiesced: int
+
+    def child_drained_begin(self, edge: Edge) -> None:
+        """Send the child nothing new until `child_drained_end`. Must not change the graph (row B26.5)."""
+
+    async def child_drained_poll(self, edge: Edge) -> None:
+        """Return when nothing is in flight to the child any more, and nobody uses its extents."""
 
     def child_drained_end(self, edge: Edge) -> None:
         """Undo one `child_drained_begin`."""
@@ -174,7 +134,7 @@ class OpenContext(Protocol):
         """The file I/O of this kind ("io_uring", "threads", None: the best there is)."""
 
 
-class BlockNode:
+class BlockNode(Quiescent):
     """One node of the graph; drivers derive from it.
 
     Args:
@@ -196,6 +156,7 @@ class BlockNode:
     supported_zero_flags: int = 0
 
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
+        super().__init__()
         self.node_name = name
         self.common = common
         self.options = options
@@ -212,15 +173,12 @@ class BlockNode:
         # State of the pipeline.
         self.tracker = RequestTracker()
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
-        self.in_flight = 0
-        self.quiesced = 0
         self.write_gen = 0
         # Not 0: whatever ran before us may have left writes in the page cache, so the first flush
         # must reach the disk.
         self.flushed_gen = -1
         self.flush_active = False
         self.flush_queue: list[asyncio.Future[None]] = []
-        self.idle_waiters: list[asyncio.Future[None]] = []
 
     def __repr__(self) -> str:
         return f"<{self.driver_name} node '{self.node_name}'>"
@@ -273,6 +231,12 @@ class BlockNode:
 
     async def driver_cut_padding(self, end: int) -> None:
         """A padded write has reached past `end`, the end of the node: undo that, where it shows (a file has grown)."""
+
+    def driver_drain_begin(self) -> None:
+        """A drain begins: release requests that wait here, start none of your own; those count in `in_flight`."""
+
+    def driver_drain_end(self) -> None:
+        """The last drain has ended."""
 
     def can_discard(self) -> bool:
         """Whether a discard has an effect; what the export offers to the guest."""
@@ -379,13 +343,17 @@ class BlockNode:
         if edge.role & Role.FILTERED:
             self.set_length(edge.node.length)
 
-    async def child_drained_begin(self, edge: Edge) -> None:
+    def child_drained_begin(self, edge: Edge) -> None:
         """A child is being drained, so this node is."""
-        await self.drained_begin()
+        self.quiesce()
+
+    async def child_drained_poll(self, edge: Edge) -> None:
+        """Wait for what is in flight here, and above."""
+        await self.settle()
 
     def child_drained_end(self, edge: Edge) -> None:
         """Undo one `child_drained_begin`."""
-        self.drained_end()
+        self.unquiesce()
 
     def set_length(self, length: int) -> None:
         """Change `length` and tell whoever is above."""
@@ -394,33 +362,41 @@ class BlockNode:
             for edge in tuple(self.parents):
                 edge.parent.child_resized(edge)
 
-    async def drained_begin(self) -> None:
-        """Quiesce: parents send nothing new, extents are back, nothing is in flight when this returns (row B26)."""
+    def quiesce(self) -> None:
+        """Begin a drain: whoever is above sends nothing new; what is in flight goes on (`settle`)."""
         self.quiesced += 1
         for edge in tuple(self.parents):
-            await edge.parent.child_drained_begin(edge)
-        await self._idle()
+            edge.parent.child_drained_begin(edge)
+        if self.quiesced == 1:
+            self.driver_drain_begin()
 
-    def drained_end(self) -> None:
-        """Undo one `drained_begin`."""
+    async def settle(self) -> None:
+        """Return when nothing is in flight, here and above; whoever calls has quiesced the node."""
+        for edge in tuple(self.parents):
+            await edge.parent.child_drained_poll(edge)
+        await self.idle()
+
+    async def settle_below(self) -> None:
+        """Return when what was in flight below is over; others may go on there (row B26.2)."""
+        for edge in tuple(self.children.values()):
+            await edge.node.idle_moment()
+            await edge.node.settle_below()
+
+    def unquiesce(self) -> None:
+        """Undo one `quiesce`."""
         assert self.quiesced
         self.quiesced -= 1
+        if not self.quiesced:
+            self.driver_drain_end()
         for edge in tuple(self.parents):
             edge.parent.child_drained_end(edge)
 
-    async def _idle(self) -> None:
-        while self.in_flight:
-            waiter = asyncio.get_running_loop().create_future()
-            self.idle_waiters.append(waiter)
-            await waiter
-        for edge in self.children.values():
-            await edge.node._idle()
+    async def drained_begin(self) -> None:
+        """Quiesce: nobody sends anything new, extents are back, nothing is in flight when this returns (row B26)."""
+        self.quiesce()
+        await self.settle()
+        await self.settle_below()
 
-    def leave(self) -> None:
-        """One request less in flight (row B14.2)."""
-        self.in_flight -= 1
-        if not self.in_flight and self.idle_waiters:
-            waiters, self.idle_waiters = self.idle_waiters, []
-            for waiter in waiters:
-                if not waiter.done():
-                    waiter.set_result(None)
+    def drained_end(self) -> None:
+        """Undo one `drained_begin`."""
+        self.unquiesce()

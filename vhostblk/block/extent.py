@@ -1,0 +1,68 @@
+"""What somebody above a node may do without asking: ranges of it that are ranges of a file, and flushes.
+
+Such answers hold until they are revoked (`BlockNode.revoke`). The native engine uses them; nothing here knows it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, replace
+
+
+class ExtentFlag(enum.IntFlag):
+    """What may be done with an extent, and how best; the values are `enum vb_extent_flag` of native/engine.h."""
+
+    READ = 1
+    WRITE = 2
+    ZERO = 4  # reads as zeroes; no file
+    NULL = (
+        8  # accepts writes and drops them; without ZERO, reads leave buffers as they are; no file
+    )
+    INLINE = 16  # the file never blocks (tmpfs)
+    POOL = 32  # aio=threads
+    FIXED = 64  # O_DIRECT: fixed buffers pay
+    CACHED = 128  # a page cache in between: reads may be there, writes are copies
+
+
+@dataclass(frozen=True, slots=True)
+class HostExtent:
+    """A range of a node that is a range of a host file, until it is revoked.
+
+    Attributes: offset, length: bytes on the node that was asked; never empty. fd: borrowed, valid
+        until the extent has been revoked; None where no file is behind it (ZERO, NULL).
+        host_offset: where `offset` is in the file. request_alignment: requests not aligned to it
+        must go through the block layer. memory_alignment: nor those whose buffers' addresses or
+        lengths are not aligned to this.
+    """
+
+    offset: int
+    length: int
+    fd: int | None
+    host_offset: int
+    flags: ExtentFlag
+    request_alignment: int = 1
+    memory_alignment: int = 1
+
+    @property
+    def end(self) -> int:
+        """The byte behind the last."""
+        return self.offset + self.length
+
+    def without(self, flags: ExtentFlag) -> HostExtent:
+        """The same with fewer rights."""
+        return replace(self, flags=self.flags & ~flags)
+
+    def cut(self, start: int, end: int) -> HostExtent | None:
+        """The part inside `start`..`end`, or None if that is empty."""
+        start, end = max(start, self.offset), min(end, self.end)
+        if start >= end:
+            return None
+        host_offset = self.host_offset + start - self.offset
+        return replace(self, offset=start, length=end - start, host_offset=host_offset)
+
+
+class FlushTarget(enum.Enum):
+    """What `flush_target` says when it is not a file descriptor."""
+
+    NOTHING = "nothing"  # a flush has nothing to do
+    ASK = "ask"  # only the block layer can flush
