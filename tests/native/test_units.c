@@ -400,28 +400,31 @@ TEST(revocations_wait_for_what_they_overlap_and_began_before)
 TEST(polling_adapts_by_its_factors)
 {
 	struct vb_thread thread = {.poll_max_ns = 32768, .poll_grow = 3};
+	uint64_t poll_ns = 0;
 
-	thread_adapt_polling(&thread, 100);
-	CHECK_EQUAL(thread.poll_ns, 4000);
-	thread_adapt_polling(&thread, 4000); /* it was long enough */
-	CHECK_EQUAL(thread.poll_ns, 4000);
-	thread_adapt_polling(&thread, 4001);
-	CHECK_EQUAL(thread.poll_ns, 12000);
-	thread_adapt_polling(&thread, 32768);
-	CHECK_EQUAL(thread.poll_ns, 32768);
+	thread_adapt_polling(&thread, &poll_ns, 100);
+	CHECK_EQUAL(poll_ns, 4000);
+	thread_adapt_polling(&thread, &poll_ns, 4000); /* it was long enough */
+	CHECK_EQUAL(poll_ns, 4000);
+	thread_adapt_polling(&thread, &poll_ns, 4001);
+	CHECK_EQUAL(poll_ns, 12000);
+	thread_adapt_polling(&thread, &poll_ns, 32768);
+	CHECK_EQUAL(poll_ns, 32768);
 	thread.poll_shrink = 4;
-	thread_adapt_polling(&thread, 32769);
-	CHECK_EQUAL(thread.poll_ns, 8192);
+	thread_adapt_polling(&thread, &poll_ns, 32769);
+	CHECK_EQUAL(poll_ns, 8192);
 	thread.poll_shrink = 0;
-	thread_adapt_polling(&thread, 32769);
-	CHECK_EQUAL(thread.poll_ns, 0);
+	thread_adapt_polling(&thread, &poll_ns, 32769);
+	CHECK_EQUAL(poll_ns, 0);
 	/* Nothing overflows. */
-	thread = (struct vb_thread){.poll_max_ns = INT64_MAX, .poll_grow = INT64_MAX, .poll_ns = 4000};
-	thread_adapt_polling(&thread, 5000);
-	CHECK_EQUAL(thread.poll_ns, INT64_MAX);
+	thread = (struct vb_thread){.poll_max_ns = INT64_MAX, .poll_grow = INT64_MAX};
+	poll_ns = 4000;
+	thread_adapt_polling(&thread, &poll_ns, 5000);
+	CHECK_EQUAL(poll_ns, INT64_MAX);
 	/* No polling stays none. */
 	thread = (struct vb_thread){.poll_max_ns = 0, .poll_grow = 2};
-	thread_adapt_polling(&thread, 0);
-	thread_adapt_polling(&thread, 1);
-	CHECK_EQUAL(thread.poll_ns, 0);
+	poll_ns = 0;
+	thread_adapt_polling(&thread, &poll_ns, 0);
+	thread_adapt_polling(&thread, &poll_ns, 1);
+	CHECK_EQUAL(poll_ns, 0);
 }

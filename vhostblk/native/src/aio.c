@@ -236,17 +236,33 @@ static int64_t fill_with_zeroes(const struct aio_op *op)
 	return filled;
 }
 
+/* The calls that know no vectors are shorter by a tenth, which is what a file in memory is worth. */
+static ssize_t read_once(const struct aio_op *op)
+{
+	if (op->pieces == 1)
+		return pread(op->fd, op->iov->iov_base, op->iov->iov_len, (off_t)op->offset);
+	return preadv(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset);
+}
+
+static ssize_t write_once(const struct aio_op *op)
+{
+	if (op->flags & AIO_DSYNC)
+		return pwritev2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, RWF_DSYNC);
+	if (op->pieces == 1)
+		return pwrite(op->fd, op->iov->iov_base, op->iov->iov_len, (off_t)op->offset);
+	return pwritev(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset);
+}
+
 static int64_t run_once(struct aio_op *op)
 {
-	int flags = op->flags & AIO_DSYNC ? RWF_DSYNC : 0;
 	int64_t result;
 
 	switch (op->kind) {
 	case VB_IO_READ:
-		result = preadv2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, 0);
+		result = read_once(op);
 		break;
 	case VB_IO_WRITE:
-		result = pwritev2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, flags);
+		result = write_once(op);
 		break;
 	case VB_IO_FDATASYNC:
 		result = fdatasync(op->fd);

@@ -124,6 +124,7 @@ bool thread_turn(struct vb_thread *thread)
 	bool any;
 
 	thread->now = now_ns();
+	thread->shown = false;
 	/* First: whoever wrote to the eventfds has said before what there is to do. */
 	if (thread->resting && thread->now - thread->listened_ns > LISTEN_INTERVAL)
 		listen_for_kicks(thread);
@@ -204,39 +205,46 @@ static void sleep_until_event(struct vb_thread *thread)
 
 	message_ring_wake_up(&thread->down);
 	store_relaxed(&thread->starved, 0);
+	thread->listened_ns = now_ns();
 	for (int i = 0; i < count; i++)
 		handle_event(thread, &events[i]);
 }
 
 /* Spin longer if that would have caught it, less or not at all if it was far too long: as QEMU's iothreads. */
-void thread_adapt_polling(struct vb_thread *thread, uint64_t idle_ns)
+void thread_adapt_polling(const struct vb_thread *thread, uint64_t *poll_ns, uint64_t idle_ns)
 {
 	uint64_t most = thread->poll_max_ns;
 
 	if (idle_ns > most)
-		thread->poll_ns = thread->poll_shrink ? thread->poll_ns / thread->poll_shrink : 0;
-	else if (idle_ns > thread->poll_ns && thread->poll_ns > most / thread->poll_grow)
-		thread->poll_ns = most;
-	else if (idle_ns > thread->poll_ns)
-		thread->poll_ns = MIN(thread->poll_ns ? thread->poll_ns * thread->poll_grow : POLL_START, most);
+		*poll_ns = thread->poll_shrink ? *poll_ns / thread->poll_shrink : 0;
+	else if (idle_ns > *poll_ns && *poll_ns > most / thread->poll_grow)
+		*poll_ns = most;
+	else if (idle_ns > *poll_ns)
+		*poll_ns = MIN(*poll_ns ? *poll_ns * thread->poll_grow : POLL_START, most);
 }
+
+/* What comes next, after a turn that had something to do. A driver that was shown completions fills its ring again within
+ * microseconds, devices take their time: one must not spoil what was learnt from the other. */
+enum awaited { AWAIT_DEVICE, AWAIT_DRIVER };
 
 static void *thread_main(void *opaque)
 {
 	struct vb_thread *thread = opaque;
+	enum awaited awaited = AWAIT_DRIVER;
 	uint64_t idle_since = 0;
 
 	while (!load_acquire(&thread->stop)) {
 		if (thread_turn(thread)) {
 			if (idle_since)
-				thread_adapt_polling(thread, thread->now - idle_since);
+				thread_adapt_polling(thread, &thread->poll_ns[awaited], thread->now - idle_since);
+			awaited = thread->shown ? AWAIT_DRIVER : AWAIT_DEVICE;
 			idle_since = 0;
 			thread->interval_ns = INTERVAL_MIN;
 			continue;
 		}
 		if (!idle_since)
 			idle_since = thread->now;
-		if (thread->now - idle_since < thread->poll_ns)
+		if (thread->now - idle_since < thread->poll_ns[awaited])
 			cpu_relax();
 		else
 			sleep_until_event(thread);

@@ -115,6 +115,7 @@ void queue_wake(struct queue *queue)
 		return;
 	list_append(&thread->awake, &queue->awake);
 	thread->resting--;
+	disable_kicks(queue);
 	queue->worked_ns = thread->now;
 }
 
@@ -304,8 +305,10 @@ static bool has_news(const struct queue *queue)
 bool queue_rest(struct queue *queue)
 {
 	enable_kicks(queue);
-	if (has_news(queue) || (takes_chains(queue) && virtqueue_pending(&queue->vq)))
+	if (has_news(queue) || (takes_chains(queue) && virtqueue_pending(&queue->vq))) {
+		disable_kicks(queue);
 		return false;
+	}
 	/* Without a kick fd the driver's chains are only found by looking. */
 	if (queue->config.kick_fd >= 0) {
 		list_remove(&queue->awake);
@@ -322,6 +325,7 @@ static void show_completions(struct queue *queue)
 
 	if (!queue->dead)
 		virtqueue_publish(&queue->vq);
+	queue->thread->shown = true;
 	queue->thread->now = now_ns();
 	stats_batch_finish(&queue->batch, queue->stats, queue->thread->now - before);
 }
@@ -337,7 +341,6 @@ bool queue_run(struct queue *queue)
 			break;
 		popped++;
 		queue->work += queue->chain->descriptors;
-		disable_kicks(queue);
 		if (result < 0)
 			queue_break(queue, (enum vb_broken) - result);
 		else
@@ -355,6 +358,7 @@ bool queue_run(struct queue *queue)
 static void notify_driver(struct queue *queue)
 {
 	virtqueue_publish(&queue->vq);
+	queue->thread->shown = true;
 	if (!virtqueue_should_notify(&queue->vq)) {
 		stat_add(queue->stats->calls_suppressed, 1);
 	} else if (queue->config.call_fd >= 0) {

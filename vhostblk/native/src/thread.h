@@ -45,7 +45,8 @@ struct vb_thread {
 	uint64_t poll_max_ns;
 	uint64_t poll_grow;   /* never 0 */
 	uint64_t poll_shrink; /* 0: to nothing */
-	uint64_t poll_ns;     /* how long to spin at the moment */
+	uint64_t poll_ns[2];  /* how long to spin at the moment, by what is waited for: see enum awaited */
+	bool shown;           /* in this turn a driver was shown completions */
 	uint64_t interval_ns; /* how long a ring without kick fd may wait at the moment */
 	uint64_t now;         /* when the clock was last read: at least once a turn */
 	uint64_t listened_ns; /* when we last looked for kicks of resting queues */
@@ -59,7 +60,7 @@ void thread_close(struct vb_thread *thread);
 /* Do all there is to do, once, without sleeping. Whether there was anything. */
 bool thread_turn(struct vb_thread *thread);
 /* Learn from how long it took until there was work again, counted from when there was none. */
-void thread_adapt_polling(struct vb_thread *thread, uint64_t idle_ns);
+void thread_adapt_polling(const struct vb_thread *thread, uint64_t *poll_ns, uint64_t idle_ns);
 
 /* Room in the ring up, beyond what is promised. */
 static inline uint32_t thread_room(const struct vb_thread *thread)

@@ -321,7 +321,9 @@ void virtqueue_enable_kicks(struct virtqueue *vq)
 
 void virtqueue_disable_kicks(struct virtqueue *vq)
 {
-	/* With EVENT_IDX there is nothing to do: an avail_event that was passed asks for no more kicks. */
-	if (!vq->event_idx)
+	/* An avail_event that the driver has passed asks for no more kicks (but for one, 65536 chains later). */
+	if (vq->event_idx)
+		store_relaxed(avail_event(vq), htole16((uint16_t)(vq->next_avail - 1)));
+	else
 		store_relaxed(&vq->used->flags, htole16(VRING_USED_F_NO_NOTIFY));
 }
