@@ -7,6 +7,7 @@
 #   make format      ruff format, ruff --fix, clang-format -i
 #   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
+#   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
 #   make qtest       QEMU's own vhost-user-blk tests against the storage daemon
 #   make build       the virtual environment in .venv, and the engine
 #   make clean       remove what was built (not .venv)
@@ -15,6 +16,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 FUZZ_SECONDS ?= 60
+QUICK ?=
 
 python := $(VENV)/bin/python
 stamps := build/stamps
@@ -22,7 +24,7 @@ native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostb
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
 c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz sanitize qtest clean
+.PHONY: all setup build test test-quick lint format demo fuzz sanitize qtest bench clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -75,6 +77,9 @@ fuzz: $(stamps)/system-test build
 
 qtest: $(stamps)/system-test build
 	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon
+
+bench: $(stamps)/system-test build
+	@$(python) -m tests.bench $(if $(QUICK),--quick) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info vhostblk/native/*.so vhostblk/native/_engine.c vhostblk/native/_load.c
