@@ -25,7 +25,6 @@ from vhostblk.virtio.blk import WRITEBACK_OFFSET
 
 __all__ = ["Disturber"]
 
-_MAX_REQUESTS_BETWEEN = 100
 _MAX_REQUESTS_DURABLE = 30
 _MAX_GROWTH = 64
 _LOOK = 0.0005  # seconds
@@ -50,6 +49,8 @@ class Disturber:
         """Bytes at the beginning of the disk that are in use."""
         self.only = ""
         """Nothing else is done; empty: everything."""
+        self.pause = 0
+        """Requests between two disturbances, at most."""
         self._export = export
         self._image = image
         self._choice = random.Random(seed)
@@ -81,7 +82,7 @@ class Disturber:
                 name = self.only or self._choice.choices(names, weights)[0]
                 await self._kinds[name][1]()
                 self.done[name] += 1
-            await self._progress(self._choice.randrange(_MAX_REQUESTS_BETWEEN))
+            await self._progress(self._choice.randrange(self.pause + 1))
 
     @property
     def _is_connected(self) -> bool:

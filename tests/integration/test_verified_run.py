@@ -48,13 +48,13 @@ _QUEUES = 4
 _ROUND = 200_000 if _SECONDS else 3_000  # requests of one bench
 _LEAST_DISTURBANCES = 60
 
-# where the image is, and options of the file
+# where the image is, options of the file, and what moves together
 _STORAGE = {
-    "file": ("/var/tmp", ""),  # FHS: what is there survives a reboot, so it is no tmpfs
-    "threads": ("/var/tmp", ",file.file.aio=threads"),
-    "tmpfs": ("/dev/shm", ""),
-    "direct": ("/var/tmp", ",file.file.cache.direct=on"),
-    "pinned": ("/var/tmp", ",file.file.cache.direct=on"),
+    "file": ("/var/tmp", "", "64k"),  # FHS: what is there survives a reboot, so it is no tmpfs
+    "threads": ("/var/tmp", ",file.aio=threads", "1M"),
+    "tmpfs": ("/dev/shm", "", "64k"),
+    "direct": ("/var/tmp", ",file.cache.direct=on", "256k"),
+    "pinned": ("/var/tmp", ",file.cache.direct=on", "64k"),
 }
 _CASES = [(storage, "wandering") for storage in _STORAGE]
 _CASES += [(storage, "raw") for storage in ("file", "tmpfs", "direct")]
@@ -74,15 +74,20 @@ class Run:
     verified: int = 0
     commands: list[str] = field(default_factory=list)
 
-    def bench(self, options: Sequence[str] = ()) -> tuple[int, str, str]:
+    def bench(
+        self, options: Sequence[str] = (), span: int = 0, requests: int = _ROUND
+    ) -> tuple[int, str, str]:
         """One bench, disturbed; returns its exit status, and what it said.
 
         Args:
             options: of the bench; none: some.
+            span: bytes of the disk that it uses; 0: some.
+            requests: until it ends.
         """
-        self.disturber.span = self.choice.choice(_SPANS)
+        self.disturber.span = span or self.choice.choice(_SPANS)
+        self.disturber.pause = self.choice.choice([0, 30, 100])
         words = [*(options or self._options()), "--verify", "--json", "--queues", str(_QUEUES)]
-        words += ["--size", str(self.disturber.span), "--requests", str(_ROUND)]
+        words += ["--size", str(self.disturber.span), "--requests", str(requests)]
         words += ["--seed", str(self.choice.randrange(1 << 30))]
         command = [*VHOSTBLK, "bench", str(self.socket), *words]
         self.commands.append(" ".join(command[3:]))
@@ -126,7 +131,7 @@ class Run:
     def _options(self) -> list[str]:
         """Some options of a bench."""
         choose = self.choice
-        unit = choose.choice([512, 4096, 4096])
+        unit = choose.choice([512, 4096, 4096, 32768])
         pattern = choose.choice(
             [
                 "read=45,write=45,flush=1,discard=4,write-zeroes=5",
@@ -160,17 +165,16 @@ class Run:
 @contextmanager
 def served(folder: Path, storage: str, graph: str) -> Iterator[Run]:
     """An export as it is in the product, and its disturber."""
-    place, options = _STORAGE[storage]
+    place, options, chunk = _STORAGE[storage]
     with tempfile.TemporaryDirectory(dir=place, prefix="vb-") as images:
         image = Path(images) / "image"
         with image.open("wb") as file:
             file.truncate(_IMAGE)
         top = "d" if graph == "raw" else "inner"
         raw = f"raw,node-name={top},discard=unmap,file.driver=file,file.filename={image}"
-        # The window begins where it is not aligned to a chunk.
-        nodes = [raw + ",offset=1M" + options.replace("file.file.", "file.")]
+        nodes = [f"{raw},offset=1M{options}"]
         if graph != "raw":
-            nodes.append(f"wandering,node-name=d,discard=unmap,file={top}")
+            nodes.append(f"wandering,node-name=d,discard=unmap,chunk={chunk},file={top}")
         # With iothread-vq-mapping: queues 0 and 2 on one thread, 1 and 3 on the other.
         mapping = ",".join(f"iothread-vq-mapping.{i}.iothread=io{i}" for i in range(2))
         pinned = ",pin-memory=on" if storage == "pinned" else ""
@@ -261,7 +265,7 @@ def test_revocation_that_takes_nothing_back_is_found(
 
     monkeypatch.setattr(NativeDataPath, "revoke", revoke)
     with served(socket_directory, storage, "wandering") as run:
-        for _ in range(10):
+        for _ in range(20):
             status, _, err = run.bench()
             if status != 0:
                 break
@@ -282,10 +286,13 @@ def test_revocation_that_does_not_wait_is_found(
 
     tasks: list[asyncio.Future[None]] = []
     monkeypatch.setattr(NativeDataPath, "revoke", hurry)
-    with served(socket_directory, "direct", "wandering") as run:
+    # Large buffered writes of many threads to one file wait for each other, which takes longer than to move a chunk.
+    with served(socket_directory, "threads", "wandering") as run:
         run.disturber.only = "moved"
         for _ in range(20):
-            status, _, err = run.bench(["--pattern", "randrw", "--block-size", "64k"])
+            status, _, err = run.bench(
+                ["--pattern", "randrw", "--block-size", "1M", "--depth", "16"], max(_SPANS)
+            )
             if status != 0:
                 break
         assert "wrong data" in err, run.story()
