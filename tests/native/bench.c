@@ -1,7 +1,12 @@
-/* bench.c: how fast the engine is by itself. Not run by the tests: `build.sh bench -O2 && ./bench bench_inline_tmpfs`.
+/*
+ * bench.c: how fast the engine is by itself. Not run by the tests: `build.sh bench -O2 && ./bench bench_inline_tmpfs`.
+ *
+ * bench_turn_*: one thread is driver and engine in turn, so nothing depends on what else the machine does. Under callgrind
+ * they count the engine's instructions for each request: docs/benchmarks.md.
  */
 #include <sys/resource.h>
 #include "harness.h"
+#include "src/thread.h"
 
 #define SIZE (256u << 20)
 
@@ -83,6 +88,80 @@ static void all(enum vb_io_kind kind, uint32_t flags)
 		measure(config, kind, flags, 0, depth);
 	}
 }
+
+/* ---------------------------------------------------------------- by turns */
+
+#define TURN_DEPTH 32
+
+/* All that a turn of the engine serves: what callgrind is told to count. */
+__attribute__((noinline)) static void engine_turn(struct engine *engine)
+{
+	thread_turn(engine->thread);
+}
+
+static double own_seconds(void)
+{
+	struct rusage self;
+
+	getrusage(RUSAGE_THREAD, &self);
+	return (double)(self.ru_utime.tv_sec + self.ru_stime.tv_sec) +
+	       (double)(self.ru_utime.tv_usec + self.ru_stime.tv_usec) / 1e6;
+}
+
+static void by_turns(uint32_t flags, uint32_t type, uint32_t rounds)
+{
+	struct engine *engine = engine_new_by_hand(VB_IO_AUTO);
+	struct driver_config config = {
+		.size = 128, .data_bytes = 4096, .indirect = true, .event_idx = true, .alignment = 4096};
+	struct vb_disk *disk = disk_new(1, SIZE);
+	int fd = file_new(false, SIZE), token;
+	struct driver driver;
+	struct guest guest;
+	double cpu = 0;
+
+	for (uint64_t at = 0; at < SIZE; at += 4096)
+		CHECK_EQUAL(pwrite(fd, "x", 1, (off_t)at), 1);
+	guest_init(&guest);
+	disk_attach(engine, disk, guest.memory);
+	disk_map(engine, disk, whole_file(fd, SIZE, flags | VB_EXTENT_READ | VB_EXTENT_WRITE));
+	driver_init(&driver, &guest, &config);
+	driver_start(&driver, engine, disk, 1);
+	for (uint32_t round = 0; round < rounds; round++) {
+		for (uint16_t i = 0; i < TURN_DEPTH; i++)
+			driver_add(&driver, i, type, random_below(SIZE / 4096) * 8, 4096);
+		driver_publish(&driver);
+		cpu -= own_seconds();
+		engine_turn(engine);
+		cpu += own_seconds();
+		while ((token = driver_reap(&driver, NULL)) >= 0)
+			CHECK_EQUAL(*driver_status(&driver, (uint16_t)token), VIRTIO_BLK_S_OK);
+	}
+	printf("%u requests, %.3f us of CPU each\n", rounds * TURN_DEPTH, cpu * 1e6 / rounds / TURN_DEPTH);
+	driver_stop(&driver);
+	disk_detach(engine, disk);
+	engine_delete(engine);
+	vb_disk_unref(disk);
+	driver_deinit(&driver);
+	guest_deinit(&guest);
+	close(fd);
+}
+
+TEST(bench_turn_null)
+{
+	by_turns(VB_EXTENT_NULL, VIRTIO_BLK_T_IN, 3000);
+}
+
+TEST(bench_turn_read)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_IN, 3000);
+}
+
+TEST(bench_turn_write)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_OUT, 3000);
+}
+
+/* ---------------------------------------------------------------- two threads */
 
 TEST(bench_inline_tmpfs)
 {
