@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include "queue.h"
@@ -273,12 +274,13 @@ static int open_fds(struct vb_thread *thread)
 
 int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 {
-	struct vb_thread *thread = aligned_alloc(64, sizeof(*thread));
+	/* Most of it is message rings, whose pages an idle thread never touches. */
+	struct vb_thread *thread =
+		mmap(NULL, sizeof(*thread), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	int error;
 
-	if (!thread)
+	if (thread == MAP_FAILED)
 		return -ENOMEM;
-	memset(thread, 0, sizeof(*thread));
 	thread->down_fd = thread->up_fd = thread->epoll_fd = -1;
 	notifier_init(&thread->notifier);
 	thread->up.asleep = 1; /* control waits for the eventfd from the beginning */
@@ -317,7 +319,7 @@ void thread_close(struct vb_thread *thread)
 			close(fds[i]);
 	barriers_deinit(&thread->barriers);
 	free(thread->queues);
-	free(thread);
+	munmap(thread, sizeof(*thread));
 }
 
 int vb_thread_create(const struct vb_thread_options *options, struct vb_thread **ret)
