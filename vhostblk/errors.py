@@ -38,7 +38,15 @@ class VhostBlkError(Exception):
 
 
 class ConfigError(VhostBlkError):
-    """A wrong option. The message names the option, the value and what is allowed."""
+    """A wrong option. The message names the option, the value and what is allowed.
+
+    Args:
+        errno: for callers that speak errno, as those of an image tool do; EINVAL unless something else is known.
+    """
+
+    def __init__(self, message: str, errno: int = _errno.EINVAL) -> None:
+        super().__init__(message)
+        self.errno = errno
 
 
 class StateError(VhostBlkError):

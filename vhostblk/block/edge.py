@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block import clear, pipeline, quiesce
-from vhostblk.block.permissions import Perm, PermissionChange
+from vhostblk.block import clear, pipeline
+from vhostblk.block.permissions import Perm
+from vhostblk.block.transaction import GraphTransaction
 
 if TYPE_CHECKING:
     from vhostblk.block.iov import IoVec
     from vhostblk.block.node import BlockNode, EdgeParent, Role
+    from vhostblk.block.op_blockers import Reason
 
 _WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED
 
@@ -25,7 +27,7 @@ class Edge:
     Context: the control loop.
     """
 
-    __slots__ = ("name", "node", "parent", "perm", "role", "shared")
+    __slots__ = ("blocker", "frozen", "name", "node", "parent", "perm", "role", "shared", "stays")
 
     def __init__(
         self, parent: EdgeParent, node: BlockNode, name: str, role: Role, perm: Perm, shared: Perm
@@ -36,37 +38,30 @@ class Edge:
         self.role = role
         self.perm = perm
         self.shared = shared
+        self.stays = False  # at its node, when everybody else moves to a new one (row B08.6)
+        self.frozen = False  # nobody may move or remove it (row B11.5)
+        self.blocker: Reason | None = None  # what it blocks on its node (row B11.3)
 
     def describe(self) -> str:
         """Who uses the node and as what, for messages."""
         return self.parent.describe_use(self)
 
     def attach(self) -> None:
-        """Link into the node's parents, if the permissions allow it.
+        """Link into both ends, if the permissions allow it.
 
         Raises:
             ConfigError: they do not; nothing has changed.
         """
-        self.node.parents.append(self)
-        change = PermissionChange()
-        try:
-            change.check(self.node)
-        except BaseException:
-            self.node.parents.remove(self)
-            change.abort()
-            raise
-        change.commit()
-        quiesce.join(self)
+        with GraphTransaction() as change:
+            change.attach(self)
 
     def detach(self) -> None:
-        """Unlink; the node keeps counting the writes that went past its pipeline."""
-        quiesce.part(self)
-        self.node.fold_external_writes(self.parent.external_writes())
-        self.node.parents.remove(self)
-        change = PermissionChange()
-        # Asking for less cannot fail, except where it must be possible to leave anyway.
-        change.check(self.node)
-        change.commit()
+        """Unlink; the node keeps counting the writes that went past its pipeline.
+
+        Asking for less cannot fail, except where it must be possible to leave anyway.
+        """
+        with GraphTransaction() as change:
+            change.detach(self)
 
     def preadv(self, offset: int, iov: IoVec) -> Coroutine[Any, Any, None]:
         """Read `iov` full; see `pipeline.preadv`."""

@@ -187,7 +187,7 @@ class BlockGraph:
 
     async def _dissolve(self, node: BlockNode) -> None:
         children = [edge.node for edge in node.children.values()]
-        for edge in node.children.values():
+        for edge in tuple(node.children.values()):
             edge.detach()
         node.children.clear()
         self.nodes.pop(node.node_name, None)

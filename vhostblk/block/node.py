@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
 from vhostblk.block.limits import MAX_BOUNCING, SECTOR_SIZE, BlockLimits
+from vhostblk.block.op_blockers import OpBlockers
 from vhostblk.block.permissions import Perm
 from vhostblk.block.quiesce import Quiescent
+from vhostblk.block.roles import Role, default_child_permissions
 from vhostblk.block.tracking import RequestTracker
 from vhostblk.errors import BlockError
 
@@ -63,17 +65,6 @@ class Req(enum.IntFlag):
     PREFETCH = 0x200
     NO_WAIT = 0x400
     MASK = 0x7FF
-
-
-class Role(enum.IntFlag):
-    """What a child is to its parent (row B08.2)."""
-
-    DATA = 1
-    METADATA = 2
-    FILTERED = 4
-    COW = 8
-    PRIMARY = 16
-    IMAGE = DATA | METADATA | PRIMARY
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +140,30 @@ class BlockNode(Quiescent):
     # A frozen dataclass made of `options.option()` fields.
     options_type: ClassVar[type[Any]]
     is_filter: ClassVar[bool] = False
+    # At the bottom of a graph: reaches storage by itself. The others are formats and filters.
+    is_protocol: ClassVar[bool] = False
+    # `name:rest` is a file name for this driver; None: it can only be made from options.
+    protocol_name: ClassVar[str | None] = None
     # Options that name or describe a child (`file=...` or `file.*`).
     child_keys: ClassVar[tuple[str, ...]] = ()
     # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10).
     supported_write_flags: int = 0
     supported_zero_flags: int = 0
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """The options that a file name stands for (row B04.6)."""
+        return {"filename": filename.removeprefix(f"{cls.protocol_name}:")}
+
+    @classmethod
+    def probe(cls, header: bytes, filename: str) -> int:
+        """How sure it is that content which begins like this is in this format; 0: it is not (row B04.9)."""
+        return 0
+
+    @classmethod
+    def probe_device(cls, filename: str) -> int:
+        """How sure it is that this is the name of a device for this protocol driver; 0: it is not (row B04.7)."""
+        return 0
 
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
         super().__init__()
@@ -169,6 +179,13 @@ class BlockNode(Quiescent):
         self.block_sizes = BlockSizes()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
+        # Where it comes from (row B07.13).
+        self.given: dict[str, Any] = {}  # its own options as the user wrote them, flat
+        self.inherits_from: BlockNode | None = None  # the parent whose options it was written in
+        self.probed = False  # nobody said what format this is
+        self.references = 0  # users that are no parents: `BlockGraph.hold`
+        self.op_blockers = OpBlockers()
+        self.inactive = False  # the image is somebody else's for now (row B40)
         self.bounce = BouncePool()
         # State of the pipeline.
         self.tracker = RequestTracker()
@@ -270,8 +287,14 @@ class BlockNode(Quiescent):
             edge.node.unregister_buf(host)
 
     def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        """What this node needs of a child, and shares, when its parents ask for this (row B09.6: pass on)."""
-        return perm, shared
+        """What this node needs of a child, and shares, when its parents ask for this (row B09.5)."""
+        return default_child_permissions(
+            edge.role,
+            perm,
+            shared,
+            writable=not self.read_only and not self.inactive,
+            inactive=self.inactive,
+        )
 
     def check_perm(self, perm: Perm, shared: Perm) -> None:
         """Take what the change needs, locks for instance; raises ConfigError (row B09.4)."""

@@ -27,6 +27,8 @@ __all__ = [
     "option",
     "parse_keyval",
     "parse_options",
+    "refuse_changes",
+    "strong_options",
     "to_boolean",
     "to_identifier",
     "to_integer",
@@ -136,15 +138,24 @@ def choice(*values: str) -> OptionType:
 
 
 def option(
-    kind: OptionType, default: Any = dataclasses.MISSING, *, about: str, name: str = ""
+    kind: OptionType,
+    default: Any = dataclasses.MISSING,
+    *,
+    about: str,
+    name: str = "",
+    mutable: bool = False,
+    strong: bool = False,
 ) -> Any:
     """A field of an option set.
 
     Args:
         default: without one, the option is required.
         name: QEMU's name, dots included; by default the field's name with dashes.
+        mutable: a reopen may change it (row B34.3).
+        strong: it decides which bytes the node shows, so it is part of the node's name (row B41.2).
     """
-    return dataclasses.field(default=default, metadata={"type": kind, "about": about, "name": name})
+    metadata = {"type": kind, "about": about, "name": name, "mutable": mutable, "strong": strong}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _name(field: dataclasses.Field[Any]) -> str:
@@ -172,9 +183,17 @@ def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
 
 
 def leftover(
-    flat: dict[str, Any], driver: str, node_name: str, where: str, options_type: type[Any]
+    flat: dict[str, Any],
+    driver: str,
+    node_name: str,
+    where: str,
+    options_type: type[Any],
+    level: str = "driver",
 ) -> None:
     """Refuse what is not in the last option set that is going to be consumed.
+
+    Args:
+        level: what the driver is: a format, a protocol.
 
     Raises:
         ConfigError: names the first leftover (row B05.13).
@@ -184,7 +203,30 @@ def leftover(
         if name not in known:
             node = f" (node '{node_name}')" if node_name else ""
             raise ConfigError(
-                f"Block driver '{driver}'{node} does not support the option '{where}{name}'"
+                f"Block {level} '{driver}'{node} does not support the option '{where}{name}'"
+            )
+
+
+def strong_options(options: Any) -> dict[str, Any]:
+    """The options of a set that decide about content and are not as by default; names are QEMU's."""
+    return {
+        _name(field): value
+        for field in dataclasses.fields(options)
+        if field.metadata["strong"] and (value := getattr(options, field.name)) != field.default
+    }
+
+
+def refuse_changes(old: Any, new: Any, where: str = "") -> None:
+    """Refuse a reopen that changes what only opening can decide (row B34.3).
+
+    Raises:
+        ConfigError: names the first such option.
+    """
+    for field in dataclasses.fields(new):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if before != after and not field.metadata["mutable"]:
+            raise ConfigError(
+                f"Cannot change the option '{where}{_name(field)}' from '{before}' to '{after}'"
             )
 
 
@@ -209,27 +251,48 @@ class NodeOptions:
     """What every node understands, whatever its driver (row B02, "Option keys")."""
 
     node_name: str | None = option(STRING, None, about="name of the node; generated if absent")
-    read_only: bool = option(BOOLEAN, False, about="refuse writes")
+    read_only: bool = option(BOOLEAN, False, about="refuse writes", mutable=True)
     auto_read_only: bool = option(
-        BOOLEAN, False, about="open read-only if the file does not allow writing"
+        BOOLEAN, False, about="open read-only if the file does not allow writing", mutable=True
     )
     discard: str = option(
-        choice("ignore", "unmap", "off", "on"), "ignore", about="whether discards reach the file"
+        choice("ignore", "unmap", "off", "on"),
+        "ignore",
+        about="whether discards reach the file",
+        mutable=True,
     )
     detect_zeroes: str = option(
-        choice("off", "on", "unmap"), "off", about="turn writes of zeroes into zero-writes"
+        choice("off", "on", "unmap"),
+        "off",
+        about="turn writes of zeroes into zero-writes",
+        mutable=True,
     )
     force_share: bool = option(
         BOOLEAN, False, about="share the image with any other user; read-only nodes only"
     )
     cache_direct: bool = option(
-        BOOLEAN, False, about="bypass the host's page cache (O_DIRECT)", name="cache.direct"
+        BOOLEAN,
+        False,
+        about="bypass the host's page cache (O_DIRECT)",
+        name="cache.direct",
+        mutable=True,
     )
     cache_no_flush: bool = option(
-        BOOLEAN, False, about="ignore flushes: fast, and unsafe", name="cache.no-flush"
+        BOOLEAN,
+        False,
+        about="ignore flushes: fast, and unsafe",
+        name="cache.no-flush",
+        mutable=True,
     )
 
     def __post_init__(self) -> None:
+        # Row B06.2: on and off are other names.
+        words = {"on": "unmap", "off": "ignore"}
+        object.__setattr__(self, "discard", words.get(self.discard, self.discard))
+        if self.detect_zeroes == "unmap" and self.discard != "unmap":
+            raise ConfigError(
+                "Parameter 'detect-zeroes=unmap' can only be used with 'discard=unmap'"  # row B06.4
+            )
         if self.detect_zeroes != "off":
             raise ConfigError(
                 f"Parameter 'detect-zeroes' does not support value '{self.detect_zeroes}' yet "
@@ -237,6 +300,3 @@ class NodeOptions:
             )
         if self.force_share and not self.read_only:
             raise ConfigError("Parameter 'force-share=on' can only be used with 'read-only=on'")
-        # B06.2: on and off are other names.
-        words = {"on": "unmap", "off": "ignore"}
-        object.__setattr__(self, "discard", words.get(self.discard, self.discard))

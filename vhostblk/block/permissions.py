@@ -11,6 +11,8 @@ Knows nothing about requests.
 from __future__ import annotations
 
 import enum
+import errno
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vhostblk.errors import ConfigError
@@ -49,30 +51,31 @@ def perm_names(perm: Perm) -> str:
 class PermissionChange:
     """One two-phase change of the permissions at and below some nodes.
 
-    Call `check(node)` for every node whose parent edges changed, then `commit()`, or `abort()`
-    after an error.
+    Call `check` with all nodes whose parent edges changed, then `commit()`, or `abort()` after an error.
     """
 
     def __init__(self) -> None:
         self._nodes: list[tuple[BlockNode, Perm, Perm]] = []
         self._edges: list[tuple[Edge, Perm, Perm]] = []
 
-    def check(self, node: BlockNode) -> None:
-        """Validate what the parents of `node` now ask for, and take what is needed for it, down to the leaves.
+    def check(self, *nodes: BlockNode) -> None:
+        """Validate what the parents of `nodes` now ask for, and take what is needed for it, down to the leaves.
 
-        Raises: ConfigError: two users exclude each other, the node is read-only, or another process
-            has the image.
+        A node that is reached on several ways is looked at once, when all that is above is known.
+
+        Raises: ConfigError: two users exclude each other, a node is read-only, another process has the image, or
+            there is a cycle.
         """
-        # First, because whatever else is wrong, this is what the user wants to know.
-        if node.read_only and any(edge.perm & _CHANGES for edge in node.parents):
-            raise ConfigError(f"Block node '{node.node_name}' is read-only")
-        perm, shared = cumulative_permissions(node)
-        self._nodes.append((node, perm, shared))
-        node.check_perm(perm, shared)
-        for edge in node.children.values():
-            self._edges.append((edge, edge.perm, edge.shared))
-            edge.perm, edge.shared = node.child_perm(edge, perm, shared)
-            self.check(edge.node)
+        for node in parents_first(nodes):
+            # First, because whatever else is wrong, this is what the user wants to know.
+            if node.read_only and any(edge.perm & _CHANGES for edge in node.parents):
+                raise ConfigError(f"Block node '{node.node_name}' is read-only", errno.EACCES)
+            perm, shared = cumulative_permissions(node)
+            self._nodes.append((node, perm, shared))
+            node.check_perm(perm, shared)
+            for edge in node.children.values():
+                self._edges.append((edge, edge.perm, edge.shared))
+                edge.perm, edge.shared = node.child_perm(edge, perm, shared)
 
     def commit(self) -> None:
         """Make the change final."""
@@ -100,10 +103,41 @@ def cumulative_permissions(node: BlockNode) -> tuple[Perm, Perm]:
             if other is not edge and conflict:
                 raise ConfigError(
                     f"{edge.describe()} cannot have permission '{perm_names(conflict)}' on node "
-                    f"'{node.node_name}': {other.describe()} does not share it"
+                    f"'{node.node_name}': {other.describe()} does not share it",
+                    errno.EPERM,
                 )
         perm |= edge.perm
         shared &= edge.shared
     if node.force_share:
         shared = Perm.ALL
     return perm, shared
+
+
+def parents_first(nodes: Iterable[BlockNode]) -> list[BlockNode]:
+    """These nodes and all below, every node behind all of its parents that are among them.
+
+    Raises:
+        ConfigError: there is a cycle.
+    """
+    found: list[BlockNode] = []
+    done: set[BlockNode] = set()
+    path: set[BlockNode] = set()
+
+    def visit(node: BlockNode) -> None:
+        if node in done:
+            return
+        path.add(node)
+        for edge in node.children.values():
+            if edge.node in path:
+                raise ConfigError(
+                    f"Making '{edge.node.node_name}' a child of '{node.node_name}' would create a "
+                    "cycle"
+                )
+            visit(edge.node)
+        path.discard(node)
+        done.add(node)
+        found.append(node)
+
+    for node in nodes:
+        visit(node)
+    return found[::-1]

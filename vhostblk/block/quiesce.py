@@ -73,11 +73,11 @@ def join(edge: Edge) -> None:
     quiesce_subtree(edge.node, edge.parent.subtree_quiesced)
 
 
-def part(edge: Edge) -> None:
-    """An edge is about to be detached: undo what `join`, and drains since then, did through it."""
-    unquiesce_subtree(edge.node, edge.parent.subtree_quiesced)
-    for _ in range(edge.node.quiesced):
+def part(edge: Edge, node: BlockNode) -> None:
+    """An edge was taken out of the parents of `node`: undo what `join`, and drains since then, did through it."""
+    for _ in range(node.quiesced):
         edge.parent.child_drained_end(edge)
+    unquiesce_subtree(node, edge.parent.subtree_quiesced)
 
 
 @asynccontextmanager

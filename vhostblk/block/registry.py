@@ -1,0 +1,129 @@
+"""The drivers a graph knows: by name, by protocol, by content; and which of them are allowed (rows B03 and B04).
+
+Knows nothing about nodes that exist.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Collection, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from vhostblk.block.filename import protocol_prefix
+from vhostblk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.node import BlockNode
+
+PROBE_SIZE = 512
+
+
+class DriverRegistry(Mapping[str, "type[BlockNode]"]):
+    """Name to node class, the latest registered first.
+
+    Args:
+        drivers: what is registered from the start, in the order in which they are searched.
+        read_write: names that may be used in any way.
+        read_only: names that may be used by read-only nodes. Both empty: everything is allowed.
+
+    Context: the control loop.
+    """
+
+    def __init__(
+        self,
+        drivers: Mapping[str, type[BlockNode]],
+        *,
+        read_write: Collection[str] = (),
+        read_only: Collection[str] = (),
+    ) -> None:
+        self._drivers = dict(drivers)
+        self._read_write = frozenset(read_write)
+        self._read_only = frozenset(read_only)
+
+    def register(self, driver: type[BlockNode]) -> None:
+        """Add a driver; it is searched before all others (row B03.1)."""
+        self._drivers = {driver.driver_name: driver, **self._drivers}
+
+    def __getitem__(self, name: str) -> type[BlockNode]:
+        return self._drivers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._drivers)
+
+    def __len__(self) -> int:
+        return len(self._drivers)
+
+    def find(self, name: object, option: str = "driver") -> type[BlockNode]:
+        """The driver of this name.
+
+        Args:
+            option: where the name was found, for the message.
+
+        Raises:
+            ConfigError: ENOENT; there is none.
+        """
+        if not isinstance(name, str) or name not in self._drivers:
+            known = ", ".join(sorted(self._drivers))
+            raise ConfigError(
+                f"Unknown driver '{name}' for '{option}' (known: {known})", errno.ENOENT
+            )
+        return self._drivers[name]
+
+    def names(self, *, read_only: bool = True) -> list[str]:
+        """The drivers that may be used in this way, sorted (row B03.3)."""
+        return sorted(name for name in self._drivers if self.is_allowed(name, read_only=read_only))
+
+    @property
+    def has_whitelist(self) -> bool:
+        """Whether some drivers may be forbidden."""
+        return bool(self._read_write or self._read_only)
+
+    def is_allowed(self, name: str, *, read_only: bool) -> bool:
+        """Whether a node may use this driver (row B03.4)."""
+        return (
+            not self.has_whitelist
+            or name in self._read_write
+            or (read_only and name in self._read_only)
+        )
+
+    def check_allowed(self, name: str, *, read_only: bool) -> None:
+        """Refuse a driver that may not be used.
+
+        Raises:
+            ConfigError: ENOTSUP.
+        """
+        if self.is_allowed(name, read_only=read_only):
+            return
+        if self.is_allowed(name, read_only=True):
+            raise ConfigError(
+                f"Driver '{name}' can only be used for read-only devices", errno.ENOTSUP
+            )
+        raise ConfigError(f"Driver '{name}' is not whitelisted", errno.ENOTSUP)
+
+    def protocol_of(self, filename: str, *, allow_prefix: bool = True) -> type[BlockNode]:
+        """The protocol driver for a file name (row B04.7).
+
+        Devices come first: udev makes names with colons.
+
+        Raises:
+            ConfigError: ENOENT; no driver has this prefix.
+        """
+        best = max(self._drivers.values(), key=lambda driver: driver.probe_device(filename))
+        if best.probe_device(filename) > 0:
+            return best
+        prefix = protocol_prefix(filename)
+        if prefix is None or not allow_prefix:
+            return self.find("file", "file name")
+        for driver in self._drivers.values():
+            if driver.protocol_name == prefix:
+                return driver
+        raise ConfigError(f"Unknown protocol '{prefix}'", errno.ENOENT)
+
+    def probe(self, header: bytes | memoryview, filename: str) -> type[BlockNode] | None:
+        """The format that content which begins like this is in: the highest score, the first of equals (row B04.9)."""
+        best, best_score = None, 0
+        for driver in self._drivers.values():
+            score = driver.probe(bytes(header), filename)
+            if score > best_score:
+                best, best_score = driver, score
+        return best
