@@ -1,33 +1,26 @@
-"""Zero-writes and discards on one node: the pipeline for requests without payload.
-
-Block layer rows B17 and B18. What a driver cannot clear cheaply is written as data, from a bounded
-buffer.
-"""
+"""Zero-writes and discards on one node: the pipeline for requests without payload (block layer rows B17 and B18)."""
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
+from vhostblk.block import submit
 from vhostblk.block.bounce import zeroes
+from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flush import flush
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import (
-    MAX_ZEROES_BOUNCE,
-    SECTOR_SIZE,
-    BlockLimits,
-    align_down,
-    align_up,
-)
+from vhostblk.block.limits import MAX_REQUEST, align_down, align_up
 from vhostblk.block.node import BlockNode, Req
 from vhostblk.block.pipeline import (
-    aligned_write,
     check_range,
     check_writable,
-    flush,
     padded_write,
+    run_before_write,
     serialise,
+    written,
 )
-from vhostblk.block.tracking import RequestType
+from vhostblk.block.status import block_status
+from vhostblk.block.tracking import RequestType, TrackedRequest
 from vhostblk.errors import BlockError
 
 _FUA = int(Req.FUA)
@@ -70,13 +63,12 @@ async def pwrite_zeroes(node: BlockNode, offset: int, length: int, flags: int = 
             await tracker.wait(request)
         must_flush = False
         if offset < first:
-            must_flush |= await _zero_in_block(node, offset, min(end, first), flags)
+            must_flush |= await _zero_in_block(node, request, offset, min(end, first), flags)
         if first < last:
-            must_flush |= await _aligned_zeroes(node, first, last, flags)
+            must_flush |= await _aligned_zeroes(node, request, first, last, flags)
         if last < end and last >= first:
-            must_flush |= await _zero_in_block(node, last, end, flags)
-        if end > node.length:
-            node.set_length(align_up(end, SECTOR_SIZE))
+            must_flush |= await _zero_in_block(node, request, last, end, flags)
+        written(node, end)
         if must_flush:
             await flush(node)
     finally:
@@ -84,57 +76,26 @@ async def pwrite_zeroes(node: BlockNode, offset: int, length: int, flags: int = 
         node.leave()
 
 
-async def _zero_in_block(node: BlockNode, start: int, end: int, flags: int) -> bool:
+async def _zero_in_block(
+    node: BlockNode, request: TrackedRequest, start: int, end: int, flags: int
+) -> bool:
     """Zero part of one block by writing data (rows B17.2 and B17.4)."""
     flags &= ~(_MAY_UNMAP | _NO_FALLBACK)
-    return await padded_write(node, start, IoVec([zeroes(end - start)]), flags)
+    return await padded_write(node, request, start, IoVec([zeroes(end - start)]), flags)
 
 
-async def _aligned_zeroes(node: BlockNode, offset: int, end: int, flags: int) -> bool:
-    """The driver's own zero-write, in units it likes; data where it has none. Returns whether to flush."""
-    limits = node.limits
-    unit, largest = limits.zeroes_unit, limits.zeroes_transfer
-    driver_flags = flags & node.supported_zero_flags
-    must_flush = False
+async def _aligned_zeroes(
+    node: BlockNode, request: TrackedRequest, offset: int, end: int, flags: int
+) -> bool:
     try:
-        while offset < end:
-            count = end - offset
-            if offset % unit:
-                # Rows B17.7 to B17.9: never cross a unit, then whole units, then what is left.
-                count = min(count, unit - offset % unit, limits.transfer)
-            else:
-                if count > unit:
-                    count = align_down(count, unit)
-                count = min(count, largest)
-            try:
-                await node.driver_pwrite_zeroes(offset, count, driver_flags)
-                must_flush |= bool(flags & ~driver_flags & _FUA)
-            except BlockError as error:
-                if error.errno != errno.ENOTSUP or flags & _NO_FALLBACK:
-                    raise
-                must_flush |= await _write_zero_data(node, offset, count, flags)
-            offset += count
+        if node.before_write:
+            await run_before_write(node, request)
+        if node.has_debug_events:
+            await node.driver_debug_event("pwritev_zero")
+        return await submit.write_zeroes(node, offset, end, flags)
     finally:
         node.write_gen += 1
-    return must_flush
-
-
-async def _write_zero_data(node: BlockNode, offset: int, length: int, flags: int) -> bool:
-    """Write zeroes as data from a bounded buffer (row B17.11)."""
-    step = min(length, node.limits.transfer, MAX_ZEROES_BOUNCE)
-    step = max(align_down(step, node.limits.request_alignment), node.limits.request_alignment)
-    try:
-        buffer = zeroes(step)
-    except (OSError, MemoryError):
-        raise BlockError(errno.ENOMEM, f"{node.node_name}: no memory for zeroes") from None
-    must_flush = False
-    for done in range(0, length, step):
-        part = IoVec([buffer[: min(step, length - done)]])
-        must_flush |= await aligned_write(node, offset + done, part, flags & ~_MAY_UNMAP)
-    return must_flush
-
-
-# ---------------------------------------------------------------------- discard (row B18)
+        node.highest_write = max(node.highest_write, end)
 
 
 async def pdiscard(node: BlockNode, offset: int, length: int) -> None:
@@ -152,32 +113,32 @@ async def pdiscard(node: BlockNode, offset: int, length: int) -> None:
     request = tracker.begin(RequestType.DISCARD, offset, length)
     try:
         await tracker.wait(request)  # row C12
-        for start, count in discard_pieces(node.limits, offset, length):
-            try:
-                await node.driver_pdiscard(start, count)
-            except BlockError as error:
-                if error.errno != errno.ENOTSUP:
-                    raise
+        if node.before_write:
+            await run_before_write(node, request)
+        await submit.discard(node, offset, length)
     finally:
         node.write_gen += 1
         tracker.end(request)
         node.leave()
 
 
-def discard_pieces(limits: BlockLimits, offset: int, length: int) -> Iterator[tuple[int, int]]:
-    """Cut a discard so that what is not aligned does not spoil the bulk (rows B18.3 to B18.5)."""
-    align, unit = limits.request_alignment, limits.discard_unit
-    end = offset + length
-    while offset < end:
-        count = end - offset
-        if offset % unit:
-            count = min(count, unit - offset % unit)
-            if count % align:
-                count %= align
-        elif count > unit:
-            count = align_down(count, unit)
-        elif count > align:
-            count = align_down(count, align)
-        count = min(count, limits.discard_transfer)
-        yield offset, count
-        offset += count
+async def make_zero(node: BlockNode, flags: int = 0) -> None:
+    """Make the whole node read as zeroes; what does so already is left alone (row B17.21).
+
+    Args:
+        flags: of `Req`, as `pwrite_zeroes`.
+
+    Raises:
+        BlockError: as `pwrite_zeroes`, with the place.
+    """
+    offset = 0
+    while offset < node.length:
+        try:
+            status = await block_status(node, offset, min(node.length - offset, MAX_REQUEST))
+            if not status.flags & StatusFlag.ZERO:
+                await pwrite_zeroes(node, offset, status.length, flags)
+        except BlockError as error:
+            raise BlockError(
+                error.errno or errno.EIO, f"{node.node_name}: at {offset}: {error}"
+            ) from None
+        offset += status.length

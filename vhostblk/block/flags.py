@@ -1,12 +1,43 @@
-"""Bits that are named in the block layer's documentation but live in options here (block layer row B02).
+"""Flags of requests, of block status and of open nodes: QEMU's names and values (block layer row B02).
 
-`OpenFlag` is how a node was opened, in one number: for logs, messages and tests. What a user asks for are options
-(row C7); `modes.py` derives the flags from them.
+The values matter only inside, and in logs, tests and documentation that people compare. `OpenFlag` is how a node was
+opened, in one number; what a user asks for are options (row C7), and `modes.py` derives the flags from them.
 """
 
 from __future__ import annotations
 
 import enum
+
+
+class Req(enum.IntFlag):
+    """Request flags (row B02). APIs take plain integers: the arithmetic of IntFlag is slow."""
+
+    NONE = 0
+    COPY_ON_READ = 0x001
+    ZERO_WRITE = 0x002
+    MAY_UNMAP = 0x004
+    REGISTERED_BUF = 0x008
+    FUA = 0x010
+    WRITE_COMPRESSED = 0x020
+    WRITE_UNCHANGED = 0x040
+    SERIALISING = 0x080
+    NO_FALLBACK = 0x100
+    PREFETCH = 0x200
+    NO_WAIT = 0x400
+    MASK = 0x7FF
+
+
+class StatusFlag(enum.IntFlag):
+    """Status bits (row B02)."""
+
+    DATA = 0x01
+    ZERO = 0x02
+    OFFSET_VALID = 0x04
+    RAW = 0x08  # of drivers: ask `file` at `map` instead
+    ALLOCATED = 0x10  # only here: the layer has it
+    EOF = 0x20  # only here: the answer reaches the end of the node
+    RECURSE = 0x40  # of drivers: `file` may know of zeroes
+    COMPRESSED = 0x80
 
 
 class OpenFlag(enum.IntFlag):

@@ -136,6 +136,18 @@ class IoVec:
                 piece = part[start : start + len(_ZEROES)]
                 piece[:] = _ZEROES[: len(piece)]
 
+    def is_zero(self) -> bool:
+        """Whether all bytes are zero; each is looked at once."""
+        for view in self.views:
+            # Most data shows at once that it is not.
+            if len(view) and (view[0] or view[-1]):
+                return False
+            for start in range(0, len(view), len(_ZEROES)):
+                piece = bytes(view[start : start + len(_ZEROES)])
+                if piece != _ZEROES[: len(piece)]:
+                    return False
+        return True
+
     def is_aligned(self, alignment: int) -> bool:
         """Whether every element's address and length are multiples of `alignment` (row B13.2)."""
         if alignment <= 1:

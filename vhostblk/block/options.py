@@ -293,10 +293,5 @@ class NodeOptions:
             raise ConfigError(
                 "Parameter 'detect-zeroes=unmap' can only be used with 'discard=unmap'"  # row B06.4
             )
-        if self.detect_zeroes != "off":
-            raise ConfigError(
-                f"Parameter 'detect-zeroes' does not support value '{self.detect_zeroes}' yet "
-                "(allowed: off)"
-            )
         if self.force_share and not self.read_only:
             raise ConfigError("Parameter 'force-share=on' can only be used with 'read-only=on'")

@@ -1,13 +1,13 @@
-"""One request on one node: check, track, serialise, pad, bounce, split, driver, emulate.
+"""One request on one node: check, track, serialise, pad, hooks, hand over, bookkeeping, emulate.
 
-Block layer rows B14 to B16 and B19; zero-writes and discards are in `clear.py`.
+Block layer rows B14 to B16, B20 and B31.4; zero-writes and discards are in `clear.py`, flushes in `flush.py`, and how a
+driver gets what it can take in `submit.py`.
 
 Theory of operation of a write: validated (B14.1), counted in flight, tracked. If it is not aligned
 it is marked serialising, extents over its widened range are revoked so that the engine cannot write
 there either, overlapping requests are waited for, the first and the last block are read, and the
-padded whole is written. Then it is cut to the driver's limits, bounced where the driver cannot take
-the caller's memory, and written. The write generation grows, and only *after* that FUA which the
-driver cannot do becomes a flush, so that the flush cannot believe there is nothing to do.
+padded whole is written. Hooks see it and may veto it; zeroes are detected. The write generation grows, and only *after*
+that FUA which the driver cannot do becomes a flush, so that the flush cannot believe there is nothing to do.
 
 Coroutines here suspend only where a driver does, or behind another request. Knows nothing about
 files, virtio or the engine.
@@ -15,29 +15,48 @@ files, virtio or the engine.
 
 from __future__ import annotations
 
-import asyncio
 import errno
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 
+from vhostblk.block import submit
+from vhostblk.block.extent import ExtentFlag, HostExtent
+from vhostblk.block.flush import flush, flush_target
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import (
     MAX_BOUNCE,
     MAX_LENGTH,
     MAX_REQUEST,
     SECTOR_SIZE,
-    BlockLimits,
     align_down,
     align_up,
 )
-from vhostblk.block.node import BlockNode, ExtentFlag, FlushTarget, HostExtent, Req
+from vhostblk.block.node import BlockNode, Req
+from vhostblk.block.status import is_allocated
 from vhostblk.block.tracking import RequestType, TrackedRequest
 from vhostblk.errors import BlockError
 
+__all__ = [
+    "check_range",
+    "check_writable",
+    "flush",
+    "flush_target",
+    "host_extent",
+    "padded_write",
+    "prefetch",
+    "preadv",
+    "pwritev",
+    "run_before_write",
+    "serialise",
+    "truncate",
+    "written",
+]
+
+_COPY_ON_READ = int(Req.COPY_ON_READ)
 _FUA = int(Req.FUA)
 _REGISTERED_BUF = int(Req.REGISTERED_BUF)
 _SERIALISING = int(Req.SERIALISING)
 _NO_WAIT = int(Req.NO_WAIT)
+_MAY_UNMAP = int(Req.MAY_UNMAP)
+_WRITE_UNCHANGED = int(Req.WRITE_UNCHANGED)
 _MASK = int(Req.MASK)
 
 
@@ -66,98 +85,114 @@ def check_writable(node: BlockNode) -> None:
 # ---------------------------------------------------------------------- reads (row B15)
 
 
-async def preadv(node: BlockNode, offset: int, iov: IoVec) -> None:
+async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> None:
     """Read `iov` full; what lies behind the end of the node reads as zeroes.
+
+    Args:
+        flags: of `Req`: COPY_ON_READ, REGISTERED_BUF.
 
     Raises:
         BlockError: with the driver's errno; the content of `iov` is then undefined.
     """
     length = iov.length
     check_range(node, offset, length, MAX_REQUEST)
-    align = node.limits.request_alignment
-    head = offset % align
-    tail = -(offset + length) % align
+    mask = node.limits.request_alignment - 1
     tracker = node.tracker
     node.in_flight += 1
-    request = tracker.begin(RequestType.READ, offset - head, head + length + tail)
+    request = tracker.begin(RequestType.READ, offset, length)
     try:
-        if tracker.serialising:
-            await tracker.wait(request)
-        if not length:
-            return
-        if head or tail:
-            await _padded_read(node, offset, iov, head, tail)
+        if (offset | length) & mask:
+            await _padded_read(node, request, offset, iov, flags)
         else:
-            await _aligned_read(node, offset, iov)
+            if tracker.serialising:
+                await tracker.wait(request)
+            if flags & _COPY_ON_READ:
+                await _copy_on_read(node, request, iov)
+            elif length:
+                await submit.read(node, offset, iov)
     finally:
         tracker.end(request)
         node.leave()
 
 
-async def _padded_read(node: BlockNode, offset: int, iov: IoVec, head: int, tail: int) -> None:
-    scratch = node.bounce.acquire(head + tail)
-    try:
-        padded = concat((IoVec([scratch[:head]]), iov, IoVec([scratch[head : head + tail]])))
-        await _aligned_read(node, offset - head, padded)
-    finally:
-        node.bounce.release(scratch)
-
-
-async def _aligned_read(node: BlockNode, offset: int, iov: IoVec) -> None:
-    limits = node.limits
-    length = iov.length
-    readable = align_up(max(0, node.length - offset), limits.request_alignment)
-    if (
-        length <= readable
-        and (not limits.max_transfer or length <= limits.max_transfer)
-        and not _must_bounce(limits, iov)
-    ):
-        await node.driver_preadv(offset, length, iov)
-        return
-    done = 0
-    for part in _parts(limits, iov.slice(0, min(length, readable))):
-        if _must_bounce(limits, part):
-            async with _bounce_buffer(node, part.length) as whole:
-                await node.driver_preadv(offset + done, part.length, IoVec([whole]))
-                part.copy_from(whole)
-        else:
-            await node.driver_preadv(offset + done, part.length, part)
-        done += part.length
-    iov.zero(done, length - done)
-
-
-def _must_bounce(limits: BlockLimits, iov: IoVec) -> bool:
-    """Whether the driver cannot take this memory (rows B13.2 and B15.10)."""
-    return len(iov.views) > limits.max_iov or (
-        limits.min_mem_alignment > 1 and not iov.is_aligned(limits.min_mem_alignment)
-    )
-
-
-@asynccontextmanager
-async def _bounce_buffer(node: BlockNode, length: int) -> AsyncIterator[memoryview]:
-    """Memory the driver can take, when it is this request's turn (row B13.1).
-
-    Whoever holds one waits for the driver only, and what is below finds it aligned, so nobody waits in a circle.
-    """
-    async with node.bouncing:
-        buffer = node.bounce.acquire(length, node.limits.opt_mem_alignment)
+async def _padded_read(
+    node: BlockNode, request: TrackedRequest, offset: int, iov: IoVec, flags: int
+) -> None:
+    align = node.limits.request_alignment
+    end = offset + iov.length
+    head, tail = offset % align, -end % align
+    request.widen(align)
+    await node.tracker.wait(request)
+    if flags & _COPY_ON_READ:
+        await _copy_on_read(node, request, iov)
+    elif iov.length:
+        scratch = node.bounce.acquire(head + tail)
         try:
-            yield buffer[:length]
+            padded = concat((IoVec([scratch[:head]]), iov, IoVec([scratch[head : head + tail]])))
+            await submit.read(node, offset - head, padded)
         finally:
-            node.bounce.release(buffer)
+            node.bounce.release(scratch)
 
 
-def _parts(limits: BlockLimits, iov: IoVec) -> Iterator[IoVec]:
-    """Cut an aligned vector into what the driver takes at once; bounced parts are smaller, to bound the buffer."""
-    align = limits.request_alignment
-    done = 0
-    while done < iov.length:
-        part = iov.slice(done, min(limits.transfer, iov.length - done))
-        bounce_step = max(align_down(MAX_BOUNCE, align), align)
-        if part.length > bounce_step and _must_bounce(limits, part):
-            part = part.slice(0, bounce_step)
-        yield part
-        done += part.length
+# ---------------------------------------------------------------------- copy on read (row B20)
+
+
+async def prefetch(node: BlockNode, offset: int, length: int) -> None:
+    """Copy on read without a reader (row B20.8): what is not in this layer yet is, when this returns.
+
+    Raises:
+        BlockError: as `preadv`.
+    """
+    check_range(node, offset, length)
+    node.in_flight += 1
+    request = node.tracker.begin(RequestType.READ, offset, length)
+    try:
+        await _copy_on_read(node, request, None)
+    finally:
+        node.tracker.end(request)
+        node.leave()
+
+
+async def _copy_on_read(node: BlockNode, request: TrackedRequest, iov: IoVec | None) -> None:
+    """Serve a read from buffers of our own, and write what this layer lacks to it.
+
+    Never from the reader's memory, which the guest may change meanwhile (row B13.5). Marked serialising over whole
+    clusters, so that a write and the population of its cluster exclude each other.
+    """
+    check_writable(node)
+    cluster = max(node.cluster_size, node.limits.request_alignment)
+    await serialise(node, request, 0, cluster)
+    offset, end = request.offset, request.offset + request.length
+    at = request.start
+    stop = min(request.end, align_up(max(node.length, end), node.limits.request_alignment))
+    step = max(MAX_BOUNCE, node.limits.request_alignment)
+    while at < stop:
+        allocated, count = await is_allocated(node, at, min(stop - at, step))
+        count = count or stop - at  # behind the end: zeroes
+        async with submit.bounce_buffer(node, count) as buffer:
+            low, high = max(at, offset), min(at + count, end)
+            wanted = iov is not None and low < high
+            if not allocated or wanted:
+                await submit.read(node, at, IoVec([buffer]))
+            if not allocated and at < node.length:
+                await _populate(node, at, buffer)
+            if iov is not None and low < high:
+                part = iov.slice(low - offset, high - low)
+                part.copy_from(buffer[low - at : high - at])
+        at += count
+
+
+async def _populate(node: BlockNode, offset: int, buffer: memoryview) -> None:
+    content = IoVec([buffer])
+    if node.has_debug_events:
+        await node.driver_debug_event("cor_write")
+    try:
+        if content.is_zero():
+            await submit.write_zeroes(node, offset, offset + content.length, _WRITE_UNCHANGED)
+        else:
+            await submit.write(node, offset, content, _WRITE_UNCHANGED)
+    finally:
+        node.write_gen += 1  # what is visible is the same, but a flush has something to do
 
 
 # ---------------------------------------------------------------------- writes (row B16)
@@ -176,22 +211,22 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
     length = iov.length
     check_range(node, offset, length, MAX_REQUEST)
     assert not flags & ~_MASK, f"unknown request flags {flags:#x}"
-    align = node.limits.request_alignment
+    mask = node.limits.request_alignment - 1
     tracker = node.tracker
     node.in_flight += 1
     request = tracker.begin(RequestType.WRITE, offset, length)
     try:
-        if length and (offset | length) & (align - 1):
+        if length and (offset | length) & mask:
             await serialise(node, request, flags)
-            must_flush = await padded_write(node, offset, iov, flags)
+            must_flush = await padded_write(node, request, offset, iov, flags)
         else:
             if flags & _SERIALISING:
                 await serialise(node, request, flags)
             elif tracker.serialising:
                 await tracker.wait(request)
-            must_flush = await aligned_write(node, offset, iov, flags)
+            must_flush = await _aligned_write(node, request, offset, iov, flags)
         if offset + length > node.length:
-            node.set_length(align_up(offset + length, SECTOR_SIZE))  # row B16.12
+            written(node, offset + length)
         if must_flush:
             await flush(node)
     finally:
@@ -199,10 +234,12 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
         node.leave()
 
 
-async def serialise(node: BlockNode, request: TrackedRequest, flags: int) -> None:
+async def serialise(
+    node: BlockNode, request: TrackedRequest, flags: int, alignment: int = 0
+) -> None:
     """Make the request's widened range its own, towards the engine as towards other requests."""
     tracker = node.tracker
-    tracker.mark_serialising(request, node.limits.request_alignment)
+    tracker.mark_serialising(request, alignment or node.limits.request_alignment)
     if flags & _NO_WAIT and tracker.blocker(request):
         raise BlockError(errno.EBUSY, f"{node.node_name}: another request is in the way")
     # Marked before revoked: from here on nobody is given a new extent, and whoever comes waits for
@@ -211,7 +248,9 @@ async def serialise(node: BlockNode, request: TrackedRequest, flags: int) -> Non
     await tracker.wait(request)
 
 
-async def padded_write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
+async def padded_write(
+    node: BlockNode, request: TrackedRequest, offset: int, iov: IoVec, flags: int
+) -> bool:
     """Read-modify-write of the blocks at both ends (rows B16.2 to B16.5)."""
     limits = node.limits
     align = limits.request_alignment
@@ -223,11 +262,11 @@ async def padded_write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> 
         if end - start == align:
             last = first
         if head or last is first:
-            await _aligned_read(node, start, IoVec([first]))
+            await _read_block(node, start, first, "head")
         if tail and last is not first:
-            await _aligned_read(node, end - align, IoVec([last]))
+            await _read_block(node, end - align, last, "tail")
         padded = concat((IoVec([first[:head]]), iov, IoVec([last[align - tail :]])))
-        must_flush = await aligned_write(node, start, padded, flags & ~_REGISTERED_BUF)
+        must_flush = await _aligned_write(node, request, start, padded, flags & ~_REGISTERED_BUF)
     finally:
         node.bounce.release(scratch)
     real_end = max(node.length, offset + iov.length)
@@ -236,96 +275,50 @@ async def padded_write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> 
     return must_flush
 
 
-async def aligned_write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
-    """Write an aligned vector; returns whether a flush has to follow, because the driver cannot do FUA."""
-    limits = node.limits
-    length = iov.length
-    driver_flags = flags & node.supported_write_flags
+async def _read_block(node: BlockNode, offset: int, block: memoryview, which: str) -> None:
+    if node.has_debug_events:
+        await node.driver_debug_event(f"pwritev_rmw_{which}")
+    await submit.read(node, offset, IoVec([block]))
+    if node.has_debug_events:
+        await node.driver_debug_event(f"pwritev_rmw_after_{which}")
+
+
+async def _aligned_write(
+    node: BlockNode, request: TrackedRequest, offset: int, iov: IoVec, flags: int
+) -> bool:
+    """Hooks, zero detection, the write, bookkeeping; returns whether a flush has to follow."""
+    end = offset + iov.length
     try:
-        if not length:
-            pass
-        elif (not limits.max_transfer or length <= limits.max_transfer) and not _must_bounce(
-            limits, iov
-        ):
-            await node.driver_pwritev(offset, length, iov, driver_flags)
-        else:
-            await _fragmented_write(node, offset, iov, driver_flags)
+        if node.before_write:
+            await run_before_write(node, request)
+        if node.has_debug_events:
+            await node.driver_debug_event("pwritev")
+        if not iov.length:
+            return bool(flags & _FUA)
+        if node.detect_zeroes and iov.is_zero():
+            if node.detect_zeroes == "unmap":
+                flags |= _MAY_UNMAP
+            return await submit.write_zeroes(node, offset, end, flags & ~_REGISTERED_BUF)
+        return await submit.write(node, offset, iov, flags)
     finally:
-        # Even after a failure: part of it may have been written (rows B16.12 and B16.13).
+        # Even after a failure, or a veto: part of it may have been written (rows B16.12 and B16.13).
         node.write_gen += 1
-    return bool(flags & ~driver_flags & _FUA)
+        if end > node.highest_write:
+            node.highest_write = end
+        if node.has_debug_events:
+            await node.driver_debug_event("pwritev_done")
 
 
-async def _fragmented_write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> None:
-    limits = node.limits
-    for part in _parts(limits, iov):
-        if _must_bounce(limits, part):
-            async with _bounce_buffer(node, part.length) as whole:
-                part.copy_to(whole)
-                await node.driver_pwritev(
-                    offset, part.length, IoVec([whole]), flags & ~_REGISTERED_BUF
-                )
-        else:
-            await node.driver_pwritev(offset, part.length, part, flags)
-        offset += part.length
+async def run_before_write(node: BlockNode, request: TrackedRequest) -> None:
+    """Row B24.1: whoever wants to see writes and discards before they happen; BlockError vetoes."""
+    for hook in tuple(node.before_write):
+        await hook(request)
 
 
-# ---------------------------------------------------------------------- flush (row B19)
-
-
-async def flush(node: BlockNode) -> None:
-    """Make every write that has completed before this call durable, down to the leaves.
-
-    Raises:
-        BlockError: the driver's errno; the next flush tries again.
-    """
-    if node.read_only:
-        return
-    node.in_flight += 1
-    # Sampled before queueing: writes that complete later are the next flush's (rows B19.2 and
-    # B19.8).
-    generation = node.write_generation()
-    try:
-        while node.flush_active:
-            turn = asyncio.get_running_loop().create_future()
-            node.flush_queue.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if not node.flush_active:
-                    _next_flush(node)  # the turn may have been ours
-                raise
-        node.flush_active = True
-        try:
-            await node.driver_flush_to_os()
-            if not node.no_flush and node.flushed_gen < generation:
-                await node.driver_flush_to_disk()
-            for edge in tuple(node.children.values()):
-                await flush(edge.node)
-            node.flushed_gen = max(node.flushed_gen, generation)
-        finally:
-            node.flush_active = False
-            _next_flush(node)
-    finally:
-        node.leave()
-
-
-def _next_flush(node: BlockNode) -> None:
-    while node.flush_queue:
-        turn = node.flush_queue.pop(0)
-        if not turn.done():
-            turn.set_result(None)
-            break
-
-
-def flush_target(node: BlockNode) -> int | FlushTarget:
-    """The one file whose fdatasync is a complete flush of this node, or why there is none.
-
-    A node with several users has none: the kernel tells of a lost write once, to whoever asks first, and all of them
-    have to know. So their flushes come through here.
-    """
-    target = node.flush_target()
-    return FlushTarget.ASK if isinstance(target, int) and len(node.parents) > 1 else target
+def written(node: BlockNode, end: int) -> None:
+    """A write up to `end` has succeeded: the node is at least as long (row B16.12)."""
+    if end > node.length:
+        node.set_length(align_up(end, SECTOR_SIZE))
 
 
 # ---------------------------------------------------------------------- length (row B31.4)
@@ -380,6 +373,6 @@ async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent |
     run = node.tracker.clear_run(offset, end, extent.offset, extent.end)
     if run is None:
         return None
-    if node.read_only and extent.flags & ExtentFlag.WRITE:
+    if extent.flags & ExtentFlag.WRITE and not node.writes_may_pass:
         extent = extent.without(ExtentFlag.WRITE)
     return extent.cut(*run)

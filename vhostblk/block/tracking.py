@@ -51,6 +51,11 @@ class TrackedRequest:
         self.waiting_for: TrackedRequest | None = None
         self.waiters: list[asyncio.Future[None]] | None = None
 
+    def widen(self, alignment: int) -> None:
+        """Cover whole blocks; only ever grows (row B14.6)."""
+        self.start = min(self.start, align_down(self.offset, alignment))
+        self.end = max(self.end, align_up(self.offset + self.length, alignment))
+
     def overlaps(self, start: int, end: int) -> bool:
         """Whether the half-open range touches this one; adjacent ranges do not (row B14.7)."""
         return start < self.end and self.start < end
@@ -90,8 +95,7 @@ class RequestTracker:
 
     def mark_serialising(self, request: TrackedRequest, alignment: int) -> None:
         """From now on nothing may overlap the request's range, widened to `alignment` (row B14.6)."""
-        request.start = min(request.start, align_down(request.offset, alignment))
-        request.end = max(request.end, align_up(request.offset + request.length, alignment))
+        request.widen(alignment)
         if not request.serialising:
             request.serialising = True
             self.serialising += 1

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from vhostblk.block.edge import Edge
+from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec, address_of
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import BlockNode, OpenContext, Req, Role
 from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
+from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError
 
 T = TypeVar("T")
@@ -169,6 +171,72 @@ class ArrayNode(BlockNode):
         self.data[offset:end] = content
         if flags & Req.FUA:
             self.durable[offset:end] = content
+
+
+class CowNode(ArrayNode):
+    """A layer over a backing node, in clusters; `allocated` says which are its own."""
+
+    driver_name = "cow"
+    child_keys = ("backing",)
+
+    def __init__(
+        self, backing: BlockNode | None, size: int, cluster: int = 512, **rest: Any
+    ) -> None:
+        super().__init__(size, **rest)
+        self.cluster_size = cluster
+        self.allocated: set[int] = set()
+        if backing is not None:
+            edge = Edge(self, backing, "backing", Role.COW, Perm.CONSISTENT_READ, Perm.ALL)
+            edge.attach()
+            self.children["backing"] = edge
+
+    def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        return Perm.CONSISTENT_READ, Perm.ALL
+
+    def clusters(self, offset: int, length: int) -> range:
+        return range(offset // self.cluster_size, -(-(offset + length) // self.cluster_size))
+
+    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+        await super().driver_preadv(offset, length, iov)
+        for number in self.clusters(offset, length):
+            if number not in self.allocated:
+                start = max(offset, number * self.cluster_size)
+                end = min(offset + length, (number + 1) * self.cluster_size)
+                part = iov.slice(start - offset, end - start)
+                if self.backing is None:
+                    part.zero(0, part.length)
+                else:
+                    await self.children["backing"].preadv(start, part)
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        await self._own(offset, length)
+        await super().driver_pwritev(offset, length, iov, flags)
+        self.allocated |= set(self.clusters(offset, length))
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        await self._own(offset, length)
+        await super().driver_pwrite_zeroes(offset, length, flags)
+        self.allocated |= set(self.clusters(offset, length))
+
+    async def _own(self, offset: int, length: int) -> None:
+        """Copy on write, of what is not overwritten wholly; atomic, unlike a real driver's."""
+        for number in self.clusters(offset, length):
+            start = number * self.cluster_size
+            whole = offset <= start and start + self.cluster_size <= offset + length
+            if number not in self.allocated and not whole and self.backing is not None:
+                old = bytearray(min(self.cluster_size, self.length - start))
+                iov = IoVec.of(old)
+                await self.children["backing"].preadv(start, iov)
+                if number not in self.allocated:
+                    self.data[start : start + len(old)] = old
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        mine = offset // self.cluster_size in self.allocated
+        end = offset
+        while end < offset + length and (end // self.cluster_size in self.allocated) == mine:
+            end = (end // self.cluster_size + 1) * self.cluster_size
+        flags = StatusFlag.DATA if mine else StatusFlag(0)
+        return BlockStatus(flags, min(end - offset, length))
 
 
 class PassNode(BlockNode):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.block.fakes import ArrayNode, run_now
-from vhostblk.block import clear
+from vhostblk.block import clear, submit
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import Req
 from vhostblk.block.options import NodeOptions
@@ -125,13 +125,13 @@ UNIT = BlockLimits(request_alignment=512, min_mem_alignment=1, pdiscard_alignmen
 
 
 def test_discard_pieces_keep_the_bulk_aligned() -> None:
-    assert list(clear.discard_pieces(UNIT, 512, 16_384)) == [
+    assert list(submit.discard_pieces(UNIT, 512, 16_384)) == [
         (512, 3584),
         (4096, 12_288),
         (16_384, 512),
     ]
     # 100 bytes up to a block, blocks up to a unit, units, blocks, and the 10 bytes left over.
-    assert list(clear.discard_pieces(UNIT, 412, 16_384 + 110)) == [
+    assert list(submit.discard_pieces(UNIT, 412, 16_384 + 110)) == [
         (412, 100),
         (512, 3584),
         (4096, 12_288),
@@ -153,7 +153,7 @@ def test_discard_pieces_are_the_range_and_obey_the_limits(
         max_pdiscard=max(align * factor, align) * largest,
     )
     position = offset
-    for start, count in clear.discard_pieces(limits, offset, length):
+    for start, count in submit.discard_pieces(limits, offset, length):
         assert start == position
         assert count > 0
         assert not limits.max_pdiscard or count <= limits.max_pdiscard

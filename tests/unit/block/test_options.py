@@ -126,7 +126,7 @@ def test_node_options_understand_both_pairs_of_discard_words() -> None:
 
 
 def test_what_cannot_work_yet_or_never_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'detect-zeroes' does not support value 'on'"):
-        consume(NodeOptions, {"detect-zeroes": "on"})
+    with pytest.raises(ConfigError, match="'detect-zeroes=unmap' can only be used with 'discard"):
+        consume(NodeOptions, {"detect-zeroes": "unmap"})
     with pytest.raises(ConfigError, match="'force-share=on' can only be used with 'read-only=on'"):
         consume(NodeOptions, {"force-share": "on"})

@@ -56,8 +56,8 @@ BLOCKDEVS = [
     ("file,node-name=d,filename=disk.img,locking=maybe", "'locking' does not accept value 'maybe'"),
     ("file,node-name=d,filename=disk.img,discard=yes", "'discard' does not accept value 'yes'"),
     (
-        "file,node-name=d,filename=disk.img,detect-zeroes=on",
-        "'detect-zeroes' does not support value 'on'",
+        "file,node-name=d,filename=disk.img,detect-zeroes=unmap",
+        "'detect-zeroes=unmap' can only be used with 'discard=unmap'",
     ),
     ("file,node-name=d,filename=disk.img,force-share=on", "'force-share=on' can only be used with"),
     ("file,node-name=1d,filename=disk.img", "Invalid node-name: '1d'"),

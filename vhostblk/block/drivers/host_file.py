@@ -41,6 +41,8 @@ _STATX_DIOALIGN = 0x2000
 _STATX_DIO_OFFSET = 152
 _AT_EMPTY_PATH = 0x1000
 
+_FAR = 1 << 62  # behind any file's end
+
 _PROBED = (1, 512, 1024, 2048, 4096)
 _FALLBACK_ALIGNMENT = 4096
 
@@ -102,6 +104,30 @@ def inspect(fd: int, *, direct: bool, writable: bool) -> HostFile:
         can_discard=writable
         and (_device_discards(status.st_rdev) if is_device else _can_punch(fd, size)),
     )
+
+
+def find_run(fd: int, offset: int) -> tuple[bool, int]:
+    """Whether there is data at `offset`, or a hole, and where that ends (lseek(2), SEEK_DATA).
+
+    A file system that does not know says that all is data.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    try:
+        try:
+            data = os.lseek(fd, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a hole up to the end
+                return False, _FAR
+            raise
+        if data > offset:
+            return False, data
+        return True, os.lseek(fd, offset, os.SEEK_HOLE)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENXIO):
+            return True, _FAR
+        raise BlockError(error.errno or errno.EIO) from None
 
 
 def file_size(fd: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_up
 from vhostblk.block.node import (
@@ -16,6 +17,7 @@ from vhostblk.block.node import (
     Req,
 )
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option
+from vhostblk.block.status import BlockStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,13 @@ class NullNode(BlockNode):
     async def driver_flush_to_disk(self) -> None:
         """Takes its time like the others."""
         await self._take_time()
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        """There is room for everything, and nothing in it."""
+        flags = StatusFlag.OFFSET_VALID
+        if self.options.read_zeroes:
+            flags |= StatusFlag.ZERO
+        return BlockStatus(flags, length, map=offset)
 
     async def driver_truncate(self, length: int) -> None:
         """Any length is fine."""

@@ -17,6 +17,7 @@ import errno
 import os
 
 from vhostblk.block.drivers import host_file
+from vhostblk.block.flags import StatusFlag
 from vhostblk.block.host_io import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -30,10 +31,14 @@ from vhostblk.block.host_io import (
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.node import BlockNode, ExtentFlag, FlushTarget, HostExtent, Req
+from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError
 
 _FUA = int(Req.FUA)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
+
+_IS_DATA = StatusFlag.DATA | StatusFlag.OFFSET_VALID
+_IS_ZERO = StatusFlag.ZERO | StatusFlag.OFFSET_VALID
 
 _PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
@@ -189,6 +194,26 @@ class PosixNode(BlockNode):
             done = await self._device_range(host_file.BLKDISCARD, offset, length)
         if not done:
             raise BlockError(errno.ENOTSUP)
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        """Where the file has holes (SEEK_DATA, SEEK_HOLE); all of it is data where only allocation matters."""
+        if not precise:
+            return BlockStatus(_IS_DATA, length, map=offset)
+        if self._inline:
+            is_data, end = host_file.find_run(self._fd, offset)
+        else:
+            is_data, end = await self._io.call(host_file.find_run, self._fd, offset)
+        align = self.limits.request_alignment
+        if not is_data:
+            run = align_down(min(end - offset, length), align)
+            if run:
+                return BlockStatus(_IS_ZERO, run, map=offset)
+            end = offset + align  # data somewhere in the first block
+        return BlockStatus(_IS_DATA, min(align_up(end - offset, align), length), map=offset)
+
+    def has_zero_init(self) -> bool:
+        """What a file grows by reads as zeroes; a device has whatever was on it."""
+        return not self._file.is_device
 
     def can_discard(self) -> bool:
         """As probed when the file was opened."""

@@ -6,11 +6,13 @@ import errno
 from dataclasses import dataclass, replace
 
 from vhostblk.block.edge import Edge
+from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import BlockNode, FlushTarget, HostExtent, OpenContext, Req, Role
 from vhostblk.block.options import SIZE, option
 from vhostblk.block.pipeline import flush_target, host_extent
+from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 
@@ -74,11 +76,15 @@ class RawNode(BlockNode):
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
         """Shifted."""
+        if self._file.node.has_debug_events:
+            await self._file.node.driver_debug_event("read_aio")
         await self._file.preadv(offset + self.options.offset, iov)
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         """Shifted; ENOSPC behind the end of a window of fixed size."""
         self._check_window(offset + length)
+        if self._file.node.has_debug_events:
+            await self._file.node.driver_debug_event("write_aio")
         await self._file.pwritev(offset + self.options.offset, iov, flags)
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
@@ -96,6 +102,15 @@ class RawNode(BlockNode):
         if self.options.size is not None:
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: the size is fixed by an option")
         await self._file.truncate(length + self.options.offset)
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        """What the child says (row B21.19)."""
+        flags = StatusFlag.RAW | StatusFlag.OFFSET_VALID
+        return BlockStatus(flags, length, self._file.node, offset + self.options.offset)
+
+    def has_zero_init(self) -> bool:
+        """As the child."""
+        return self._file.node.has_zero_init()
 
     def can_discard(self) -> bool:
         """If the child can, and may."""

@@ -1,0 +1,232 @@
+"""Block status and allocation (row B21): what a layer has, and what a chain of layers amounts to."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.block.fakes import EASY, ArrayNode, CowNode, put_above, run_now
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.flags import StatusFlag
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import BlockLimits
+from vhostblk.block.node import BlockNode
+from vhostblk.block.status import (
+    BlockStatus,
+    block_status,
+    has_zero_init,
+    is_allocated,
+    is_allocated_above,
+    status_above,
+)
+from vhostblk.errors import BlockError
+
+DATA, ZERO, VALID = StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.OFFSET_VALID
+ALLOCATED, EOF, RAW = StatusFlag.ALLOCATED, StatusFlag.EOF, StatusFlag.RAW
+NONE = StatusFlag(0)
+
+
+class SaysNode(ArrayNode):
+    """Answers what the test wants."""
+
+    says = BlockStatus(DATA, 4096)
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        assert not offset % self.limits.request_alignment
+        assert not length % self.limits.request_alignment
+        return self.says
+
+
+def test_a_driver_that_says_nothing_has_data_everywhere_at_the_same_place() -> None:
+    node = ArrayNode(4096)
+    status = run_now(block_status(node, 512, 1024))
+    assert status == BlockStatus(DATA | VALID | ALLOCATED, 1024, node, 512)
+    assert run_now(block_status(node, 512, 9999)).flags & EOF
+    assert run_now(block_status(node, 512, 9999)).length == 3584
+
+
+def test_behind_the_end_is_the_end_and_nothing_is_nothing() -> None:
+    assert run_now(block_status(ArrayNode(4096), 4096, 512)) == BlockStatus(EOF, 0)
+    assert run_now(block_status(ArrayNode(4096), 0, 0)) == BlockStatus(NONE, 0)
+
+
+@pytest.mark.parametrize(
+    ("says", "expected"),
+    [
+        (DATA | ZERO | VALID, DATA | ZERO | VALID | ALLOCATED),
+        (DATA | VALID, DATA | VALID | ALLOCATED),
+        (ZERO | VALID, ZERO | VALID | ALLOCATED),
+        (VALID, VALID | ZERO),
+        (DATA | ZERO, DATA | ZERO | ALLOCATED),
+        (DATA, DATA | ALLOCATED),
+        (ZERO, ZERO | ALLOCATED),
+        (NONE, ZERO),
+    ],
+)
+def test_every_answer_of_the_truth_table_without_a_backing_node(
+    says: StatusFlag, expected: StatusFlag
+) -> None:
+    node = SaysNode(8192)
+    node.says = BlockStatus(says, 4096)
+    assert run_now(block_status(node, 0, 4096)).flags == expected
+
+
+def test_unallocated_above_a_backing_node_is_not_zero_unless_that_is_shorter() -> None:
+    node = CowNode(ArrayNode(1024), 4096)
+    assert run_now(block_status(node, 0, 512)).flags == NONE
+    assert run_now(block_status(node, 1024, 512)).flags == ZERO
+
+
+def test_an_answer_for_whole_blocks_is_cut_to_what_was_asked() -> None:
+    node = SaysNode(8192, BlockLimits(request_alignment=1024, min_mem_alignment=1))
+    node.says = BlockStatus(DATA | VALID, 2048, None, 4096)
+    status = run_now(block_status(node, 100, 1000))
+    assert (status.length, status.map, status.file) == (1000, 4196, node)
+
+
+def test_a_raw_answer_is_the_childs_and_a_filter_gives_one() -> None:
+    leaf = SaysNode(8192)
+    leaf.says = BlockStatus(ZERO | VALID, 512, None, 0)
+    status = run_now(block_status(put_above(leaf), 0, 4096))
+    assert status == BlockStatus(ZERO | VALID | ALLOCATED, 512, leaf, 0)
+    # What the child does not have itself is not allocated because a filter is above.
+    empty = CowNode(None, 8192)
+    assert run_now(is_allocated(put_above(empty), 0, 512)) == (False, 512)
+
+
+def test_zeroes_of_the_file_show_through_a_format_that_asks_for_it() -> None:
+    leaf, node = SaysNode(4096), SaysNode(8192)
+    leaf.says = BlockStatus(ZERO | VALID, 512)
+    node.says = BlockStatus(DATA | VALID | StatusFlag.RECURSE, 1024, leaf, 0)
+    status = run_now(block_status(node, 0, 1024))
+    assert (status.flags, status.length) == (DATA | VALID | ZERO | ALLOCATED, 512)
+    assert not run_now(block_status(node, 0, 1024, precise=False)).flags & ZERO
+    # Behind the end of the file, and where it fails to answer.
+    node.says = BlockStatus(DATA | VALID | StatusFlag.RECURSE, 1024, leaf, 4096)
+    assert run_now(block_status(node, 0, 1024)).flags & ZERO
+
+    class Failing(SaysNode):
+        async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+            raise BlockError(errno.EIO)
+
+    node.says = BlockStatus(DATA | VALID | StatusFlag.RECURSE, 1024, Failing(4096), 0)
+    assert run_now(block_status(node, 0, 1024)).flags == DATA | VALID | ALLOCATED
+    with pytest.raises(BlockError):
+        run_now(block_status(Failing(4096), 0, 512))
+
+
+CLUSTER = 64
+layers = st.lists(st.tuples(st.integers(1, 8), st.sets(st.integers(0, 8))), min_size=3, max_size=3)
+
+
+def chain(shape: list[tuple[int, set[int]]]) -> list[CowNode]:
+    """Top first."""
+    nodes: list[CowNode] = []
+    below: BlockNode | None = None
+    for number, (clusters, written) in enumerate(reversed(shape)):
+        node = CowNode(below, clusters * CLUSTER, CLUSTER, limits=EASY)
+        node.data[:] = bytes([number + 1]) * len(node.data)
+        node.allocated = {cluster for cluster in written if cluster < clusters}
+        nodes.insert(0, node)
+        below = node
+    return nodes
+
+
+@settings(max_examples=300, deadline=None)
+@given(layers, st.integers(0, 8 * CLUSTER), st.integers(0, 8 * CLUSTER))
+def test_three_layers_of_different_lengths_agree_with_a_byte_model(
+    shape: list[tuple[int, set[int]]], offset: int, length: int
+) -> None:
+    nodes = chain(shape)
+    top = nodes[0]
+
+    def owner(position: int) -> int | None:
+        """Which layer has the byte; a layer that is too short ends the search: zeroes."""
+        for number, node in enumerate(nodes):
+            if position >= node.length:
+                return None
+            if position // CLUSTER in node.allocated:
+                return number
+        return None
+
+    status = run_now(status_above(top, None, offset, length))
+    if offset >= top.length:
+        assert status.length == 0
+        assert status.flags & EOF
+        return
+    if not length:
+        assert status.length == 0
+        return
+    assert 0 < status.length <= min(length, top.length - offset)
+    assert bool(status.flags & EOF) == (offset + status.length == top.length)
+    for position in range(offset, offset + status.length):
+        if status.flags & ZERO:
+            assert owner(position) is None
+        else:
+            assert status.flags & DATA
+            assert owner(position) is not None
+    # The same for "above the base": somebody has it, or nobody.
+    for base in (nodes[1], nodes[2], None):
+        above = nodes[: nodes.index(base)] if base in nodes else nodes
+        found, run = run_now(is_allocated_above(top, base, offset, length))
+        assert 0 < run <= length
+        for position in range(offset, min(offset + run, top.length)):
+            has = any(
+                position < node.length and position // CLUSTER in node.allocated for node in above
+            )
+            if not found:
+                assert not has
+        if found:
+            assert any(
+                offset < node.length and offset // CLUSTER in node.allocated for node in above
+            )
+
+
+def test_zero_init_is_never_promised_above_a_backing_node() -> None:
+    async def scenario() -> None:
+        graph = BlockGraph()
+        memory = await graph.add("raw,node-name=m,file.driver=memory,file.size=1M")
+        assert has_zero_init(memory)
+        assert not has_zero_init(CowNode(memory, 4096))
+        assert not has_zero_init(ArrayNode())
+        memory.parents[0].detach()
+        await graph.close_all()
+
+    asyncio.run(scenario())
+
+
+def test_holes_of_a_file_are_zeroes_and_its_data_is_data(tmp_path: Path) -> None:
+    path = tmp_path / "sparse.img"
+    with path.open("wb") as file:
+        os.truncate(file.fileno(), 1 << 20)
+        os.pwrite(file.fileno(), b"x" * 65536, 262144)
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        node = await graph.add(
+            {"driver": "raw", "offset": 65536, "file": {"driver": "file", "filename": str(path)}}
+        )
+        seen: list[tuple[int, bool]] = []
+        at = 0
+        while at < node.length:
+            status = await block_status(node, at, node.length - at)
+            seen.append((at, bool(status.flags & ZERO)))
+            assert status.file is node.children["file"].node
+            assert status.map == at + 65536
+            at += status.length
+        assert seen == [(0, True), (196608, False), (262144, True)]
+        assert (await block_status(node, 0, 4096, precise=False)).flags & DATA
+        user = BlockBackend(node, "user", writable=True)
+        await user.pwritev(300_000, IoVec.of(b"y"))
+        assert not (await block_status(node, 299_520, 512)).flags & ZERO
+        await user.close()
+        await graph.close_all()
+
+    asyncio.run(scenario())

@@ -1,0 +1,263 @@
+"""The contract of a block driver: what it states, for requests that others have checked.
+
+Requests that come to the `driver_*` methods are checked, tracked, aligned and cut to `limits`; only the pipeline
+calls them. A method that a *filter* leaves out passes through to its filtered child, one that any other driver leaves
+out fails with ENOTSUP and is emulated by the pipeline (block layer rows B03.6 and B03.9). A filter that leaves out
+`host_extent` sees every request. What a driver does besides requests counts in `in_flight`.
+
+`node.py` has what every node has. Everything is in bytes. Knows nothing about virtio, vhost-user or the engine.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from vhostblk.block.bounce import BouncePool
+from vhostblk.block.extent import FlushTarget, HostExtent
+from vhostblk.block.flags import StatusFlag
+from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
+from vhostblk.block.permissions import Perm
+from vhostblk.block.roles import Role, default_child_permissions
+from vhostblk.block.status import BlockStatus
+from vhostblk.errors import BlockError
+
+if TYPE_CHECKING:
+    from vhostblk.block.edge import Edge
+    from vhostblk.block.host_io import HostIO
+    from vhostblk.block.iov import IoVec
+    from vhostblk.block.node import BlockNode
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSizes:
+    """Sizes a disk reports to its user, in bytes (row B31.7); 0 means unknown.
+
+    Attributes:
+        logical: smallest unit of a request; at least 512.
+        physical: smallest unit the storage writes without read-modify-write.
+        min_io, opt_io: preferred sizes of small and of streaming requests.
+    """
+
+    logical: int = SECTOR_SIZE
+    physical: int = SECTOR_SIZE
+    min_io: int = 0
+    opt_io: int = 0
+
+
+class OpenContext(Protocol):
+    """What a node may ask of its graph while it opens."""
+
+    bounce: BouncePool
+
+    async def open_child(self, parent: BlockNode, key: str, role: Role) -> Edge:
+        """Open or find the child that the options give under `key` (row B05.11)."""
+
+    def host_io(self, aio: str | None) -> HostIO:
+        """The file I/O of this kind ("io_uring", "threads", None: the best there is)."""
+
+
+class Driver:
+    """What drivers and filters override; derive from `BlockNode`, which has the rest.
+
+    Context: the control loop.
+    """
+
+    driver_name: ClassVar[str]
+    # A frozen dataclass made of `options.option()` fields.
+    options_type: ClassVar[type[Any]]
+    is_filter: ClassVar[bool] = False
+    # At the bottom of a graph: reaches storage by itself. The others are formats and filters.
+    is_protocol: ClassVar[bool] = False
+    # `name:rest` is a file name for this driver; None: it can only be made from options.
+    protocol_name: ClassVar[str | None] = None
+    # Options that name or describe a child (`file=...` or `file.*`).
+    child_keys: ClassVar[tuple[str, ...]] = ()
+    # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10).
+    supported_write_flags: int = 0
+    supported_zero_flags: int = 0
+    # Bytes in which this layer allocates; 0: unknown (row B14.14).
+    cluster_size: int = 0
+    # Whether `driver_debug_event` wants to hear (row B43).
+    has_debug_events: bool = False
+
+    node_name: str
+    read_only: bool
+    inactive: bool
+    length: int
+    limits: BlockLimits
+    children: dict[str, Edge]
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """The options that a file name stands for (row B04.6)."""
+        return {"filename": filename.removeprefix(f"{cls.protocol_name}:")}
+
+    @classmethod
+    def probe(cls, header: bytes, filename: str) -> int:
+        """How sure it is that content which begins like this is in this format; 0: it is not (row B04.9)."""
+        return 0
+
+    @classmethod
+    def probe_device(cls, filename: str) -> int:
+        """How sure it is that this is the name of a device for this protocol driver; 0: it is not (row B04.7)."""
+        return 0
+
+    # ------------------------------------------------------------------ what a driver states
+
+    async def open(self, context: OpenContext) -> None:
+        """Open files and children, set `length` (and `read_only`, if it turned out so).
+
+        Raises: ConfigError: one line that names the option or the file. What was opened before is
+            closed by `close()`.
+        """
+
+    async def close(self) -> None:
+        """Release everything; must work after a failed `open()` too. Children are closed by the graph."""
+
+    async def refresh_length(self) -> None:
+        """Set `length` to what it is now; by default what the children, which look first, make of it."""
+        for edge in tuple(self.children.values()):
+            await edge.node.refresh_length()
+
+    def refresh_limits(self) -> None:
+        """Adjust `limits`, which are merged from the children already (row B12.2)."""
+
+    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+        """Fill `iov` with the bytes at `offset`; all of them or BlockError."""
+        await self._filtered().preadv(offset, iov)
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        """Write `iov` at `offset`. `flags` are within `supported_write_flags`."""
+        await self._filtered().pwritev(offset, iov, flags)
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """Make the range read as zeroes, cheaply; ENOTSUP makes the pipeline write them (row B17.11)."""
+        await self._filtered().pwrite_zeroes(offset, length, flags)
+
+    async def driver_pdiscard(self, offset: int, length: int) -> None:
+        """The range is not needed any more; ENOTSUP is no error (row B18.2)."""
+        await self._filtered().pdiscard(offset, length)
+
+    async def driver_flush_all(self) -> bool:
+        """Flush this node and all beneath it, and return True; or leave it to the pipeline (row B19.3)."""
+        return False
+
+    async def driver_flush_to_os(self) -> None:
+        """Hand what this process caches to the host: it survives our crash (row B19.9)."""
+
+    async def driver_flush_to_disk(self) -> None:
+        """Make what the host has durable: it survives a power cut. Children are flushed by the pipeline."""
+
+    async def driver_truncate(self, length: int) -> None:
+        """Change the length; what is new reads as zeroes."""
+        await self._filtered().truncate(length)
+
+    async def driver_cut_padding(self, end: int) -> None:
+        """A padded write has reached past `end`, the end of the node: undo that, where it shows (a file has grown)."""
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        """What this layer has at `offset`; see `status.py`. The range is aligned and inside the node.
+
+        Args:
+            precise: False: only allocation matters; a long answer is better than an exact one (row B21.10).
+        """
+        if self.is_filter:
+            flags = StatusFlag.RAW | StatusFlag.OFFSET_VALID
+            return BlockStatus(flags, length, self._filtered().node, offset)
+        if self.children:
+            return BlockStatus(StatusFlag.DATA, length)
+        return BlockStatus(StatusFlag.DATA | StatusFlag.OFFSET_VALID, length, map=offset)
+
+    def has_zero_init(self) -> bool:
+        """Whether a node that was just made reads as zeroes (row B21.15)."""
+        return self.is_filter and self._filtered().node.has_zero_init()
+
+    async def driver_copy_range_from(
+        self, offset: int, target: BlockNode, target_offset: int, length: int, flags: int
+    ) -> None:
+        """Copy to another node without moving the bytes; a layer passes on to its child (`copy_range.py`)."""
+        raise BlockError(errno.ENOTSUP)
+
+    async def driver_copy_range_to(
+        self, source: BlockNode, source_offset: int, offset: int, length: int, flags: int
+    ) -> None:
+        """The other half: `source` is the leaf that has the bytes."""
+        raise BlockError(errno.ENOTSUP)
+
+    def driver_cancel_in_flight(self) -> None:
+        """Make pending requests fail soon, where waiting for them may take long (row B25.3)."""
+
+    async def driver_debug_event(self, event: str) -> None:
+        """A request has come to a named point (row B43.1)."""
+
+    def driver_plug(self) -> None:
+        """Requests may be kept back until `driver_unplug`, to be submitted together (row B28)."""
+
+    def driver_unplug(self) -> None:
+        """Submit what was kept back."""
+
+    def driver_drain_begin(self) -> None:
+        """A drain begins: release requests that wait here, start none of your own; those count in `in_flight`."""
+
+    def driver_drain_end(self) -> None:
+        """The last drain has ended."""
+
+    def can_discard(self) -> bool:
+        """Whether a discard has an effect; what the export offers to the guest."""
+        return self.is_filter and self._filtered().node.can_discard()
+
+    async def host_extent(self, offset: int, length: int) -> HostExtent | None:
+        """The largest extent around `offset` that may be used without asking, or None.
+
+        Called through `pipeline.host_extent()`, which knows about drains and serialising requests.
+        A filter that wants to see requests returns None.
+        """
+        return None
+
+    def flush_target(self) -> int | FlushTarget:
+        """The one file whose fdatasync is a complete flush of this node, or why there is none."""
+        return FlushTarget.ASK
+
+    def flush_failed(self, error: int) -> None:
+        """Somebody's fdatasync of `flush_target()` failed with this errno."""
+        for edge in self.children.values():
+            edge.node.flush_failed(error)
+
+    def register_buf(self, host: int, size: int) -> None:
+        """Memory that requests will come from: address in this process and bytes (row B13.3)."""
+        for edge in self.children.values():
+            edge.node.register_buf(host, size)
+
+    def unregister_buf(self, host: int) -> None:
+        """Undo `register_buf` of this address."""
+        for edge in self.children.values():
+            edge.node.unregister_buf(host)
+
+    def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """What this node needs of a child, and shares, when its parents ask for this (row B09.5)."""
+        return default_child_permissions(
+            edge.role,
+            perm,
+            shared,
+            writable=not self.read_only and not self.inactive,
+            inactive=self.inactive,
+        )
+
+    def check_perm(self, perm: Perm, shared: Perm) -> None:
+        """Take what the change needs, locks for instance; raises ConfigError (row B09.4)."""
+
+    def set_perm(self, perm: Perm, shared: Perm) -> None:
+        """The change was made: give back what is not needed any more."""
+
+    def abort_perm(self) -> None:
+        """The change was not made."""
+
+    def _filtered(self) -> Edge:
+        """The child of a filter; ENOTSUP for everybody else."""
+        if self.is_filter:
+            for edge in self.children.values():
+                if edge.role & Role.FILTERED:
+                    return edge
+        raise BlockError(errno.ENOTSUP, f"{self.driver_name}: operation not supported")
