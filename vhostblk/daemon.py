@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # qemu-storage-daemon's
 DEFAULT_POLL_MAX_NS = 32768
+MAX_OWN_THREADS = 64
+"""Engine threads of exports that name no iothread: each costs fds, memory, and time at the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ class Daemon:
         self._on_ready = on_ready
         self._stop = asyncio.Event()
         self._threads: dict[str, IOThread] = {}
+        self._own: list[IOThreadConfig] = []  # for those that name none
+        self._next_shared = 0
         self._pages = StatsPages()
         self._is_durable = True
         self.graph = BlockGraph()
@@ -99,7 +103,7 @@ class Daemon:
             for options in self._config.blockdevs:
                 await self._open_node(options)
             if use_native:
-                stack.callback(self._close_threads)
+                stack.push_async_callback(self._close_threads)
             for config in self._config.exports:
                 with _told_by(self._export_option(config)):
                     await self._open_export(config, stack, use_native)
@@ -161,15 +165,26 @@ class Daemon:
         self.exports[config.id] = export
 
     def _threads_for(self, config: ExportConfig) -> list[IOThread]:
-        """The threads that an export names, or as many of its own as it asks for."""
+        """The threads that an export names, or as many of its own as it asks for and there may be."""
         known = {thread.name: thread for thread in self._config.io_threads}
         for name in config.io_threads:
             if name not in known:
                 raise ConfigError(f'IOThread "{name}" object does not exist')
-        wanted = [known[name] for name in config.io_threads] or [
-            IOThreadConfig(f"{config.id}/{number}") for number in range(config.own_threads)
-        ]
+        wanted = [known[name] for name in config.io_threads] or self._own_threads(config)
         return [self._thread(thread) for thread in wanted]
+
+    def _own_threads(self, config: ExportConfig) -> list[IOThreadConfig]:
+        """New ones; from `MAX_OWN_THREADS` on those of the exports before, in turn."""
+        count = config.own_threads
+        if not self._own or len(self._own) + count <= MAX_OWN_THREADS:
+            fresh = [IOThreadConfig(f"{config.id}/{number}") for number in range(count)]
+            self._own += fresh
+            return fresh
+        if not self._next_shared:
+            log.info("export %s and later ones share %d engine threads", config.id, len(self._own))
+        first, self._next_shared = self._next_shared, self._next_shared + count
+        count = min(count, len(self._own))
+        return [self._own[(first + number) % len(self._own)] for number in range(count)]
 
     def _thread(self, config: IOThreadConfig) -> IOThread:
         if config.name not in self._threads:
@@ -187,13 +202,16 @@ class Daemon:
     async def _close_nodes(self) -> None:
         self._is_durable &= await self.graph.close_all()
 
-    def _close_threads(self) -> None:
-        for thread in self._threads.values():
-            try:
-                thread.close()
-            except StateError:
-                # A bug, but not the one that brought us here: that one is to be told.
-                log.exception("a bug: %s", thread.name)
+    async def _close_threads(self) -> None:
+        # Side by side: the kernel makes each wait for a while, and could do so for all of them together.
+        await asyncio.gather(*(self._close_thread(thread) for thread in self._threads.values()))
+
+    async def _close_thread(self, thread: IOThread) -> None:
+        try:
+            await thread.close_aside()
+        except StateError:
+            # A bug, but not the one that brought us here: that one is to be told.
+            log.exception("a bug: %s", thread.name)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.cli import storage_daemon
 from vhostblk.cli.serve import _MAGIC
 from vhostblk.client.conformance.registry import ALL_CHECKS
+from vhostblk.daemon import MAX_OWN_THREADS
 from vhostblk.export import options as export_options
 from vhostblk.export.blk_device import SEG_MAX, BlkDevice
 from vhostblk.export.error_log import ErrorLog
@@ -207,6 +208,7 @@ LIMITS: dict[str, int] = {
     "entries of a queue": MAX_RING_SIZE,
     "requests of a queue at a time": _c_constant("queue.h", "QUEUE_REQUESTS"),
     "queues of an engine thread": _c_constant("message_ring.h", "MESSAGE_RING_SIZE") // 2,
+    "engine threads of exports that name no iothread": MAX_OWN_THREADS,
     "bounce buffers of a disk at a time, of 1 MiB": MAX_BOUNCING,
     "memory regions": MAX_MEM_SLOTS,
     "data segments of a request (seg_max)": SEG_MAX,

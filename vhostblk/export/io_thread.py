@@ -133,6 +133,11 @@ class IOThread:
         self._loop.remove_reader(self._thread.fd)
         self._thread.close()
 
+    async def close_aside(self) -> None:
+        """As `close`; the loop, and the ends of other threads, go on meanwhile."""
+        self._loop.remove_reader(self._thread.fd)
+        await asyncio.to_thread(self._thread.close)
+
     def _flush_soon(self) -> None:
         if not self._receiving and not self._flush_scheduled:
             self._flush_scheduled = True
