@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from vhostblk.block.host_io import HostIO
     from vhostblk.block.iov import IoVec
     from vhostblk.block.node import BlockNode
+    from vhostblk.block.registry import DriverRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,13 @@ class OpenContext(Protocol):
     """What a node may ask of its graph while it opens."""
 
     bounce: BouncePool
+    drivers: DriverRegistry
 
     async def open_child(self, parent: BlockNode, key: str, role: Role) -> Edge:
         """Open or find the child that the options give under `key` (row B05.11)."""
+
+    async def open_optional_child(self, parent: BlockNode, key: str, role: Role) -> Edge | None:
+        """The same, where there may be none."""
 
     def host_io(self, aio: str | None) -> HostIO:
         """The file I/O of this kind ("io_uring", "threads", None: the best there is)."""
@@ -114,7 +119,7 @@ class Driver:
         """
 
     async def close(self) -> None:
-        """Release everything; must work after a failed `open()` too. Children are closed by the graph."""
+        """Release everything; must work after a failed `open()` too. Children are closed by the graph, later."""
 
     async def refresh_length(self) -> None:
         """Set `length` to what it is now; by default what the children, which look first, make of it."""

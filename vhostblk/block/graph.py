@@ -1,37 +1,39 @@
-"""The graph: opening, naming, finding and closing nodes (block layer rows B05 and B07).
+"""The graph: all nodes of a daemon, how they come, are found, and go (block layer rows B05 and B07).
 
-Theory of operation of opening: driver, then the options every node has, then the driver's own, then
-whatever is left is an error; only then is anything opened. Children are references to nodes or
-inline options; an inline child inherits its parent's modes as defaults (row B06) and is closed with
-its last parent, while nodes from `add()` live until `remove()`.
+A node lives as long as somebody needs it: its parents, whoever holds it (`hold`), and for nodes from `add()` the user,
+until `remove()`. Changes of the graph are made one at a time (`changing`), on the control loop.
 
-Knows nothing about requests.
+How a node is opened is in `opening.py`, how the graph is rebuilt in `surgery.py` and `reopen.py`. Knows nothing about
+requests.
 """
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import logging
-import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from vhostblk.block import pipeline
+from vhostblk.block import opening, pipeline
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import ControlLoop
 from vhostblk.block.host_io import HostIO, create_host_io
-from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE, BlockLimits
-from vhostblk.block.node import BlockNode, Role
-from vhostblk.block.options import NodeOptions, consume, flatten, leftover, parse_options
-from vhostblk.block.permissions import Perm
+from vhostblk.block.keyval import flatten, parse_options
+from vhostblk.block.names import Names
+from vhostblk.block.node import BlockNode
+from vhostblk.block.op_blockers import OpType, check_op
+from vhostblk.block.opening import refresh_limits
+from vhostblk.block.quiesce import drained
+from vhostblk.block.registry import DriverRegistry
 from vhostblk.errors import BlockError, ConfigError, StateError
 
-__all__ = ["BlockGraph", "Edge"]
+__all__ = ["BlockGraph", "Edge", "refresh_limits"]
 
 log = logging.getLogger(__name__)
-
-# Row B07.1.
-_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9\-._]{0,30}\Z")
 
 
 class BlockGraph:
@@ -40,22 +42,28 @@ class BlockGraph:
     Args:
         drivers: name to node class.
 
+    Attributes:
+        nodes: by name, in the order in which they were opened.
+        quiesced: drains of everything (`quiesce.all_drained`): new nodes begin with so many.
+
     Context: the control loop; nothing here may be called before it runs.
     Owns: the nodes, the file I/O they use, their scratch buffers.
     """
 
     def __init__(self, drivers: Mapping[str, type[BlockNode]] = DRIVERS) -> None:
-        self.drivers = drivers
-        self.nodes: dict[str, BlockNode] = {}
+        self.drivers = drivers if isinstance(drivers, DriverRegistry) else DriverRegistry(drivers)
+        self.names = Names()
+        self.nodes = self.names.nodes
+        self.control = ControlLoop()
         self.bounce = BouncePool()
-        self._opening: set[str] = set()  # names of nodes that are not ready to be anybody's child
-        self._kept: set[BlockNode] = set()  # from add(); the others live as long as their parents
+        self.quiesced = 0
+        self._opening: set[BlockNode] = set()  # not ready to be anybody's child
+        self._added: set[BlockNode] = set()  # from add(): the user's
+        self._change = asyncio.Lock()
         self._host_io: dict[str | None, HostIO] = {}
-        self._next_name = 100
-        self.quiesced = (
-            0  # drains of everything (`quiesce.all_drained`): new nodes begin with so many
-        )
         self._flush_failed = False  # of a node at its end
+
+    # ------------------------------------------------------------------ for users
 
     async def add(self, options: Mapping[str, Any] | str) -> BlockNode:
         """Open a node.
@@ -68,18 +76,33 @@ class BlockGraph:
         """
         if isinstance(options, str):
             options = parse_options(options, "driver")
-        node = await self._open(flatten(options), "")
-        self._kept.add(node)
-        return node
+        flat = flatten(options)
+        async with self.changing():
+            return self._adopt(await opening.open_node(self, flat))
+
+    async def open_image(
+        self, filename: str, options: Mapping[str, Any] | None = None
+    ) -> BlockNode:
+        """Open what a name stands for: a path, `protocol:rest` or `json:{...}`.
+
+        Args:
+            options: as for `add`; without `driver` the format is guessed from the content.
+
+        Raises:
+            ConfigError: as `add`.
+        """
+        flat = flatten(options or {})
+        async with self.changing():
+            return self._adopt(await opening.open_image(self, filename, flat))
 
     def find(self, name: str) -> BlockNode:
         """The node of this name.
 
         Raises:
-            ConfigError: there is none.
+            ConfigError: ENODEV; there is none.
         """
-        if name not in self.nodes or name in self._opening:
-            raise ConfigError(f"Cannot find node '{name}'")
+        if name not in self.nodes or self.nodes[name] in self._opening:
+            raise ConfigError(f"Cannot find node '{name}'", errno.ENODEV)
         return self.nodes[name]
 
     async def remove(self, name: str) -> None:
@@ -88,10 +111,16 @@ class BlockGraph:
         Raises:
             ConfigError: there is no such node, or it is in use; names the user.
         """
-        node = self.find(name)
-        if node.parents:
-            raise ConfigError(f"Node '{name}' is in use: {node.parents[0].describe()}")
-        await self._close(node)
+        async with self.changing():
+            node = self.find(name)
+            if node.parents:
+                user = node.parents[0].describe()
+                raise ConfigError(f"Node '{name}' is in use: {user}", errno.EBUSY)
+            check_op(node, OpType.DRIVE_DEL)
+            if node.references > (node in self._added):
+                raise ConfigError(f"Node '{name}' is in use", errno.EBUSY)
+            self._disown(node)
+            await self.collect(node)
 
     async def close_all(self) -> bool:
         """Close every node, parents first, and all file I/O.
@@ -102,18 +131,55 @@ class BlockGraph:
         Raises:
             StateError: somebody outside the graph still uses a node; the others are closed.
         """
-        while roots := [node for node in self.nodes.values() if not node.parents]:
-            for node in roots:
-                if node.node_name in self.nodes:
-                    await self._close(node)
-        if self.nodes:
-            left = next(node for node in self.nodes.values() if node.parents)
-            raise StateError(f"Node '{left.node_name}' is in use: {left.parents[0].describe()}")
-        for host_io in self._host_io.values():
-            await host_io.close()
-        self._host_io.clear()
-        self.bounce.close()
-        return not self._flush_failed
+        async with self.changing():
+            while roots := [node for node in self.nodes.values() if not node.parents]:
+                for node in roots:
+                    if node.node_name in self.nodes:
+                        await self._close(node)
+            if self.nodes:
+                left = next(node for node in self.nodes.values() if node.parents)
+                raise StateError(f"Node '{left.node_name}' is in use: {left.parents[0].describe()}")
+            for host_io in self._host_io.values():
+                await host_io.close()
+            self._host_io.clear()
+            self.bounce.close()
+            return not self._flush_failed
+
+    # ------------------------------------------------------------------ for whoever rebuilds it
+
+    @asynccontextmanager
+    async def changing(self, *nodes: BlockNode) -> AsyncIterator[None]:
+        """Nobody else changes the graph inside `async with`, and nothing is in flight in these nodes and above.
+
+        Must not be awaited by a request, nor inside itself.
+
+        Raises:
+            StateError: this is not the control loop.
+        """
+        self.control.check()
+        async with self._change, AsyncExitStack() as stack:
+            for node in nodes:
+                await stack.enter_async_context(drained(node))
+            yield
+
+    def hold(self, node: BlockNode) -> None:
+        """Keep a node alive until `release`."""
+        node.references += 1
+
+    async def release(self, node: BlockNode) -> None:
+        """Undo one `hold`; a node that nobody needs any more is closed."""
+        assert node.references > 0
+        node.references -= 1
+        await self.collect(node)
+
+    async def collect(self, node: BlockNode) -> None:
+        """Close a node if nobody needs it any more (row B07.7)."""
+        if not node.parents and not node.references and self.nodes.get(node.node_name) is node:
+            await self._close(node)
+
+    def is_owned(self, node: BlockNode) -> bool:
+        """Whether it is the user who has to remove it (row B07.4)."""
+        return node in self._added
 
     def host_io(self, aio: str | None) -> HostIO:
         """The file I/O of this kind, shared by all nodes.
@@ -125,145 +191,50 @@ class BlockGraph:
             self._host_io[aio] = create_host_io(aio)
         return self._host_io[aio]
 
-    async def _open(self, flat: dict[str, Any], where: str) -> BlockNode:
-        driver = flat.pop("driver", None)
-        if driver is None:
-            raise ConfigError(f"Parameter '{where}driver' is missing")
-        if not isinstance(driver, str) or driver not in self.drivers:
-            known = ", ".join(sorted(self.drivers))
-            raise ConfigError(f"Unknown driver '{driver}' for '{where}driver' (known: {known})")
-        node_type = self.drivers[driver]
-        common = consume(NodeOptions, flat, where)
-        children = {
-            name: flat.pop(name)
-            for name in tuple(flat)
-            if name.partition(".")[0] in node_type.child_keys
-        }
-        leftover(flat, driver, common.node_name or "", where, node_type.options_type)
-        options = consume(node_type.options_type, flat, where)
-        node = node_type(self._name(common.node_name), common, options)
-        node.bounce = self.bounce
-        node.quiesced = self.quiesced
-        # Taken from here on: opening may wait.
+    def enter(self, node: BlockNode) -> None:
+        """A node that is about to open has its name now, but is nobody's child yet."""
         self.nodes[node.node_name] = node
-        self._opening.add(node.node_name)
-        try:
-            await node.open(_Opening(self, children, where))
-            refresh_limits(node)
-            if node.length > MAX_LENGTH:
-                raise ConfigError(f"Node '{node.node_name}' is too large: {node.length} bytes")
-            assert node.length % SECTOR_SIZE == 0
-        except BaseException:
-            await self._dissolve(node)
-            raise
-        finally:
-            self._opening.discard(node.node_name)
-        return node
+        self._opening.add(node)
 
-    def _name(self, name: str | None) -> str:
-        if name is None:
-            self._next_name += 1
-            return f"#block{self._next_name}"  # no user can choose such a name
-        if not _NODE_NAME.match(name):
-            raise ConfigError(
-                f"Invalid node-name: '{name}' (a letter, then letters, digits, '-', '.' or '_', "
-                "31 characters at most)"
-            )
-        if name in self.nodes:
-            raise ConfigError(f"Duplicate nodes with node-name='{name}'")
-        return name
+    def ready(self, node: BlockNode) -> None:
+        """The node is open."""
+        self._opening.discard(node)
 
-    async def _close(self, node: BlockNode) -> None:
-        """Row B07.9; also B07.10 with row C19: what the last flush says is logged."""
-        await node.drained_begin()
-        try:
-            await pipeline.flush(node)
-        except BlockError as error:
-            log.error("node '%s': flush at close failed: %s", node.node_name, error)
-            self._flush_failed = True
-        finally:
-            node.drained_end()
-        await self._dissolve(node)
-
-    async def _dissolve(self, node: BlockNode) -> None:
-        children = [edge.node for edge in node.children.values()]
-        for edge in tuple(node.children.values()):
-            edge.detach()
-        node.children.clear()
-        self.nodes.pop(node.node_name, None)
-        self._kept.discard(node)
+    async def dissolve(self, node: BlockNode) -> None:
+        """Close a node without a flush, and those of its children that nobody else needs."""
         try:
             await node.close()
         except OSError as error:
             log.error("node '%s': close failed: %s", node.node_name, error)
-        for child in children:
-            if not child.parents and child not in self._kept and child.node_name in self.nodes:
-                await self._close(child)
+        edges = tuple(node.children.values())
+        for edge in edges:
+            edge.detach()
+        self.nodes.pop(node.node_name, None)
+        self._opening.discard(node)
+        self._disown(node)
+        for edge in edges:
+            if edge.node.inherits_from is node:
+                edge.node.inherits_from = None
+            await self.collect(edge.node)
 
+    # ------------------------------------------------------------------
 
-def refresh_limits(node: BlockNode) -> None:
-    """Compute a node's limits from its children's and the driver's own (row B12.2)."""
-    limits = BlockLimits()
-    if node.children:
-        limits.min_mem_alignment = limits.opt_mem_alignment = 1
-        for edge in node.children.values():
-            limits.merge(edge.node.limits)
-    node.limits = limits
-    node.refresh_limits()
-    limits.check()
+    def _adopt(self, node: BlockNode) -> BlockNode:
+        self._added.add(node)
+        self.hold(node)
+        return node
 
+    def _disown(self, node: BlockNode) -> None:
+        if node in self._added:
+            self._added.discard(node)
+            node.references -= 1
 
-class _Opening:
-    """What a node sees of the graph while it opens (`node.OpenContext`)."""
-
-    def __init__(self, graph: BlockGraph, children: dict[str, Any], where: str) -> None:
-        self.bounce = graph.bounce
-        self.host_io = graph.host_io
-        self._graph = graph
-        self._children = children
-        self._where = where
-
-    async def open_child(self, parent: BlockNode, key: str, role: Role) -> Edge:
-        """Open or find the child that the options give under `key` (row B05.11)."""
-        name = f"{self._where}{key}"
-        if key in self._children:
-            reference = self._children[key]
-            if not isinstance(reference, str):
-                raise ConfigError(f"Parameter '{name}' expects a node name, not '{reference}'")
-            node = self._graph.find(reference)
-        else:
-            prefix = f"{key}."
-            flat = {
-                option.removeprefix(prefix): value
-                for option, value in self._children.items()
-                if option.startswith(prefix)
-            }
-            if not flat:
-                raise ConfigError(
-                    f"Parameter '{name}' is missing: a node name or '{prefix}' options"
-                )
-            node = await self._graph._open(self._inherit(parent, flat), f"{name}.")
-        edge = Edge(parent, node, key, role, Perm.NONE, Perm.ALL)
-        try:
-            edge.attach()
-        except BaseException:
-            if not node.parents and node not in self._graph._kept:
-                await self._graph._dissolve(node)
-            raise
-        parent.children[key] = edge
-        return edge
-
-    def _inherit(self, parent: BlockNode, flat: dict[str, Any]) -> dict[str, Any]:
-        common = parent.common
-        modes: dict[str, Any] = {
-            "read-only": common.read_only,
-            "auto-read-only": common.auto_read_only,
-            "force-share": common.force_share,
-            "cache.direct": common.cache_direct,
-            "cache.no-flush": common.cache_no_flush,
-            # The parent decides what to discard; the file then obeys (row B06.5).
-            "discard": "unmap",
-        }
-        if flat.get("read-only", common.read_only) not in (True, "on", "yes", "true", "y"):
-            del modes["force-share"]
-        return {**modes, **flat}
+    async def _close(self, node: BlockNode) -> None:
+        """Row B07.9; also B07.10 with row C19: what the last flush says is logged."""
+        async with drained(node):
+            try:
+                await pipeline.flush(node)
+            except BlockError as error:
+                log.error("node '%s': flush at close failed: %s", node.node_name, error)
+                self._flush_failed = True
+        await self.dissolve(node)

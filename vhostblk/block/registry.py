@@ -119,7 +119,7 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
                 return driver
         raise ConfigError(f"Unknown protocol '{prefix}'", errno.ENOENT)
 
-    def probe(self, header: bytes | memoryview, filename: str) -> type[BlockNode] | None:
+    def probe(self, header: bytes | bytearray, filename: str) -> type[BlockNode] | None:
         """The format that content which begins like this is in: the highest score, the first of equals (row B04.9)."""
         best, best_score = None, 0
         for driver in self._drivers.values():

@@ -23,7 +23,7 @@ _NEVER_SHARED = Perm.WRITE | Perm.RESIZE
 class FileOptions:
     """QEMU's options for file and host_device."""
 
-    filename: str = option(STRING, about="path of the file or block device")
+    filename: str = option(STRING, about="path of the file or block device", strong=True)
     aio: str | None = option(
         choice("threads", "io_uring"), None, about="how to do I/O; the fastest that works if absent"
     )
@@ -39,6 +39,7 @@ class FileNode(PosixNode):
     """
 
     driver_name = "file"
+    protocol_name = "file"
     options_type = FileOptions
     options: FileOptions
     _lock: ImageLock | None = None
@@ -58,7 +59,8 @@ class FileNode(PosixNode):
             await self._io.call(self._open_file)
         except OSError as error:
             raise ConfigError(
-                f"Could not open '{self.options.filename}': {error.strerror}{self._hint(error)}"
+                f"Could not open '{self.options.filename}': {error.strerror}{self._hint(error)}",
+                error.errno or errno.EIO,
             ) from None
         self._pool = self.options.aio == "threads"
         self._adopt(self._found)
@@ -133,6 +135,15 @@ class HostDeviceNode(FileNode):
     """A block device, and nothing else."""
 
     driver_name = "host_device"
+    protocol_name = "host_device"
+
+    @classmethod
+    def probe_device(cls, filename: str) -> int:
+        """Whether the file is a block device now."""
+        try:
+            return 100 if stat.S_ISBLK(os.stat(filename).st_mode) else 0
+        except (OSError, ValueError):
+            return 0
 
     def _check_kind(self, mode: int) -> None:
         if not stat.S_ISBLK(mode):

@@ -92,7 +92,8 @@ class ImageLock:
                 # Nobody locks these bytes exclusively, except for an instant or by another
                 # convention.
                 raise ConfigError(
-                    f"Failed to lock byte {offset} of '{self._filename}': another process holds it"
+                    f"Failed to lock byte {offset} of '{self._filename}': another process holds it",
+                    errno.EAGAIN,
                 ) from None
             self._held.add(offset)
 
@@ -112,7 +113,8 @@ class ImageLock:
                 if wanted and self._control(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, base + index):
                     raise ConfigError(
                         f'Failed to get {kind}"{name}" lock: is another process using the image '
-                        f"[{self._filename}]?"
+                        f"[{self._filename}]?",
+                        errno.EAGAIN,
                     )
 
     def _control(self, command: int, kind: int, offset: int) -> bool:

@@ -18,7 +18,7 @@ from vhostblk.errors import BlockError, ConfigError
 class MemoryOptions:
     """Options of the RAM disk."""
 
-    size: int = option(SIZE, about="bytes; rounded up to a multiple of 512")
+    size: int = option(SIZE, about="bytes; rounded up to a multiple of 512", strong=True)
 
 
 class MemoryNode(PosixNode):

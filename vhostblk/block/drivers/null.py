@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from typing import Any
 
 from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
@@ -18,16 +19,22 @@ from vhostblk.block.node import (
 )
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option
 from vhostblk.block.status import BlockStatus
+from vhostblk.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
 class NullOptions:
     """QEMU's options for null-co."""
 
-    size: int = option(SIZE, 1 << 30, about="bytes; rounded up to a multiple of 512")
-    latency_ns: int = option(INTEGER, 0, about="how long a request takes, in nanoseconds")
+    size: int = option(SIZE, 1 << 30, about="bytes; rounded up to a multiple of 512", strong=True)
+    latency_ns: int = option(
+        INTEGER, 0, about="how long a request takes, in nanoseconds", strong=True
+    )
     read_zeroes: bool = option(
-        BOOLEAN, False, about="reads give zeroes; otherwise they leave the buffer as it is"
+        BOOLEAN,
+        False,
+        about="reads give zeroes; otherwise they leave the buffer as it is",
+        strong=True,
     )
 
 
@@ -37,8 +44,21 @@ class NullNode(BlockNode):
     driver_name = "null-co"
     options_type = NullOptions
     options: NullOptions
+    is_protocol = True
+    protocol_name = "null-co"
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED)
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """There is nothing that a name could say.
+
+        Raises:
+            ConfigError: it says something.
+        """
+        if filename != "null-co://":
+            raise ConfigError("The only allowed filename for this driver is 'null-co://'")
+        return {}
 
     async def open(self, context: OpenContext) -> None:
         """Nothing can fail."""

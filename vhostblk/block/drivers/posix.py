@@ -56,6 +56,7 @@ class PosixNode(BlockNode):
     Owns: the fd.
     """
 
+    is_protocol = True
     supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
 
     _fd = -1

@@ -1,27 +1,52 @@
-"""`raw`: a child's bytes as they are, or a window of them (`offset`, `size`)."""
+"""`raw`: a child's bytes as they are, or a window of them (`offset`, `size`).
+
+Where nobody has said that the format is raw, the guest must not be able to make it look like another one to whoever
+opens it next: then what is written to the first sector is looked at (row B04.11), also when it comes by an extent.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 from dataclasses import dataclass, replace
 
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down
-from vhostblk.block.node import BlockNode, FlushTarget, HostExtent, OpenContext, Req, Role
+from vhostblk.block.node import (
+    BlockNode,
+    ExtentFlag,
+    FlushTarget,
+    HostExtent,
+    OpenContext,
+    Req,
+    Role,
+)
 from vhostblk.block.options import SIZE, option
+from vhostblk.block.permissions import Perm
 from vhostblk.block.pipeline import flush_target, host_extent
+from vhostblk.block.registry import PROBE_SIZE, DriverRegistry
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class RawOptions:
     """QEMU's options for raw, besides `file`."""
 
-    offset: int = option(SIZE, 0, about="where the disk begins in the file, in bytes")
-    size: int | None = option(SIZE, None, about="bytes of the disk; the rest of the file if absent")
+    offset: int = option(
+        SIZE, 0, about="where the disk begins in the file, in bytes", mutable=True, strong=True
+    )
+    size: int | None = option(
+        SIZE,
+        None,
+        about="bytes of the disk; the rest of the file if absent",
+        mutable=True,
+        strong=True,
+    )
 
 
 class RawNode(BlockNode):
@@ -35,6 +60,12 @@ class RawNode(BlockNode):
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
     _file: Edge
+    _drivers: DriverRegistry
+
+    @classmethod
+    def probe(cls, header: bytes, filename: str) -> int:
+        """Anything may be raw; whatever else is recognised is surer."""
+        return 1
 
     async def open(self, context: OpenContext) -> None:
         """Open the child and check that the window is inside.
@@ -45,11 +76,26 @@ class RawNode(BlockNode):
         whole = not self.options.offset and self.options.size is None
         role = Role.PRIMARY | (Role.FILTERED if whole else Role.DATA)
         self._file = await context.open_child(self, "file", role)
+        self._drivers = context.drivers
         child = self._file.node
-        if child.read_only and self.common.auto_read_only:
-            self.read_only = True
+        if self.probed and not self.read_only:
+            log.warning(
+                "node '%s': nobody said which format it has, and raw was guessed: the first sector can only be "
+                "written in ways that do not look like another format (driver=raw lifts this)",
+                self.node_name,
+            )
         self.block_sizes = child.block_sizes
         self.length = self._window(child.length)
+
+    def refresh_limits(self) -> None:
+        """What is looked at comes as a whole sector."""
+        if self.probed:
+            self.limits.request_alignment = SECTOR_SIZE
+
+    def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """Nothing of its own is written, so it asks for no more than its parents do."""
+        _, shared = super().child_perm(edge, perm, shared)
+        return perm, shared
 
     async def refresh_length(self) -> None:
         """As long as the child allows, which has to look first."""
@@ -85,6 +131,8 @@ class RawNode(BlockNode):
         self._check_window(offset + length)
         if self._file.node.has_debug_events:
             await self._file.node.driver_debug_event("write_aio")
+        if self.probed and offset < PROBE_SIZE:
+            self._check_header(iov)
         await self._file.pwritev(offset + self.options.offset, iov, flags)
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
@@ -123,6 +171,11 @@ class RawNode(BlockNode):
         if extent is None or shift % extent.request_alignment:
             return None
         extent = extent.cut(shift, shift + self.length)
+        if extent is not None and self.probed:
+            if offset < PROBE_SIZE:
+                extent = extent.without(ExtentFlag.WRITE).cut(0, PROBE_SIZE)
+            else:
+                extent = extent.cut(PROBE_SIZE, extent.end)
         return extent and replace(extent, offset=extent.offset - shift)
 
     def flush_target(self) -> int | FlushTarget:
@@ -145,3 +198,10 @@ class RawNode(BlockNode):
     def _check_window(self, end: int) -> None:
         if self.options.size is not None and end > self.options.size:
             raise BlockError(errno.ENOSPC, f"{self.node_name}: behind the end of a fixed size")
+
+    def _check_header(self, iov: IoVec) -> None:
+        header = iov.slice(0, min(PROBE_SIZE, iov.length)).tobytes()
+        if self._drivers.probe(header, "") is not type(self):
+            raise BlockError(
+                errno.EPERM, f"{self.node_name}: the first sector would look like another format"
+            )

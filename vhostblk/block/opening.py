@@ -1,0 +1,252 @@
+"""Opening a node: from options, from a name, with its children, step by step (block layer rows B04 and B05).
+
+Theory of operation: driver, then the options every node has, then the driver's own, then whatever is left is an error;
+only then is anything opened. Children are references to nodes or inline options; an inline child inherits its parent's
+modes as defaults (`modes.py`). A name (`disk.img`, `nbd:...`, `json:{...}`) becomes options first; where nobody says
+which format is inside, the content's beginning is looked at. Whatever fails leaves nothing behind.
+
+Knows nothing about requests, except for reading that beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.block import pipeline
+from vhostblk.block.edge import Edge
+from vhostblk.block.filename import is_json, parse_json
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE, BlockLimits
+from vhostblk.block.modes import inherited_modes
+from vhostblk.block.node import BlockNode
+from vhostblk.block.options import NodeOptions, consume, leftover
+from vhostblk.block.permissions import Perm
+from vhostblk.block.registry import PROBE_SIZE
+from vhostblk.block.roles import Role, check_children
+from vhostblk.block.transaction import GraphTransaction
+from vhostblk.errors import BlockError, ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.graph import BlockGraph
+
+Parent = tuple[NodeOptions, Role]
+
+
+async def open_node(
+    graph: BlockGraph,
+    flat: dict[str, Any],
+    where: str = "",
+    *,
+    parent: Parent | None = None,
+    opened: Mapping[str, BlockNode] | None = None,
+    probed: bool = False,
+) -> BlockNode:
+    """Open a node and its children.
+
+    Args:
+        flat: dotted options; consumed.
+        where: prefix for names in messages (`file.`).
+        parent: the options of the node it is an inline child of, and its role there.
+        opened: children that are open already, by key.
+        probed: the driver is a guess.
+
+    Raises:
+        ConfigError: one line; everything is as before.
+    """
+    name = flat.pop("driver", None)
+    if name is None:
+        raise ConfigError(f"Parameter '{where}driver' is missing")
+    driver = graph.drivers.find(name, f"{where}driver")
+    given, children = split_children(driver, flat)
+    common, options = consume_options(driver, given, where, parent)
+    read_only = common.read_only
+    if common.auto_read_only and not graph.drivers.is_allowed(name, read_only=read_only):
+        read_only = True
+    graph.drivers.check_allowed(name, read_only=read_only)
+    node = driver(graph.names.node_name(common.node_name), common, options)
+    node.read_only = read_only
+    node.given = given
+    node.probed = probed
+    node.bounce = graph.bounce
+    node.quiesced = graph.quiesced
+    # The name is taken from here on: opening may wait.
+    graph.enter(node)
+    try:
+        await node.open(Opening(graph, {**children, **(opened or {})}, where))
+        check_children(node, complete=True)
+        refresh_limits(node)
+        if node.length > MAX_LENGTH:
+            raise ConfigError(f"Node '{node.node_name}' is too large: {node.length} bytes")
+        assert node.length % SECTOR_SIZE == 0
+    except BaseException:
+        await graph.dissolve(node)
+        raise
+    graph.ready(node)
+    return node
+
+
+def split_children(
+    driver: type[BlockNode], flat: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A node's own options, and those that name or describe its children (row B05.11)."""
+    own: dict[str, Any] = {}
+    children: dict[str, Any] = {}
+    for name, value in flat.items():
+        target = children if name.partition(".")[0] in driver.child_keys else own
+        target[name] = value
+    return own, children
+
+
+def consume_options(
+    driver: type[BlockNode], given: Mapping[str, Any], where: str, parent: Parent | None
+) -> tuple[NodeOptions, Any]:
+    """The typed options of a node, the common ones and the driver's.
+
+    Raises:
+        ConfigError: a bad value, or an option that nobody understands.
+    """
+    flat = dict(given)
+    if parent is not None:
+        flat.update(inherited_modes(*parent, given))
+    common = consume(NodeOptions, flat, where)
+    level = "filter" if driver.is_filter else "protocol" if driver.is_protocol else "format"
+    node_name = common.node_name or ""
+    leftover(flat, driver.driver_name, node_name, where, driver.options_type, level)
+    return common, consume(driver.options_type, flat, where)
+
+
+def refresh_limits(node: BlockNode) -> None:
+    """Compute a node's limits from its children's and the driver's own (row B12.2)."""
+    limits = BlockLimits()
+    if node.children:
+        limits.min_mem_alignment = limits.opt_mem_alignment = 1
+        for edge in node.children.values():
+            limits.merge(edge.node.limits)
+    node.limits = limits
+    node.refresh_limits()
+    limits.check()
+
+
+async def open_image(graph: BlockGraph, filename: str, flat: dict[str, Any]) -> BlockNode:
+    """Open what a file name stands for; options that are given as well come first (rows B05.4 to B05.7).
+
+    Raises:
+        ConfigError: as `open_node`; ENOENT: no driver knows the protocol or the format.
+    """
+    if is_json(filename):
+        flat = {**parse_json(filename), **flat}
+        return await open_node(graph, flat) if "driver" in flat else await _open_probed(graph, flat)
+    if "driver" in flat:
+        driver = graph.drivers.find(flat["driver"])
+        if driver.is_protocol:
+            return await open_node(graph, _merge(flat, driver.parse_filename(filename)))
+    protocol = graph.drivers.protocol_of(filename)
+    child = {"driver": protocol.driver_name, **protocol.parse_filename(filename)}
+    flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
+    return await open_node(graph, flat) if "driver" in flat else await _open_probed(graph, flat)
+
+
+def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    for name in more:
+        if name in flat or ("file" in flat and name.startswith("file.")):
+            raise ConfigError(f"Parameter '{name}' is given twice: as an option and by the name")
+    return {**flat, **more}
+
+
+async def _open_probed(graph: BlockGraph, flat: dict[str, Any]) -> BlockNode:
+    """Open `file` first and look what is inside (rows B04.10 and B04.11)."""
+    given = {name: value for name, value in flat.items() if not name.startswith("file.")}
+    inline = {
+        name.removeprefix("file."): value
+        for name, value in flat.items()
+        if name.startswith("file.")
+    }
+    if not inline:
+        raise ConfigError("Parameter 'driver' is missing")
+    common = consume(NodeOptions, dict(given))
+    child = await open_node(graph, inline, "file.", parent=(common, Role.IMAGE))
+    try:
+        driver = await _probe(graph, child)
+        given["driver"] = driver
+        return await open_node(graph, given, opened={"file": child}, probed=True)
+    except BaseException:
+        await graph.collect(child)
+        raise
+
+
+async def _probe(graph: BlockGraph, child: BlockNode) -> str:
+    if not child.length:
+        return "raw"
+    header = bytearray(min(PROBE_SIZE, child.length))
+    try:
+        await pipeline.preadv(child, 0, IoVec([memoryview(header)]))
+    except BlockError as error:
+        raise ConfigError(
+            f"Could not read image for determining its format: {error.strerror}", error.errno or 0
+        ) from None
+    driver = graph.drivers.probe(header, str(child.given.get("filename", "")))
+    if driver is None:
+        raise ConfigError("Could not determine image format: no driver knows it", 2)
+    return driver.driver_name
+
+
+class Opening:
+    """What a node sees of the graph while it opens (`node.OpenContext`)."""
+
+    def __init__(self, graph: BlockGraph, children: dict[str, Any], where: str) -> None:
+        self.bounce = graph.bounce
+        self.host_io = graph.host_io
+        self.drivers = graph.drivers
+        self._graph = graph
+        self._children = children
+        self._where = where
+
+    async def open_child(self, parent: BlockNode, key: str, role: Role) -> Edge:
+        """Open or find the child that the options give under `key` (row B05.11)."""
+        edge = await self.open_optional_child(parent, key, role)
+        if edge is None:
+            name = f"{self._where}{key}"
+            raise ConfigError(f"Parameter '{name}' is missing: a node name or '{key}.' options")
+        return edge
+
+    async def open_optional_child(self, parent: BlockNode, key: str, role: Role) -> Edge | None:
+        """The same, where there may be none, or `null` says so."""
+        node = await self._find_or_open(parent, key, role)
+        if node is None:
+            return None
+        if node.read_only and parent.common.auto_read_only and not role & Role.COW:
+            parent.read_only = True
+        edge = Edge(parent, node, key, role, Perm.NONE, Perm.ALL)
+        try:
+            with GraphTransaction() as change:
+                change.attach(edge)
+                change.refresh(parent)
+        except BaseException:
+            await self._graph.collect(node)
+            raise
+        return edge
+
+    async def _find_or_open(self, parent: BlockNode, key: str, role: Role) -> BlockNode | None:
+        name = f"{self._where}{key}"
+        if key in self._children:
+            reference = self._children[key]
+            if reference is None:
+                return None
+            if isinstance(reference, BlockNode):
+                reference.inherits_from = parent
+                return reference
+            if not isinstance(reference, str):
+                raise ConfigError(f"Parameter '{name}' expects a node name, not '{reference}'")
+            return self._graph.find(reference)
+        prefix = f"{key}."
+        flat = {
+            option.removeprefix(prefix): value
+            for option, value in self._children.items()
+            if option.startswith(prefix)
+        }
+        if not flat:
+            return None
+        node = await open_node(self._graph, flat, f"{name}.", parent=(parent.common, role))
+        node.inherits_from = parent
+        return node
