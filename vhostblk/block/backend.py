@@ -328,6 +328,13 @@ class BlockBackend(Quiescent):
         if self._resized is not None:
             self._resized(self.node.length)
 
+    def child_changed(self, edge: Edge) -> None:
+        """The graph was rebuilt below us: requests go to another node from here on."""
+        before = self.node.length
+        self.node = edge.node
+        if edge.node.length != before:
+            self.child_resized(edge)
+
     def child_drained_begin(self, edge: Edge) -> None:
         """Hold new requests."""
         self.quiesced += 1

@@ -26,12 +26,11 @@ from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.names import Names
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_op
-from vhostblk.block.opening import refresh_limits
 from vhostblk.block.quiesce import drained
 from vhostblk.block.registry import DriverRegistry
 from vhostblk.errors import BlockError, ConfigError, StateError
 
-__all__ = ["BlockGraph", "Edge", "refresh_limits"]
+__all__ = ["BlockGraph", "Edge"]
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +118,7 @@ class BlockGraph:
             check_op(node, OpType.DRIVE_DEL)
             if node.references > (node in self._added):
                 raise ConfigError(f"Node '{name}' is in use", errno.EBUSY)
-            self._disown(node)
-            await self.collect(node)
+            await self.give_up(node)
 
     async def close_all(self) -> bool:
         """Close every node, parents first, and all file I/O.
@@ -176,6 +174,11 @@ class BlockGraph:
         """Close a node if nobody needs it any more (row B07.7)."""
         if not node.parents and not node.references and self.nodes.get(node.node_name) is node:
             await self._close(node)
+
+    async def give_up(self, node: BlockNode) -> None:
+        """Nobody has asked for the node to stay; close it if nobody needs it."""
+        self._disown(node)
+        await self.collect(node)
 
     def is_owned(self, node: BlockNode) -> bool:
         """Whether it is the user who has to remove it (row B07.4)."""

@@ -58,6 +58,9 @@ class EdgeParent(Protocol):
     def child_resized(self, edge: Edge) -> None:
         """The child's length has changed."""
 
+    def child_changed(self, edge: Edge) -> None:
+        """The child is another node now, or has other limits."""
+
     subtree_quiesced: int
 
     def child_drained_begin(self, edge: Edge) -> None:
@@ -87,12 +90,9 @@ class BlockNode(Driver, Quiescent):
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
         super().__init__()
         self.node_name = name
-        self.common = common
         self.options = options
         self.read_only = common.read_only
-        self.unmap = common.discard == "unmap"
-        self.no_flush = common.cache_no_flush
-        self.force_share = common.force_share
+        self.set_modes(common)
         self.length = 0  # bytes, a multiple of 512
         self.limits = BlockLimits()
         self.block_sizes = BlockSizes()
@@ -110,7 +110,6 @@ class BlockNode(Driver, Quiescent):
         self.tracker = RequestTracker()
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
         self.before_write: list[BeforeWrite] = []  # see `add_before_write`
-        self.detect_zeroes = "" if common.detect_zeroes == "off" else common.detect_zeroes
         self.plugged = 0
         self.highest_write = 0  # the end of the write that reached furthest (row B24.4)
         self.write_gen = 0
@@ -228,6 +227,32 @@ class BlockNode(Driver, Quiescent):
         """A child's length changed: a filter is as long as its child."""
         if edge.role & Role.FILTERED:
             self.set_length(edge.node.length)
+
+    def child_changed(self, edge: Edge) -> None:
+        """The child is another node now, or has other limits: ours follow (row C21)."""
+        self.compute_limits()
+        self.child_resized(edge)
+
+    def compute_limits(self) -> None:
+        """Compute `limits` from the children's and the driver's own, and tell whoever is above (row B12.2)."""
+        limits = BlockLimits()
+        if self.children:
+            limits.min_mem_alignment = limits.opt_mem_alignment = 1
+            for edge in self.children.values():
+                limits.merge(edge.node.limits)
+        self.limits = limits
+        self.refresh_limits()
+        self.limits.check()
+        for edge in tuple(self.parents):
+            edge.parent.child_changed(edge)
+
+    def set_modes(self, common: NodeOptions) -> None:
+        """Take over the options that every node has; `read_only` may turn out otherwise."""
+        self.common = common
+        self.unmap = common.discard == "unmap"
+        self.no_flush = common.cache_no_flush
+        self.force_share = common.force_share
+        self.detect_zeroes = "" if common.detect_zeroes == "off" else common.detect_zeroes
 
     def child_drained_begin(self, edge: Edge) -> None:
         """A child is being drained, so this node is."""

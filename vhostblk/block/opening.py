@@ -17,7 +17,7 @@ from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
 from vhostblk.block.filename import is_json, parse_json
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE, BlockLimits
+from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
 from vhostblk.block.modes import inherited_modes
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import NodeOptions, consume, leftover
@@ -75,7 +75,7 @@ async def open_node(
     try:
         await node.open(Opening(graph, {**children, **(opened or {})}, where))
         check_children(node, complete=True)
-        refresh_limits(node)
+        node.compute_limits()
         if node.length > MAX_LENGTH:
             raise ConfigError(f"Node '{node.node_name}' is too large: {node.length} bytes")
         assert node.length % SECTOR_SIZE == 0
@@ -114,18 +114,6 @@ def consume_options(
     node_name = common.node_name or ""
     leftover(flat, driver.driver_name, node_name, where, driver.options_type, level)
     return common, consume(driver.options_type, flat, where)
-
-
-def refresh_limits(node: BlockNode) -> None:
-    """Compute a node's limits from its children's and the driver's own (row B12.2)."""
-    limits = BlockLimits()
-    if node.children:
-        limits.min_mem_alignment = limits.opt_mem_alignment = 1
-        for edge in node.children.values():
-            limits.merge(edge.node.limits)
-    node.limits = limits
-    node.refresh_limits()
-    limits.check()
 
 
 async def open_image(graph: BlockGraph, filename: str, flat: dict[str, Any]) -> BlockNode:

@@ -63,8 +63,7 @@ class PermissionChange:
 
         A node that is reached on several ways is looked at once, when all that is above is known.
 
-        Raises: ConfigError: two users exclude each other, a node is read-only, another process has the image, or
-            there is a cycle.
+        Raises: ConfigError: two users exclude each other, a node is read-only, or another process has the image.
         """
         for node in parents_first(nodes):
             # First, because whatever else is wrong, this is what the user wants to know.
@@ -114,30 +113,15 @@ def cumulative_permissions(node: BlockNode) -> tuple[Perm, Perm]:
 
 
 def parents_first(nodes: Iterable[BlockNode]) -> list[BlockNode]:
-    """These nodes and all below, every node behind all of its parents that are among them.
-
-    Raises:
-        ConfigError: there is a cycle.
-    """
-    found: list[BlockNode] = []
-    done: set[BlockNode] = set()
-    path: set[BlockNode] = set()
+    """These nodes and all below, every node behind all of its parents that are among them."""
+    found: dict[BlockNode, None] = {}
 
     def visit(node: BlockNode) -> None:
-        if node in done:
-            return
-        path.add(node)
-        for edge in node.children.values():
-            if edge.node in path:
-                raise ConfigError(
-                    f"Making '{edge.node.node_name}' a child of '{node.node_name}' would create a "
-                    "cycle"
-                )
-            visit(edge.node)
-        path.discard(node)
-        done.add(node)
-        found.append(node)
+        if node not in found:
+            for edge in node.children.values():
+                visit(edge.node)
+            found[node] = None
 
     for node in nodes:
         visit(node)
-    return found[::-1]
+    return list(found)[::-1]

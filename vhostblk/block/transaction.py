@@ -1,7 +1,7 @@
 """A change of the graph that is made as a whole or not at all (block layer rows B08 to B10).
 
 Theory of operation: each step changes edges at once, drains included, and notes how to undo that. `commit()` looks at
-the outcome: roles, cycles, and permissions down to the leaves, file locks included. If all is well it becomes final;
+the outcome: roles, and permissions down to the leaves, file locks included. If all is well it becomes final;
 if anything is wrong, every step is undone and nobody has noticed. Nothing here suspends, so nobody sees a graph in
 between either.
 
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, Reason, check_frozen
-from vhostblk.block.permissions import Perm, PermissionChange
+from vhostblk.block.permissions import Perm, PermissionChange, parents_first
 from vhostblk.block.quiesce import join, part
 from vhostblk.block.roles import Role, check_children, check_role
+from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.edge import Edge
@@ -57,8 +58,13 @@ class GraphTransaction:
     # ------------------------------------------------------------------ steps
 
     def attach(self, edge: Edge) -> None:
-        """Link a new edge into both of its ends."""
+        """Link a new edge into both of its ends.
+
+        Raises:
+            ConfigError: there would be a cycle.
+        """
         check_role(edge)
+        _check_cycle(edge, edge.node)
         self._old_nodes.setdefault(edge, None)
         if (children := _children(edge)) is not None and children.get(edge.name) is not edge:
             assert edge.name not in children, f"{edge.describe()}: there is one already"
@@ -83,9 +89,10 @@ class GraphTransaction:
         """Point an edge at another node.
 
         Raises:
-            ConfigError: it is frozen.
+            ConfigError: it is frozen, or there would be a cycle.
         """
         check_frozen(edge)
+        _check_cycle(edge, node)
         old = edge.node
         self._old_nodes.setdefault(edge, old)
         self.assign(edge, "node", node)
@@ -115,7 +122,7 @@ class GraphTransaction:
         """Look whether the outcome is legal, and take what it needs; `commit` or `abort` has to follow.
 
         Raises:
-            ConfigError: a cycle, or a permission that is not to be had.
+            ConfigError: a permission that is not to be had.
         """
         for edge in self._old_nodes:
             if isinstance(edge.parent, BlockNode):
@@ -143,6 +150,9 @@ class GraphTransaction:
                 _left(edge, old)
                 _joined(edge, new)
         self._permissions.commit()
+        for edge, old in self._old_nodes.items():
+            if old is not None and edge in edge.node.parents:
+                edge.parent.child_changed(edge)
 
     def abort(self) -> None:
         """Undo every step."""
@@ -187,6 +197,13 @@ class GraphTransaction:
 
         self._undo.append(undo)
         self.refresh(node)
+
+
+def _check_cycle(edge: Edge, node: BlockNode) -> None:
+    if edge.parent in parents_first([node]):
+        raise ConfigError(
+            f"Making '{node.node_name}' the '{edge.name}' child of {edge.parent!r} would create a cycle"
+        )
 
 
 def _children(edge: Edge) -> dict[str, Edge] | None:

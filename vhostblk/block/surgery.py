@@ -1,0 +1,144 @@
+"""Rebuilding the graph under running requests: append, replace, insert a filter, drop it (block layer row B10).
+
+Every operation drains what is around it, which takes back all extents, changes the edges in one transaction, and lets
+requests go on: they wait, and nobody above notices anything else. What is refused has changed nothing.
+
+Knows nothing about drivers, except which of them are filters.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.block import opening
+from vhostblk.block.edge import Edge
+from vhostblk.block.keyval import flatten
+from vhostblk.block.node import BlockNode
+from vhostblk.block.op_blockers import OpType, check_op
+from vhostblk.block.permissions import Perm, parents_first
+from vhostblk.block.roles import Role, filtered_child
+from vhostblk.block.transaction import GraphTransaction
+from vhostblk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.graph import BlockGraph
+
+
+async def append(graph: BlockGraph, new: BlockNode, top: BlockNode) -> None:
+    """Make `new` the overlay of `top`: everybody who used `top` uses `new`, which uses `top` (row B10.1).
+
+    Args:
+        new: an open node without parents, and without the child that `top` becomes.
+
+    Raises:
+        ConfigError: a permission is not to be had, or an edge is frozen.
+    """
+    role = Role.FILTERED | Role.PRIMARY if new.is_filter else Role.COW
+    name = "file" if new.is_filter else "backing"
+    if new.parents or name in new.children:
+        raise ConfigError(f"Node '{new.node_name}' is in use already", errno.EBUSY)
+    async with graph.changing(top, new):
+        edge = Edge(new, top, name, role, Perm.NONE, Perm.ALL)
+        with GraphTransaction() as change:
+            change.attach(edge)
+            change.refresh(new)
+            _move_parents(change, top, new)
+        new.child_changed(edge)
+
+
+async def insert_filter(
+    graph: BlockGraph, node: BlockNode, options: Mapping[str, Any]
+) -> BlockNode:
+    """Open a filter on top of `node` and put it between the node and all who use it (row B10.7).
+
+    It is closed when it is dropped.
+
+    Args:
+        options: of the filter, without its child.
+
+    Raises:
+        ConfigError: as for `BlockGraph.add`; or it is no filter, or the outcome is not allowed.
+    """
+    flat = flatten(options)
+    driver = graph.drivers.find(flat.get("driver"))
+    if not driver.is_filter:
+        raise ConfigError(f"Driver '{driver.driver_name}' is not a filter")
+    async with graph.changing(node):
+        new = await opening.open_node(graph, {**flat, driver.child_keys[0]: node.node_name})
+        try:
+            with GraphTransaction() as change:
+                _move_parents(change, node, new)
+        except BaseException:
+            await graph.collect(new)
+            raise
+    return new
+
+
+async def drop_filter(graph: BlockGraph, node: BlockNode) -> None:
+    """Take a filter out: everybody who used it uses what it filters (row B10.8).
+
+    Raises:
+        ConfigError: it is no filter, or the outcome is not allowed.
+    """
+    edge = filtered_child(node)
+    if not node.is_filter or edge is None:
+        raise ConfigError(f"Node '{node.node_name}' is not a filter")
+    async with graph.changing(node):
+        with GraphTransaction() as change:
+            _move_parents(change, node, edge.node)
+    await graph.give_up(node)
+
+
+async def replace_node(graph: BlockGraph, old: BlockNode, new: BlockNode) -> None:
+    """Make everybody who uses `old` use `new`, except those whose edge stays, and those below `new` (row B10.5).
+
+    Raises:
+        ConfigError: an edge is frozen, or the outcome is not allowed.
+    """
+    async with graph.changing(old, new):
+        with GraphTransaction() as change:
+            _move_parents(change, old, new)
+
+
+async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:
+    """Point one edge at another node (row B10.6); what it leaves is closed if nobody else needs it.
+
+    Raises:
+        ConfigError: the edge is frozen, or the outcome is not allowed.
+    """
+    old = edge.node
+    async with graph.changing(old, new):
+        with GraphTransaction() as change:
+            change.move(edge, new)
+            if isinstance(edge.parent, BlockNode):
+                change.refresh(edge.parent)
+        await graph.collect(old)
+
+
+def check_replaceable(graph: BlockGraph, parent: BlockNode, name: str) -> BlockNode:
+    """The node that may be replaced below `parent`: the one that shows the same bytes (row B10.9).
+
+    Raises:
+        ConfigError: there is no such node, somebody blocks it, or it is deeper in the chain.
+    """
+    node = graph.find(name)
+    check_op(node, OpType.REPLACE)
+    shown = parent
+    while shown is not node and shown.is_filter and (edge := filtered_child(shown)) is not None:
+        shown = edge.node
+    if shown is not node:
+        raise ConfigError(
+            f"Cannot replace '{name}': it is not the first node below '{parent.node_name}' that is "
+            "no filter",
+            errno.EPERM,
+        )
+    return node
+
+
+def _move_parents(change: GraphTransaction, old: BlockNode, new: BlockNode) -> None:
+    below = parents_first([new])
+    for edge in tuple(old.parents):
+        if not edge.stays and edge.parent not in below:
+            change.move(edge, new)
