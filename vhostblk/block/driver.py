@@ -11,6 +11,7 @@ out fails with ENOTSUP and is emulated by the pipeline (block layer rows B03.6 a
 from __future__ import annotations
 
 import errno
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from vhostblk.block.iov import IoVec
     from vhostblk.block.node import BlockNode
     from vhostblk.block.registry import DriverRegistry
+    from vhostblk.block.throttle_group import ThrottleGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,10 @@ class BlockSizes:
     opt_io: int = 0
 
 
+# What the methods return that make requests; drivers write `async def ... -> None`.
+Request = Coroutine[Any, Any, None]
+
+
 class OpenContext(Protocol):
     """What a node may ask of its graph while it opens."""
 
@@ -61,6 +67,9 @@ class OpenContext(Protocol):
 
     def host_io(self, aio: str | None) -> HostIO:
         """The file I/O of this kind ("io_uring", "threads", None: the best there is)."""
+
+    def throttle_group(self, name: str) -> ThrottleGroup:
+        """The object of this id, or ConfigError."""
 
 
 class Driver:
@@ -129,21 +138,21 @@ class Driver:
     def refresh_limits(self) -> None:
         """Adjust `limits`, which are merged from the children already (row B12.2)."""
 
-    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+    def driver_preadv(self, offset: int, length: int, iov: IoVec) -> Request:
         """Fill `iov` with the bytes at `offset`; all of them or BlockError."""
-        await self._filtered().preadv(offset, iov)
+        return self._filtered().preadv(offset, iov)
 
-    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+    def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> Request:
         """Write `iov` at `offset`. `flags` are within `supported_write_flags`."""
-        await self._filtered().pwritev(offset, iov, flags)
+        return self._filtered().pwritev(offset, iov, flags)
 
-    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+    def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> Request:
         """Make the range read as zeroes, cheaply; ENOTSUP makes the pipeline write them (row B17.11)."""
-        await self._filtered().pwrite_zeroes(offset, length, flags)
+        return self._filtered().pwrite_zeroes(offset, length, flags)
 
-    async def driver_pdiscard(self, offset: int, length: int) -> None:
+    def driver_pdiscard(self, offset: int, length: int) -> Request:
         """The range is not needed any more; ENOTSUP is no error (row B18.2)."""
-        await self._filtered().pdiscard(offset, length)
+        return self._filtered().pdiscard(offset, length)
 
     async def driver_flush_all(self) -> bool:
         """Flush this node and all beneath it, and return True; or leave it to the pipeline (row B19.3)."""
@@ -211,7 +220,7 @@ class Driver:
 
     def can_discard(self) -> bool:
         """Whether a discard has an effect; what the export offers to the guest."""
-        return self.is_filter and self._filtered().node.can_discard()
+        return self.is_filter and (child := self._filtered().node).unmap and child.can_discard()
 
     async def host_extent(self, offset: int, length: int) -> HostExtent | None:
         """The largest extent around `offset` that may be used without asking, or None.

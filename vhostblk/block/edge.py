@@ -63,9 +63,9 @@ class Edge:
         with GraphTransaction() as change:
             change.detach(self)
 
-    def preadv(self, offset: int, iov: IoVec) -> Coroutine[Any, Any, None]:
+    def preadv(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
         """Read `iov` full; see `pipeline.preadv`."""
-        return pipeline.preadv(self.node, offset, iov)
+        return pipeline.preadv(self.node, offset, iov, flags)
 
     def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
         """Write `iov`; see `pipeline.pwritev`."""

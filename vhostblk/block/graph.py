@@ -28,6 +28,7 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.quiesce import drained
 from vhostblk.block.registry import DriverRegistry
+from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError, StateError
 
 __all__ = ["BlockGraph", "Edge"]
@@ -60,6 +61,7 @@ class BlockGraph:
         self._added: set[BlockNode] = set()  # from add(): the user's
         self._change = asyncio.Lock()
         self._host_io: dict[str | None, HostIO] = {}
+        self.throttle_groups: dict[str, ThrottleGroup] = {}
         self._flush_failed = False  # of a node at its end
 
     # ------------------------------------------------------------------ for users
@@ -193,6 +195,16 @@ class BlockGraph:
         if aio not in self._host_io:
             self._host_io[aio] = create_host_io(aio)
         return self._host_io[aio]
+
+    def throttle_group(self, name: str) -> ThrottleGroup:
+        """The throttle group of this id.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name not in self.throttle_groups:
+            raise ConfigError(f"Throttle group '{name}' does not exist")
+        return self.throttle_groups[name]
 
     def enter(self, node: BlockNode) -> None:
         """A node that is about to open has its name now, but is nobody's child yet."""

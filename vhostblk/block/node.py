@@ -18,7 +18,7 @@ from vhostblk.block.flags import Req
 from vhostblk.block.limits import MAX_BOUNCING, BlockLimits
 from vhostblk.block.op_blockers import OpBlockers
 from vhostblk.block.quiesce import Quiescent
-from vhostblk.block.roles import Role
+from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.tracking import RequestTracker, TrackedRequest
 
 if TYPE_CHECKING:
@@ -167,15 +167,8 @@ class BlockNode(Driver, Quiescent):
     @property
     def backing(self) -> BlockNode | None:
         """Where what this layer does not have comes from."""
-        for edge in self.children.values():
-            if edge.role & Role.COW:
-                return edge.node
-        return None
-
-    @property
-    def filtered_or_backing(self) -> BlockNode | None:
-        """The next layer of a chain: the child of a filter, else the backing node."""
-        return self._filtered().node if self.is_filter else self.backing
+        edge = cow_child(self)
+        return edge.node if edge is not None else None
 
     def write_generation(self) -> int:
         """Grows with every write that may have reached this node, by the pipeline or past it (row B16.12)."""

@@ -185,6 +185,7 @@ class Opening:
     def __init__(self, graph: BlockGraph, children: dict[str, Any], where: str) -> None:
         self.bounce = graph.bounce
         self.host_io = graph.host_io
+        self.throttle_group = graph.throttle_group
         self.drivers = graph.drivers
         self._graph = graph
         self._children = children

@@ -21,9 +21,11 @@ __all__ = [
     "NodeOptions",
     "choice",
     "consume",
+    "consume_all",
     "describe_options",
     "flatten",
     "leftover",
+    "list_of",
     "option",
     "parse_keyval",
     "parse_options",
@@ -52,6 +54,7 @@ class OptionType:
 
     read: Callable[[str, Any], Any]
     name: str
+    item: type[Any] | None = None  # the option set of each item, if this is a list: `list_of`
 
 
 def to_boolean(name: str, value: Any) -> bool:
@@ -137,6 +140,28 @@ def choice(*values: str) -> OptionType:
     return OptionType(read, "|".join(values))
 
 
+def list_of(item: type[Any]) -> OptionType:
+    """A list of option sets: `name.0.key=value,name.1.key=value`, or a list in JSON."""
+
+    def read(name: str, flat: Any) -> tuple[Any, ...]:
+        items: list[Any] = []
+        while left := _below(flat, str(len(items))):
+            where = f"{name}.{len(items)}."
+            items.append(consume_all(item, left, where))
+        for key in flat:
+            raise ConfigError(f"Parameter '{name}.{key}' is unexpected")
+        return tuple(items)
+
+    return OptionType(read, "list", item)
+
+
+def _below(flat: dict[str, Any], name: str) -> dict[str, Any]:
+    """Take what is under a name."""
+    prefix = f"{name}."
+    keys = [key for key in flat if key.startswith(prefix)]
+    return {key.removeprefix(prefix): flat.pop(key) for key in keys}
+
+
 def option(
     kind: OptionType,
     default: Any = dataclasses.MISSING,
@@ -175,11 +200,26 @@ def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options_type):  # type: ignore[arg-type]
         name = _name(field)
-        if name in flat:
-            values[field.name] = field.metadata["type"].read(f"{where}{name}", flat.pop(name))
+        kind = field.metadata["type"]
+        if kind.item is not None:
+            values[field.name] = kind.read(f"{where}{name}", _below(flat, name))
+        elif name in flat:
+            values[field.name] = kind.read(f"{where}{name}", flat.pop(name))
         elif field.default is dataclasses.MISSING:
             raise ConfigError(f"Parameter '{where}{name}' is missing")
     return options_type(**values)
+
+
+def consume_all(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
+    """Take the options of this set, which are all there may be.
+
+    Raises:
+        ConfigError: as `consume`; or one is not of this set.
+    """
+    options = consume(options_type, flat, where)
+    for name in flat:
+        raise ConfigError(f"Parameter '{where}{name}' is unexpected")
+    return options
 
 
 def leftover(
@@ -198,9 +238,11 @@ def leftover(
     Raises:
         ConfigError: names the first leftover (row B05.13).
     """
-    known = {_name(field) for field in dataclasses.fields(options_type)}
+    fields = dataclasses.fields(options_type)
+    known = {_name(field) for field in fields}
+    lists = {_name(field) for field in fields if field.metadata["type"].item is not None}
     for name in flat:
-        if name not in known:
+        if name not in known and name.partition(".")[0] not in lists:
             node = f" (node '{node_name}')" if node_name else ""
             raise ConfigError(
                 f"Block {level} '{driver}'{node} does not support the option '{where}{name}'"

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.limits import align_down, align_up
+from vhostblk.block.roles import chain_child
 from vhostblk.errors import BlockError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ async def status_above(
         BlockError: a driver's errno.
     """
     top = status = await block_status(node, offset, length, precise)
-    layer = node.filtered_or_backing
+    layer = _next_layer(node)
     while status.length and not status.flags & StatusFlag.ALLOCATED and layer not in (base, None):
         assert layer is not None
         below = await block_status(layer, offset, status.length, precise)
@@ -139,7 +140,7 @@ async def status_above(
             zero = StatusFlag.ZERO | StatusFlag.ALLOCATED
             below = BlockStatus(below.flags | zero, status.length, layer, below.map)
         status = below
-        layer = layer.filtered_or_backing
+        layer = _next_layer(layer)
     is_end = top.flags & StatusFlag.EOF and status.length == top.length
     return replace(
         status, flags=status.flags & ~StatusFlag.EOF | (StatusFlag.EOF if is_end else _NOTHING)
@@ -173,7 +174,7 @@ async def is_allocated_above(
         # A layer that is shorter than the range says nothing of what is behind its end.
         if layer is top or offset + count < layer.length:
             run = min(run, count)
-        layer = layer.filtered_or_backing
+        layer = _next_layer(layer)
     return False, run
 
 
@@ -185,3 +186,8 @@ def has_zero_init(node: BlockNode) -> bool:
 def can_unmap_to_zero(node: BlockNode) -> bool:
     """Whether a zero-write with MAY_UNMAP deallocates and still reads as zeroes (row B21.16)."""
     return node.backing is None and node.unmap and bool(node.supported_zero_flags & Req.MAY_UNMAP)
+
+
+def _next_layer(node: BlockNode) -> BlockNode | None:
+    edge = chain_child(node)
+    return edge.node if edge is not None else None

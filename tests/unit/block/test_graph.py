@@ -260,9 +260,8 @@ def test_limits_come_from_the_children_and_then_from_the_driver() -> None:
 
 
 def test_registry_is_keyed_by_the_drivers_own_names() -> None:
-    assert {name: driver.driver_name for name, driver in DRIVERS.items()} == {
-        name: name for name in ("file", "host_device", "memory", "null-co", "raw")
-    }
+    assert all(name == driver.driver_name for name, driver in DRIVERS.items())
+    assert {"file", "host_device", "memory", "null-co", "raw", "throttle"} <= set(DRIVERS)
 
 
 def test_opening_again_while_the_first_is_still_opening_sees_the_name_taken() -> None:

@@ -1,4 +1,4 @@
-"""Protocol and format drivers, one node class per file; `DRIVERS` is the registry (block layer row B03)."""
+"""Protocol and format drivers, one node class per file; `DRIVERS` has them and the filters (block layer row B03)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from vhostblk.block.drivers.file import FileNode, HostDeviceNode
 from vhostblk.block.drivers.memory import MemoryNode
 from vhostblk.block.drivers.null import NullNode
 from vhostblk.block.drivers.raw import RawNode
+from vhostblk.block.filters import FILTERS
 from vhostblk.block.node import BlockNode
 
+_ALL: tuple[type[BlockNode], ...] = (
+    *(FileNode, HostDeviceNode, MemoryNode, NullNode, RawNode),
+    *FILTERS,
+)
 DRIVERS: Mapping[str, type[BlockNode]] = MappingProxyType(
-    {
-        driver.driver_name: driver
-        for driver in (FileNode, HostDeviceNode, MemoryNode, NullNode, RawNode)
-    }
+    {driver.driver_name: driver for driver in _ALL}
 )
