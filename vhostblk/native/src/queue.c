@@ -304,13 +304,17 @@ static bool has_news(const struct queue *queue)
 
 bool queue_rest(struct queue *queue)
 {
-	enable_kicks(queue);
+	bool listens = queue->config.kick_fd >= 0;
+
+	/* Without a kick fd the driver's chains are only found by looking, and nothing is promised: what would be asked
+	 * for now would be wrong by the time that there is an fd. */
+	if (listens)
+		enable_kicks(queue);
 	if (has_news(queue) || (takes_chains(queue) && virtqueue_pending(&queue->vq))) {
 		disable_kicks(queue);
 		return false;
 	}
-	/* Without a kick fd the driver's chains are only found by looking. */
-	if (queue->config.kick_fd >= 0) {
+	if (listens) {
 		list_remove(&queue->awake);
 		list_init(&queue->awake);
 		queue->thread->resting++;
