@@ -1,6 +1,7 @@
 /* test_host_io.c: vb_io, with io_uring and with threads. */
 #include <fcntl.h>
 #include <poll.h>
+#include <sys/resource.h>
 #include "harness.h"
 #ifndef VB_NO_URING
 #include <dlfcn.h>
@@ -95,6 +96,8 @@ static void run(enum vb_io_kind kind)
 	struct vb_iov iov = {(uint64_t)data, sizeof(data)};
 	struct vb_io_request r = {.fd = fd, .iov = (uint64_t)&iov, .niov = 1};
 	struct vb_io_result results[64];
+	static uint8_t buffers[64][4096];
+	struct vb_iov iovs[64];
 	struct vb_io_request batch[64];
 	int done = 0, taken;
 	uint64_t end = now_ns() + DEADLINE;
@@ -134,13 +137,15 @@ static void run(enum vb_io_kind kind)
 	many_pieces(io, fd);
 	many_at_once(kind, fd);
 	/* More than fits: the rest is refused, and taken later. */
-	for (int i = 0; i < 64; i++)
+	for (int i = 0; i < 64; i++) {
+		iovs[i] = (struct vb_iov){(uint64_t)buffers[i], 4096};
 		batch[i] = (struct vb_io_request){.cookie = (uint64_t)i,
 			.fd = fd,
-			.iov = (uint64_t)&iov,
+			.iov = (uint64_t)&iovs[i],
 			.niov = 1,
 			.op = VB_IO_READ,
 			.offset = 4096u * (unsigned)i};
+	}
 	taken = vb_io_submit(io, batch, 64);
 	CHECK_EQUAL(taken, 16);
 	while (done < 64) {
@@ -168,7 +173,8 @@ int io_uring_submit(struct io_uring *ring)
 {
 	int (*real)(struct io_uring *) = (int (*)(struct io_uring *))dlsym(RTLD_NEXT, "io_uring_submit");
 
-	return __atomic_load_n(&refusals, __ATOMIC_RELAXED) > 0 && refusals-- > 0 ? -EAGAIN : real(ring);
+	return load_relaxed(&refusals) > 0 && __atomic_fetch_sub(&refusals, 1, __ATOMIC_RELAXED) > 0 ? -EAGAIN
+												     : real(ring);
 }
 
 #endif
@@ -206,6 +212,94 @@ TEST(what_io_uring_refuses_is_submitted_again)
 	CHECK_EQUAL(poll(&readable, 1, 20), 0);
 	vb_io_destroy(io);
 	close(request.fd);
+}
+
+/* An engine thread whose first queue reads a file, and whose second one needs no I/O. */
+struct rig {
+	struct engine *engine;
+	struct vb_disk *disk;
+	struct guest guest;
+	struct driver reads, quick;
+	int fd;
+};
+
+static void rig_up(struct rig *rig)
+{
+	struct driver_config config = {.size = 16, .data_bytes = 512, .event_idx = true};
+	struct vb_extent null = whole_file(-1, 4096, VB_EXTENT_READ | VB_EXTENT_NULL);
+
+	if (vb_io_uring_error())
+		skip("io_uring is forbidden here");
+	rig->engine = engine_new(VB_IO_URING, 0);
+	rig->disk = disk_new(1, 1 << 20);
+	rig->fd = file_new(false, 1 << 20);
+	guest_init(&rig->guest);
+	disk_attach(rig->engine, rig->disk, rig->guest.memory);
+	disk_map(rig->engine, rig->disk, whole_file(rig->fd, 1 << 20, VB_EXTENT_READ));
+	disk_map(rig->engine, rig->disk, null);
+	driver_init(&rig->reads, &rig->guest, &config);
+	driver_init(&rig->quick, &rig->guest, &config);
+	driver_start(&rig->reads, rig->engine, rig->disk, 1);
+	driver_start(&rig->quick, rig->engine, rig->disk, 2);
+}
+
+static void rig_down(struct rig *rig)
+{
+	driver_stop(&rig->reads);
+	driver_stop(&rig->quick);
+	disk_detach(rig->engine, rig->disk);
+	engine_delete(rig->engine);
+	vb_disk_unref(rig->disk);
+	driver_deinit(&rig->reads);
+	driver_deinit(&rig->quick);
+	guest_deinit(&rig->guest);
+	close(rig->fd);
+}
+
+static int64_t cpu_us(void)
+{
+	struct rusage usage;
+
+	getrusage(RUSAGE_SELF, &usage);
+	return (usage.ru_utime.tv_sec + usage.ru_stime.tv_sec) * 1000000 + usage.ru_utime.tv_usec +
+	       usage.ru_stime.tv_usec;
+}
+
+/* The timer that would have tried again must not keep the thread awake. */
+TEST(a_thread_is_idle_again_after_io_uring_has_refused)
+{
+	struct rig rig;
+	struct pollfd never = {.events = POLLIN};
+	int64_t before;
+
+	rig_up(&rig);
+	never.fd = vb_thread_fd(rig.engine->thread);
+	store_relaxed(&refusals, 150); /* each try is a hundred */
+	CHECK_EQUAL(driver_do(&rig.reads, VIRTIO_BLK_T_IN, 8, 512, NULL), 0);
+	CHECK_EQUAL(load_relaxed(&refusals), 0);
+	before = cpu_us();
+	CHECK_EQUAL(poll(&never, 1, 300), 0);
+	CHECK(cpu_us() - before < 100000);
+	rig_down(&rig);
+}
+
+TEST(queues_are_heard_while_io_uring_refuses_the_io_of_others)
+{
+	struct rig rig;
+	uint64_t end;
+
+	rig_up(&rig);
+	store_relaxed(&refusals, INT32_MAX);
+	driver_add(&rig.reads, 0, VIRTIO_BLK_T_IN, 8, 512);
+	driver_publish(&rig.reads);
+	end = now_ns() + DEADLINE / 4;
+	for (int i = 0; i < 20; i++)
+		CHECK_EQUAL(driver_do(&rig.quick, VIRTIO_BLK_T_IN, 0, 512, NULL), 0);
+	CHECK(now_ns() < end);
+	CHECK_EQUAL(driver_reap(&rig.reads, NULL), -1);
+	store_relaxed(&refusals, 0);
+	engine_until(rig.engine, driver_reap(&rig.reads, NULL) == 0);
+	rig_down(&rig);
 }
 
 TEST(host_io_with_threads)

@@ -124,6 +124,14 @@ static void retry_soon(struct aio *aio)
 	aio->retry_due = !timerfd_settime(aio->retry_fd, 0, &soon, NULL);
 }
 
+/* The kernel has taken it: a timer that nobody waits for would keep the owner awake. */
+static void retry_never(struct aio *aio)
+{
+	struct itimerspec never = {0};
+
+	aio->retry_due = !!timerfd_settime(aio->retry_fd, 0, &never, NULL);
+}
+
 static void retry_comes(struct aio *aio)
 {
 	uint64_t ignored;
@@ -140,7 +148,11 @@ void aio_flush(struct aio *aio)
 		return;
 	start_backlog(aio);
 	aio_uring_flush(aio->uring);
-	if (aio_uring_refused(aio->uring) && !aio->retry_due)
+	if (aio_uring_refused(aio->uring) == aio->retry_due)
+		return;
+	if (aio->retry_due)
+		retry_never(aio);
+	else
 		retry_soon(aio);
 }
 

@@ -202,11 +202,14 @@ static int wait_for_events(struct vb_thread *thread, struct epoll_event *events)
 static void sleep_until_event(struct vb_thread *thread)
 {
 	struct epoll_event events[EVENTS];
-	int count = may_sleep(thread) ? wait_for_events(thread, events) : 0;
+	bool sleeps = may_sleep(thread);
+	int count = sleeps ? wait_for_events(thread, events) : 0;
 
 	message_ring_wake_up(&thread->down);
 	store_relaxed(&thread->starved, 0);
-	thread->listened_ns = now_ns();
+	/* Not otherwise: what keeps it awake may last, and those who rest would not be heard. */
+	if (sleeps)
+		thread->listened_ns = now_ns();
 	for (int i = 0; i < count; i++)
 		handle_event(thread, &events[i]);
 }
