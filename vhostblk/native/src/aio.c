@@ -305,8 +305,9 @@ bool aio_try_read(struct aio_op *op)
 
 	do {
 		result = preadv2(op->fd, op->iov, (int)aio_batch(op), (off_t)op->offset, RWF_NOWAIT);
-		/* Whatever the reason, and whether it is one: who may wait will find out. */
-		if (result < 0)
+		/* Whatever the reason, and whether it is one: who may wait will find out. Not even 0 says that the file
+		 * ends here: Linux 5.9 and 5.10 may mean that they would have to wait, see preadv2(2). */
+		if (result <= 0)
 			return false;
 	} while (!aio_advance(op, result));
 	return true;
