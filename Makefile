@@ -6,6 +6,7 @@
 #   make lint        ruff, ruff format, mypy --strict, clang-format
 #   make format      ruff format, ruff --fix, clang-format -i
 #   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
+#   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300)
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
 #   make qtest       QEMU's own vhost-user-blk tests against the storage daemon
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 FUZZ_SECONDS ?= 60
+VERIFY_SECONDS ?= 300
 QUICK ?=
 
 python := $(VENV)/bin/python
@@ -24,7 +26,7 @@ native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostb
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
 c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz sanitize qtest bench clean
+.PHONY: all setup build test test-quick lint format demo fuzz verify sanitize qtest bench clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -74,6 +76,9 @@ sanitize: $(stamps)/system-test build
 
 fuzz: $(stamps)/system-test build
 	VHOSTBLK_FUZZ_SECONDS=$(FUZZ_SECONDS) $(python) -m pytest tests/fuzz $(ARGS)
+
+verify: $(stamps)/system-test build
+	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py -s $(ARGS)
 
 qtest: $(stamps)/system-test build
 	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon
