@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vhostblk.block.iov import IoVec
     from vhostblk.block.node import BlockNode
     from vhostblk.block.registry import DriverRegistry
+    from vhostblk.block.reopen import Reopen
     from vhostblk.block.throttle_group import ThrottleGroup
 
 
@@ -134,6 +135,18 @@ class Driver:
         """Set `length` to what it is now; by default what the children, which look first, make of it."""
         for edge in tuple(self.children.values()):
             await edge.node.refresh_length()
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        """Get what the new options need, beside the old; raises ConfigError, and has then changed nothing (row B34).
+
+        The node is drained and flushed; options that may not change have not.
+        """
+
+    async def reopen_commit(self, reopen: Reopen) -> None:
+        """The new options are in place: use what was prepared, put the old away. Must not fail."""
+
+    async def reopen_abort(self, reopen: Reopen) -> None:
+        """Put away what was prepared."""
 
     def refresh_limits(self) -> None:
         """Adjust `limits`, which are merged from the children already (row B12.2)."""

@@ -90,14 +90,14 @@ class BlockNode(Driver, Quiescent):
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
         super().__init__()
         self.node_name = name
-        self.options = options
         self.read_only = common.read_only
-        self.set_modes(common)
         self.length = 0  # bytes, a multiple of 512
         self.limits = BlockLimits()
         self.block_sizes = BlockSizes()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
+        self.set_modes(common)
+        self.set_options(options)
         # Where it comes from (row B07.13).
         self.given: dict[str, Any] = {}  # its own options as the user wrote them, flat
         self.inherits_from: BlockNode | None = None  # the parent whose options it was written in
@@ -238,6 +238,10 @@ class BlockNode(Driver, Quiescent):
         self.limits.check()
         for edge in tuple(self.parents):
             edge.parent.child_changed(edge)
+
+    def set_options(self, options: Any) -> None:
+        """Take over the driver's own options, when the node is made and when it is reopened."""
+        self.options = options
 
     def set_modes(self, common: NodeOptions) -> None:
         """Take over the options that every node has; `read_only` may turn out otherwise."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from vhostblk.block.keyval import flatten, parse_keyval, parse_options
@@ -24,6 +24,7 @@ __all__ = [
     "consume_all",
     "describe_options",
     "flatten",
+    "immutable_options",
     "leftover",
     "list_of",
     "option",
@@ -256,6 +257,17 @@ def strong_options(options: Any) -> dict[str, Any]:
         for field in dataclasses.fields(options)
         if field.metadata["strong"] and (value := getattr(options, field.name)) != field.default
     }
+
+
+def immutable_options(options_type: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options as written that no reopen may change."""
+    mutable = {
+        _name(field)
+        for kind in (NodeOptions, options_type)
+        for field in dataclasses.fields(kind)
+        if field.metadata["mutable"]
+    }
+    return {name: value for name, value in given.items() if name not in mutable}
 
 
 def refuse_changes(old: Any, new: Any, where: str = "") -> None:

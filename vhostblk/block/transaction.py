@@ -106,6 +106,11 @@ class GraphTransaction:
         setattr(target, name, value)
         self._undo.append(lambda: setattr(target, name, old))
 
+    def step(self, do: Callable[[], None], undo: Callable[[], None]) -> None:
+        """Do something else that the outcome depends on."""
+        do()
+        self._undo.append(undo)
+
     def ask(self, edge: Edge, perm: Perm, shared: Perm) -> None:
         """Ask for other permissions through a root edge."""
         self.assign(edge, "perm", perm)

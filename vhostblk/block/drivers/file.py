@@ -6,14 +6,21 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.locking import ImageLock
 from vhostblk.block.drivers.posix import PosixNode
 from vhostblk.block.node import OpenContext
-from vhostblk.block.options import STRING, choice, option
+from vhostblk.block.options import STRING, NodeOptions, choice, option
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.reopen import Reopen
+
+# By the file's mode, by its attributes, by its file system.
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 # By users in this process with other processes, whatever they share among themselves.
 _NEVER_SHARED = Perm.WRITE | Perm.RESIZE
@@ -32,6 +39,16 @@ class FileOptions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An open file, and how it is open."""
+
+    fd: int
+    direct: bool
+    read_only: bool
+    file: host_file.HostFile
+
+
 class FileNode(PosixNode):
     """One open file.
 
@@ -43,7 +60,8 @@ class FileNode(PosixNode):
     options_type = FileOptions
     options: FileOptions
     _lock: ImageLock | None = None
-    _found: host_file.HostFile
+    _next: _Opened | None = None  # while the file is reopened
+    _next_lock: ImageLock | None = None
 
     # ------------------------------------------------------------------ life
 
@@ -54,40 +72,49 @@ class FileNode(PosixNode):
             ConfigError: it cannot be opened, or is not a regular file or block device.
         """
         self._io = context.host_io(self.options.aio)
-        self._direct = self.common.cache_direct
+        opened = await self._open(self.options.filename, self.common, self.read_only)
+        self._pool = self.options.aio == "threads"
+        self._use(opened)
+        if self.options.locking != "off":
+            self._lock = self._new_lock(self._fd)
+
+    def _use(self, opened: _Opened) -> None:
+        self._fd, self._direct, self.read_only = opened.fd, opened.direct, opened.read_only
+        self._adopt(opened.file)
+
+    def _new_lock(self, fd: int) -> ImageLock:
+        required = self.options.locking == "on"
+        return ImageLock(fd, self.options.filename, required=required)
+
+    async def _open(self, path: str, common: NodeOptions, read_only: bool) -> _Opened:
         try:
-            await self._io.call(self._open_file)
+            return await self._io.call(self._open_file, path, common, read_only)
         except OSError as error:
             raise ConfigError(
-                f"Could not open '{self.options.filename}': {error.strerror}{self._hint(error)}",
+                f"Could not open '{self.options.filename}': {error.strerror}{_hint(error, common)}",
                 error.errno or errno.EIO,
             ) from None
-        self._pool = self.options.aio == "threads"
-        self._adopt(self._found)
-        if self.options.locking != "off":
-            self._lock = ImageLock(
-                self._fd, self.options.filename, required=self.options.locking == "on"
-            )
 
-    def _open_file(self) -> None:
-        """Blocking. Context: a worker thread, while nobody else knows the node."""
-        path = self.options.filename
+    def _open_file(self, path: str, common: NodeOptions, read_only: bool) -> _Opened:
+        """Blocking. Context: a worker thread; it touches nothing that others change."""
         # Looked at first, because opening a FIFO or a tape does more than opening.
         self._check_kind(os.stat(path).st_mode)
-        flags = os.O_CLOEXEC | (os.O_DIRECT if self._direct else 0)
+        direct = common.cache_direct
+        flags = os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
         try:
-            self._fd = os.open(path, flags | (os.O_RDONLY if self.read_only else os.O_RDWR))
+            fd = os.open(path, flags | (os.O_RDONLY if read_only else os.O_RDWR))
         except OSError as error:
-            if (
-                self.read_only
-                or not self.common.auto_read_only
-                or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS)
-            ):
+            if read_only or not common.auto_read_only or error.errno not in _NOT_WRITABLE:
                 raise
-            self._fd = os.open(path, flags | os.O_RDONLY)
-            self.read_only = True
-        self._check_kind(os.fstat(self._fd).st_mode)
-        self._found = host_file.inspect(self._fd, direct=self._direct, writable=not self.read_only)
+            fd = os.open(path, flags | os.O_RDONLY)
+            read_only = True
+        try:
+            self._check_kind(os.fstat(fd).st_mode)
+            found = host_file.inspect(fd, direct=direct, writable=not read_only)
+        except BaseException:
+            os.close(fd)
+            raise
+        return _Opened(fd, direct, read_only, found)
 
     def _check_kind(self, mode: int) -> None:
         if stat.S_ISDIR(mode):
@@ -98,12 +125,35 @@ class FileNode(PosixNode):
                 "device"
             )
 
-    def _hint(self, error: OSError) -> str:
-        if error.errno == errno.EINVAL and self._direct:
-            return " (the file system may not support O_DIRECT: cache.direct=off goes without)"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not self.read_only:
-            return " (read-only=on needs less)"
-        return ""
+    # ------------------------------------------------------------------ reopen
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        """Open the file once more if the new modes need it: this file, whatever its name stands for by now.
+
+        Raises:
+            ConfigError: it cannot be opened so.
+        """
+        if (reopen.common.cache_direct, reopen.read_only) != (self._direct, self.read_only):
+            path = f"/proc/self/fd/{self._fd}"
+            self._next = await self._open(path, reopen.common, reopen.read_only)
+            reopen.read_only = self._next.read_only
+
+    async def reopen_commit(self, reopen: Reopen) -> None:
+        """Use the new fd; its locks are taken already."""
+        if self._next is not None:
+            old, opened = self._fd, self._next
+            self._next = None
+            self._use(opened)
+            if self._lock is not None:
+                assert self._next_lock is not None
+                self._lock, self._next_lock = self._next_lock, None
+            await self._io.call(os.close, old)
+
+    async def reopen_abort(self, reopen: Reopen) -> None:
+        """Close the new fd, and with it its locks."""
+        if self._next is not None:
+            opened, self._next, self._next_lock = self._next, None, None
+            await self._io.call(os.close, opened.fd)
 
     # ------------------------------------------------------------------ locks
 
@@ -115,6 +165,9 @@ class FileNode(PosixNode):
         """
         if self._lock is not None:
             self._lock.prepare(perm, self._share_with_processes(perm, shared))
+            if self._next is not None:
+                self._next_lock = self._new_lock(self._next.fd)
+                self._next_lock.follow(self._lock)
 
     def set_perm(self, perm: Perm, shared: Perm) -> None:
         """Give back the locks that nobody needs any more."""
@@ -150,3 +203,11 @@ class HostDeviceNode(FileNode):
             raise ConfigError(
                 f"'host_device' driver requires '{self.options.filename}' to be a block device"
             )
+
+
+def _hint(error: OSError, common: NodeOptions) -> str:
+    if error.errno == errno.EINVAL and common.cache_direct:
+        return " (the file system may not support O_DIRECT: cache.direct=off goes without)"
+    if error.errno in _NOT_WRITABLE and not common.read_only:
+        return " (read-only=on needs less)"
+    return ""

@@ -73,6 +73,16 @@ class ImageLock:
             self.abort()
             raise
 
+    def follow(self, other: ImageLock) -> None:
+        """Hold what `other` holds, as its successor on another open file: it is not looked at as a stranger's.
+
+        Raises:
+            ConfigError: another process is in the way.
+        """
+        self._perm, self._shared, self._works = other._perm, other._shared, other._works
+        if self._works:
+            self._lock(other._held)
+
     def commit(self, perm: Perm, shared: Perm) -> None:
         """The change was made: give back what only the old permissions needed."""
         self._perm, self._shared = perm, shared

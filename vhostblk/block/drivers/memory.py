@@ -10,7 +10,7 @@ from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.posix import PosixNode
 from vhostblk.block.limits import SECTOR_SIZE, align_up
 from vhostblk.block.node import OpenContext
-from vhostblk.block.options import SIZE, option
+from vhostblk.block.options import SIZE, NodeOptions, option
 from vhostblk.errors import BlockError, ConfigError
 
 
@@ -36,14 +36,17 @@ class MemoryNode(PosixNode):
         """
         size = align_up(self.options.size, SECTOR_SIZE)
         self._io = context.host_io(None)
-        # There is no disk that a flush could reach.
-        self.no_flush = True
         try:
             self._fd = os.memfd_create(f"vhostblk-{self.node_name}", os.MFD_CLOEXEC)
             os.ftruncate(self._fd, size)
         except OSError as error:
             raise ConfigError(f"Parameter 'size': {size}: {error.strerror}") from None
         self._adopt(host_file.inspect(self._fd, direct=False, writable=not self.read_only))
+
+    def set_modes(self, common: NodeOptions) -> None:
+        """There is no disk that a flush could reach."""
+        super().set_modes(common)
+        self.no_flush = True
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         """A hole: nobody asks a RAM disk to keep what it frees."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
@@ -29,6 +30,9 @@ from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.registry import PROBE_SIZE, DriverRegistry
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.reopen import Reopen
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +77,7 @@ class RawNode(BlockNode):
         Raises:
             ConfigError: it is not.
         """
-        whole = not self.options.offset and self.options.size is None
-        role = Role.PRIMARY | (Role.FILTERED if whole else Role.DATA)
-        self._file = await context.open_child(self, "file", role)
+        self._file = await context.open_child(self, "file", _role(self.options))
         self._drivers = context.drivers
         child = self._file.node
         if self.probed and not self.read_only:
@@ -85,7 +87,7 @@ class RawNode(BlockNode):
                 self.node_name,
             )
         self.block_sizes = child.block_sizes
-        self.length = self._window(child.length)
+        self.length = _window(self.options, child.length)
 
     def refresh_limits(self) -> None:
         """What is looked at comes as a whole sector."""
@@ -97,28 +99,25 @@ class RawNode(BlockNode):
         _, shared = super().child_perm(edge, perm, shared)
         return perm, shared
 
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        """Check the new window.
+
+        Raises:
+            ConfigError: it is not inside the child.
+        """
+        child = reopen.children.get("file", self._file.node)
+        _window(reopen.options, child.length)
+
+    def set_options(self, options: RawOptions) -> None:
+        """What the child is to us depends on the window."""
+        super().set_options(options)
+        if "file" in self.children:
+            self._file.role = _role(options)
+
     async def refresh_length(self) -> None:
         """As long as the child allows, which has to look first."""
         await super().refresh_length()
         self.child_resized(self._file)
-
-    def _window(self, available: int) -> int:
-        offset, size = self.options.offset, self.options.size
-        if offset > available:
-            raise ConfigError(
-                f"Parameter 'offset': {offset} is greater than the size of the containing file "
-                f"({available})"
-            )
-        if size is None:
-            return align_down(available - offset, SECTOR_SIZE)
-        if size > available - offset:
-            raise ConfigError(
-                f"Parameter 'size': the sum of offset ({offset}) and size ({size}) is greater than "
-                f"the size of the containing file ({available})"
-            )
-        if size % SECTOR_SIZE:
-            raise ConfigError(f"Parameter 'size': {size} is not a multiple of {SECTOR_SIZE}")
-        return size
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
         """Shifted."""
@@ -191,9 +190,10 @@ class RawNode(BlockNode):
 
     def child_resized(self, edge: Edge) -> None:
         """Follow, if the size is not fixed; a child that no longer holds the window makes requests fail, not us."""
-        if self.options.size is None:
-            available = max(edge.node.length - self.options.offset, 0)
-            self.set_length(align_down(available, SECTOR_SIZE))
+        size = self.options.size
+        if size is None:
+            size = align_down(max(edge.node.length - self.options.offset, 0), SECTOR_SIZE)
+        self.set_length(size)
 
     def _check_window(self, end: int) -> None:
         if self.options.size is not None and end > self.options.size:
@@ -205,3 +205,29 @@ class RawNode(BlockNode):
             raise BlockError(
                 errno.EPERM, f"{self.node_name}: the first sector would look like another format"
             )
+
+
+def _role(options: RawOptions) -> Role:
+    """Row B08.4."""
+    whole = not options.offset and options.size is None
+    return Role.PRIMARY | (Role.FILTERED if whole else Role.DATA)
+
+
+def _window(options: RawOptions, available: int) -> int:
+    """The length of the window."""
+    offset, size = options.offset, options.size
+    if offset > available:
+        raise ConfigError(
+            f"Parameter 'offset': {offset} is greater than the size of the containing file "
+            f"({available})"
+        )
+    if size is None:
+        return align_down(available - offset, SECTOR_SIZE)
+    if size > available - offset:
+        raise ConfigError(
+            f"Parameter 'size': the sum of offset ({offset}) and size ({size}) is greater than "
+            f"the size of the containing file ({available})"
+        )
+    if size % SECTOR_SIZE:
+        raise ConfigError(f"Parameter 'size': {size} is not a multiple of {SECTOR_SIZE}")
+    return size

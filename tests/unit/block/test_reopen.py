@@ -1,0 +1,382 @@
+"""Changing the options of open nodes, all or nothing (row B34)."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.block.fakes import NoOptions, PassNode
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.iov import IoVec
+from vhostblk.block.node import ExtentFlag
+from vhostblk.block.permissions import Perm
+from vhostblk.block.reopen import Reopen, reopen
+from vhostblk.errors import BlockError, ConfigError
+
+KIB = 1024
+
+
+class Reluctant(PassNode):
+    """Remembers what it was told; may refuse."""
+
+    driver_name = "reluctant"
+
+    def __init__(self, name: str, common: Any, options: NoOptions) -> None:
+        super().__init__(name, common, options)
+        self.refuses = False
+        self.told: list[str] = []
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        self.told.append("prepare")
+        if self.refuses:
+            raise ConfigError("not now")
+
+    async def reopen_commit(self, reopen: Reopen) -> None:
+        self.told.append("commit")
+
+    async def reopen_abort(self, reopen: Reopen) -> None:
+        self.told.append("abort")
+
+
+ALL = {**DRIVERS, "pass": PassNode, "reluctant": Reluctant}
+
+
+def with_graph(scenario: Callable[[BlockGraph], Awaitable[Any]]) -> None:
+    async def run() -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        graph = BlockGraph(ALL)
+        await scenario(graph)
+        await graph.close_all()
+        assert set(os.listdir("/proc/self/fd")) == before
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> str:
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(64 * KIB))
+    return str(path)
+
+
+def picture(graph: BlockGraph) -> list[Any]:
+    return [
+        (
+            node, node.common, node.options, node.given, node.read_only, node.unmap, node.no_flush,
+            node.limits, node.length, node.quiesced, dict(node.children), node.detect_zeroes,
+            [(edge, edge.node, edge.perm, edge.shared, edge.role) for edge in node.parents],
+        )
+        for node in graph.nodes.values()
+    ]  # fmt: skip
+
+
+async def write(backend: BlockBackend, offset: int, data: bytes) -> None:
+    await backend.pwritev(offset, IoVec([memoryview(data)]))
+
+
+async def read(backend: BlockBackend, offset: int, length: int) -> bytes:
+    data = bytearray(length)
+    await backend.preadv(offset, IoVec([memoryview(data)]))
+    return bytes(data)
+
+
+def test_modes_of_a_chain_change_together_because_inline_children_inherit(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add(
+            {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": image}}
+        )
+        file = node.children["file"].node
+        await reopen(graph, {node: {"read-only": True, "cache": {"no-flush": "on"}}})
+        assert (node.read_only, file.read_only) == (True, True)
+        assert (node.no_flush, file.no_flush) == (True, True)
+        await reopen(graph, {node: {"read-only": False}})
+        assert (node.read_only, file.read_only) == (False, False)
+        assert file.no_flush
+        await reopen(graph, {node: {"file.cache.no-flush": "off"}})
+        assert (node.no_flush, file.no_flush) == (True, False)
+        await reopen(graph, {node: {}}, keep_options=False)
+        assert (node.no_flush, file.no_flush) == (False, False)
+
+    with_graph(scenario)
+
+
+def test_referenced_child_is_not_touched(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        file = await graph.add({"driver": "file", "node-name": "f", "filename": image})
+        node = await graph.add("raw,node-name=r,file=f")
+        await reopen(graph, {node: {"read-only": "on"}})
+        assert (node.read_only, file.read_only) == (True, False)
+        with pytest.raises(ConfigError, match="Cannot change the option 'read-only' of 'f' thro"):
+            await reopen(graph, {node: {"file.read-only": "on"}})
+        await reopen(graph, {node: {"read-only": "off"}, file: {"cache.no-flush": True}})
+        assert file.no_flush
+
+    with_graph(scenario)
+
+
+def test_same_file_is_opened_again_even_if_its_name_stands_for_another(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add({"driver": "file", "node-name": "f", "filename": image})
+        backend = BlockBackend(node, "guest", writable=False, shared=Perm.ALL)
+        os.rename(image, image + ".old")
+        os.symlink("/dev/zero", image)
+        before = (await backend.extents(0, 512))[0].fd
+        await reopen(graph, {node: {"read-only": True}})
+        [extent] = await backend.extents(0, 512)
+        assert extent.fd != before
+        assert not extent.flags & ExtentFlag.WRITE
+        assert await read(backend, 0, 5) == bytes(5)
+        await backend.close()
+
+    with_graph(scenario)
+
+
+def test_direct_io_comes_and_goes_with_its_alignment(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add({"driver": "raw", "file": {"driver": "file", "filename": image}})
+        file = node.children["file"].node
+        backend = BlockBackend(node, "guest", writable=True)
+        await write(backend, 100, b"buffered")
+        try:
+            await reopen(graph, {node: {"cache.direct": "on"}})
+        except ConfigError as error:
+            pytest.skip(f"no O_DIRECT here: {error}")
+        assert file.limits.request_alignment > 1
+        assert node.limits.min_mem_alignment == file.limits.min_mem_alignment > 1
+        await write(backend, 200, b"direct")
+        await reopen(graph, {node: {"cache.direct": "off"}})
+        assert file.limits.request_alignment == 1
+        assert await read(backend, 100, 8) == b"buffered"
+        assert await read(backend, 200, 6) == b"direct"
+        await backend.close()
+
+    with_graph(scenario)
+
+
+def test_window_moves_with_its_role_and_its_length() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add("raw,node-name=r,file.driver=memory,file.size=64k")
+        sizes: list[int] = []
+        backend = BlockBackend(node, "guest", writable=True)
+        backend.attach(resized=sizes.append)
+        await write(backend, 4096, b"here")
+        await reopen(graph, {node: {"offset": 4096, "size": "8k"}})
+        assert await read(backend, 0, 4) == b"here"
+        assert (await backend.extents(0, 512))[0].host_offset == 4096
+        await reopen(graph, {node: {"offset": 0}}, keep_options=False)
+        assert sizes == [8 * KIB, 64 * KIB]
+        with pytest.raises(ConfigError, match="Parameter 'offset': 131072 is greater"):
+            await reopen(graph, {node: {"offset": "128k"}})
+        assert await read(backend, 4096, 4) == b"here"
+        await backend.close()
+
+    with_graph(scenario)
+
+
+def test_child_is_replaced_and_the_inline_one_before_it_closed() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add("raw,node-name=r,file.driver=memory,file.size=64k,file.node-name=a")
+        await graph.add("memory,node-name=b,size=128k")
+        backend = BlockBackend(node, "guest", writable=True)
+        await reopen(graph, {node: {"file": "b"}})
+        assert sorted(graph.nodes) == ["b", "r"]
+        assert backend.length == 128 * KIB
+        with pytest.raises(ConfigError, match="would create a cycle"):
+            await reopen(graph, {node: {"file": "r"}})
+        with pytest.raises(ConfigError, match="Cannot find node 'nobody'"):
+            await reopen(graph, {node: {"file": "nobody"}})
+        await backend.close()
+
+    with_graph(scenario)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filename": "/dev/null"}, "Cannot change the option 'filename' from"),
+        ({"driver": "memory"}, "Cannot change the option 'driver'"),
+        ({"node-name": "g"}, "Cannot change the option 'node-name'"),
+        ({"locking": "off"}, "Cannot change the option 'locking' from 'auto' to 'off'"),
+        ({"bogus": 1}, "Block protocol 'file' (node 'f') does not support the option 'bogus'"),
+        ({"read-only": "maybe"}, "Parameter 'read-only' expects"),
+        ({"read-only": "on"}, "Block node 'f' is read-only"),
+    ],
+)
+def test_option_that_may_not_change_is_named_and_nothing_has_changed(
+    image: str, options: dict[str, Any], message: str
+) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add({"driver": "file", "node-name": "f", "filename": image})
+        backend = BlockBackend(node, "guest", writable=True)
+        before, fds = picture(graph), os.listdir("/proc/self/fd")
+        with pytest.raises(ConfigError) as caught:
+            await reopen(graph, {node: options})
+        assert message in str(caught.value)
+        assert picture(graph) == before
+        assert os.listdir("/proc/self/fd") == fds
+        await write(backend, 0, b"still works")
+        await backend.close()
+
+    with_graph(scenario)
+
+
+def test_saying_what_is_already_so_is_no_change(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add({"driver": "file", "node-name": "f", "filename": image})
+        await reopen(graph, {node: {"driver": "file", "node-name": "f", "filename": image}})
+
+    with_graph(scenario)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2, 3])
+def test_failure_at_each_prepare_leaves_everything_as_before(failing: int) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        chain = {"driver": "memory", "size": "64k", "node-name": "m"}
+        for number in range(3):
+            chain = {"driver": "reluctant", "node-name": f"n{number}", "file": chain}  # type: ignore[dict-item]
+        top = await graph.add(chain)
+        nodes = [graph.find(f"n{number}") for number in range(3)]
+        backend = BlockBackend(top, "guest", writable=True, write_cache=False)
+        if failing < 3:
+            nodes[failing].refuses = True  # type: ignore[attr-defined]
+        before = picture(graph)
+        change = {top: {"cache.no-flush": "on", "discard": "unmap"}}
+        if failing < 3:
+            with pytest.raises(ConfigError, match="not now"):
+                await reopen(graph, change)
+            assert picture(graph) == before
+            end = "abort"
+        else:
+            await reopen(graph, change)
+            assert all(node.no_flush for node in nodes)
+            end = "commit"
+        for number, node in enumerate(nodes):
+            told = ["prepare"] * (number <= failing) + [end] * (number < failing)
+            assert node.told == told  # type: ignore[attr-defined]
+        assert not backend.write_cache  # the device's, whatever happens to the nodes (row B34)
+        await backend.close()
+
+    with_graph(scenario)
+
+
+def test_flush_that_fails_stops_the_reopen() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add("pass,node-name=p,file.driver=memory,file.size=4k")
+
+        async def fail() -> None:
+            raise BlockError(errno.ENOSPC)
+
+        before = picture(graph)
+        node.driver_flush_to_os = fail  # type: ignore[method-assign]
+        with pytest.raises(ConfigError, match="Error flushing node 'p'") as caught:
+            await reopen(graph, {node: {"read-only": "on"}})
+        assert caught.value.errno == errno.ENOSPC
+        assert picture(graph) == before
+        del node.driver_flush_to_os
+
+    with_graph(scenario)
+
+
+def test_several_nodes_change_together_or_not_at_all(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        one = await graph.add("memory,node-name=one,size=4k")
+        two = await graph.add({"driver": "file", "node-name": "two", "filename": image})
+        writer = BlockBackend(two, "guest", writable=True)
+        before = picture(graph)
+        with pytest.raises(ConfigError, match="Block node 'two' is read-only"):
+            await reopen(graph, {one: {"read-only": "on"}, two: {"read-only": "on"}})
+        assert picture(graph) == before
+        await writer.close()
+        await reopen(graph, {one: {"read-only": "on"}, two: {"read-only": "on"}})
+        assert one.read_only
+        assert two.read_only
+
+    with_graph(scenario)
+
+
+def test_locks_stay_while_the_fd_changes_and_keep_strangers_out(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        stranger = BlockGraph()
+        node = await graph.add({"driver": "file", "node-name": "f", "filename": image})
+        writer = BlockBackend(node, "guest", writable=True)
+        other = await stranger.add({"driver": "file", "node-name": "g", "filename": image})
+        for direct in ("on", "off"):
+            try:
+                await reopen(graph, {node: {"cache.direct": direct}})
+            except ConfigError as error:
+                pytest.skip(f"no O_DIRECT here: {error}")
+            with pytest.raises(ConfigError, match="is another process using the image"):
+                BlockBackend(other, "stranger", writable=True)
+        await writer.close()
+        BlockBackend(other, "stranger", writable=True)._edge.detach()
+        await stranger.close_all()
+
+    with_graph(scenario)
+
+
+def test_file_that_could_not_be_written_can_be_once_its_mode_allows_it(image: str) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everything")
+
+    async def scenario(graph: BlockGraph) -> None:
+        os.chmod(image, 0o400)
+        node = await graph.add(
+            {"driver": "file", "node-name": "f", "filename": image, "auto-read-only": True}
+        )
+        assert node.read_only
+        await reopen(graph, {node: {}})
+        assert node.read_only
+        os.chmod(image, 0o600)
+        await reopen(graph, {node: {}})
+        assert not node.read_only
+
+    with_graph(scenario)
+
+
+def test_read_only_and_back_under_load_loses_no_byte(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add(
+            {"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": image}}
+        )
+        choice = random.Random(3)
+        model = bytearray(64 * KIB)
+        backend = BlockBackend(node, "reader", writable=False, shared=Perm.ALL)
+        ended, reads = False, 0
+
+        async def reader() -> None:
+            nonlocal reads
+            while not ended:
+                assert await read(backend, 0, len(model)) == model
+                reads += 1
+                await asyncio.sleep(0)  # the page cache answers at once
+
+        task = asyncio.create_task(reader())
+        for _ in range(40):
+            await reopen(graph, {node: {"read-only": "off"}})
+            writer = BlockBackend(node, "writer", writable=True, shared=Perm.ALL)
+            offset, data = choice.randrange(63 * KIB), choice.randbytes(700)
+            backend.child_drained_begin(backend._edge)
+            await backend.child_drained_poll(backend._edge)
+            await write(writer, offset, data)
+            model[offset : offset + 700] = data
+            backend.child_drained_end(backend._edge)
+            await writer.close()
+            await reopen(graph, {node: {"read-only": "on"}})
+            with pytest.raises(ConfigError, match="is read-only"):
+                BlockBackend(node, "writer", writable=True, shared=Perm.ALL)
+            await asyncio.sleep(0)
+        ended = True
+        await task
+        assert reads > 10
+        await backend.close()
+
+    with_graph(scenario)
