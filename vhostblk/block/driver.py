@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.extent import FlushTarget, HostExtent
-from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, default_child_permissions
@@ -177,9 +177,16 @@ class Driver:
     async def driver_flush_to_disk(self) -> None:
         """Make what the host has durable: it survives a power cut. Children are flushed by the pipeline."""
 
-    async def driver_truncate(self, length: int) -> None:
-        """Change the length; what is new reads as zeroes."""
-        await self._filtered().truncate(length)
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
+        """Change the length; what is new reads as zeroes. ENOTSUP for a preallocation it cannot do."""
+        await self._filtered().truncate(length, preallocation)
+
+    async def driver_allocated_size(self) -> int:
+        """Bytes on the disk; by default those of the children, except for the backing file."""
+        edges = [edge for edge in self.children.values() if not edge.role & Role.COW]
+        if not edges:
+            raise BlockError(errno.ENOTSUP, f"{self.node_name}: allocated size is not known")
+        return sum([await edge.node.driver_allocated_size() for edge in edges])
 
     async def driver_cut_padding(self, end: int) -> None:
         """A padded write has reached past `end`, the end of the node: undo that, where it shows (a file has grown)."""

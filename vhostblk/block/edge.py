@@ -10,6 +10,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import clear, pipeline
+from vhostblk.block.flags import Preallocation
 from vhostblk.block.permissions import Perm
 from vhostblk.block.transaction import GraphTransaction
 
@@ -86,10 +87,12 @@ class Edge:
         """Make completed writes durable; see `pipeline.flush`."""
         return pipeline.flush(self.node)
 
-    def truncate(self, length: int) -> Coroutine[Any, Any, None]:
+    def truncate(
+        self, length: int, preallocation: Preallocation = Preallocation.OFF
+    ) -> Coroutine[Any, Any, None]:
         """Change the node's length; see `pipeline.truncate`."""
         assert self.perm & Perm.RESIZE or self.node.read_only, f"{self.describe()}: no resize"
-        return pipeline.truncate(self.node, length)
+        return pipeline.truncate(self.node, length, preallocation)
 
     def _check_write(self, offset: int, length: int) -> None:
         # Rows B09.9 and B16.6: whoever breaks this has a bug. A read-only node answers EPERM

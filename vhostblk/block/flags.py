@@ -70,3 +70,12 @@ class CheckMode(enum.IntFlag):
 
     FIX_LEAKS = 1
     FIX_ERRORS = 2
+
+
+class Preallocation(enum.Enum):
+    """What a node that grows does about its new part (row B31.4); the values are the words that users write."""
+
+    OFF = "off"
+    METADATA = "metadata"  # a format's tables, but not the data
+    FALLOC = "falloc"  # room, without writing it
+    FULL = "full"  # zeroes are written

@@ -19,6 +19,7 @@ import errno
 
 from vhostblk.block import submit
 from vhostblk.block.extent import ExtentFlag, HostExtent
+from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush, flush_target
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import (
@@ -324,11 +325,16 @@ def written(node: BlockNode, end: int) -> None:
 # ---------------------------------------------------------------------- length (row B31.4)
 
 
-async def truncate(node: BlockNode, length: int) -> None:
+async def truncate(
+    node: BlockNode, length: int, preallocation: Preallocation = Preallocation.OFF
+) -> None:
     """Change the node's length; a larger node reads zeroes where it has grown.
 
-    Raises: BlockError: EACCES on a read-only node, EINVAL and EFBIG for impossible lengths, else
-        the driver's errno.
+    Args:
+        preallocation: what to do about the new part.
+
+    Raises: BlockError: EACCES on a read-only node, EINVAL and EFBIG for impossible lengths, ENOTSUP
+        for a preallocation it cannot do, else the driver's errno; the length is then what it really is.
     """
     if node.read_only:
         raise BlockError(errno.EACCES, f"{node.node_name}: node is read-only")
@@ -336,13 +342,15 @@ async def truncate(node: BlockNode, length: int) -> None:
         raise BlockError(errno.EINVAL, f"{node.node_name}: negative length")
     if length > MAX_LENGTH:
         raise BlockError(errno.EFBIG, f"{node.node_name}: length {length} is too large")
+    if preallocation is not Preallocation.OFF and length < node.length:
+        raise BlockError(errno.ENOTSUP, f"{node.node_name}: preallocation is for growing")
     low, high = sorted((node.length, length))
     node.in_flight += 1
     request = node.tracker.begin(RequestType.TRUNCATE, low, high - low)
     try:
         await serialise(node, request, 0)
         try:
-            await node.driver_truncate(length)
+            await node.driver_truncate(length, preallocation)
         finally:
             await node.refresh_length()
             node.write_gen += 1

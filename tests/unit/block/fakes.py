@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from vhostblk.block.edge import Edge
-from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.iov import IoVec, address_of
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import BlockNode, OpenContext, Req, Role
@@ -155,7 +155,9 @@ class ArrayNode(BlockNode):
         await self._begin("flush", 0, 0)
         self.durable[:] = before + self.data[len(before) :]
 
-    async def driver_truncate(self, length: int) -> None:
+    async def driver_truncate(
+        self, length: int, preallocation: Preallocation = Preallocation.OFF
+    ) -> None:
         await self._begin("truncate", 0, length)
         for content in (self.data, self.durable):
             content[:] = content[:length].ljust(length, b"\0")

@@ -33,7 +33,9 @@ def driver(name: str, score: int = 0, protocol: str | None = None, device: int =
 
 
 def test_unknown_driver_is_enoent_and_says_which_are_known() -> None:
-    with pytest.raises(ConfigError, match=r"Unknown driver 'x' for 'file.driver' \(known: blkdebug,"):
+    with pytest.raises(
+        ConfigError, match=r"Unknown driver 'x' for 'file.driver' \(known: blkdebug,"
+    ):
         DriverRegistry(DRIVERS).find("x", "file.driver")
     with pytest.raises(ConfigError) as caught:
         DriverRegistry(DRIVERS).find(7)

@@ -45,6 +45,7 @@ _FAR = 1 << 62  # behind any file's end
 
 _PROBED = (1, 512, 1024, 2048, 4096)
 _FALLBACK_ALIGNMENT = 4096
+_ZEROES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,27 @@ def file_size(fd: int) -> int:
     size = bytearray(8)
     fcntl.ioctl(fd, _BLKGETSIZE64, size)
     return int(struct.unpack("Q", size)[0])
+
+
+def write_zeroes(fd: int, start: int, end: int, direct: bool) -> None:
+    """Write zeroes at the end of a file, which has `start` bytes, until it has `end`.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        if direct:
+            # The ends need not be aligned, and nobody uses the file meanwhile.
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        while start < end:
+            start += os.pwrite(fd, bytes(min(end - start, _ZEROES)), start)
+        os.fsync(fd)
+    except OSError as error:
+        raise BlockError(error.errno or errno.EIO) from None
+    finally:
+        if direct:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 def device_range(fd: int, request: int, offset: int, length: int) -> None:

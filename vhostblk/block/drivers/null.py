@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 from typing import Any
 
-from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_up
 from vhostblk.block.node import (
@@ -93,7 +93,11 @@ class NullNode(BlockNode):
             flags |= StatusFlag.ZERO
         return BlockStatus(flags, length, map=offset)
 
-    async def driver_truncate(self, length: int) -> None:
+    async def driver_allocated_size(self) -> int:
+        """Nothing."""
+        return 0
+
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """Any length is fine."""
         self.set_length(align_up(length, SECTOR_SIZE))
 

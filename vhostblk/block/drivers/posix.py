@@ -17,7 +17,7 @@ import errno
 import os
 
 from vhostblk.block.drivers import host_file
-from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.host_io import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -247,11 +247,31 @@ class PosixNode(BlockNode):
         if not self._direct:
             self._flush_error = error
 
-    async def driver_truncate(self, length: int) -> None:
-        """Change the size of the file; devices have the size they have."""
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
+        """Change the size of the file; devices have the size they have (row B31.4)."""
         if self._file.is_device:
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: a device cannot be resized")
-        await self._truncate_file(length)
+        if preallocation is Preallocation.METADATA:
+            raise BlockError(errno.ENOTSUP, f"{self.node_name}: a file has no metadata to allocate")
+        before = self._size
+        if preallocation is Preallocation.OFF or length <= before:
+            await self._truncate_file(length)
+            return
+        try:
+            if preallocation is Preallocation.FALLOC:
+                await self._io.fallocate(self._fd, 0, before, length - before)
+            else:
+                await self._io.call(host_file.write_zeroes, self._fd, before, length, self._direct)
+        except BlockError:
+            # What was allocated so far would look like a longer disk.
+            await self._truncate_file(before)
+            raise
+        self._size = length
+
+    async def driver_allocated_size(self) -> int:
+        """What the file system says; 0 for a device."""
+        status = await self._io.call(os.fstat, self._fd)
+        return status.st_blocks * 512
 
     async def _truncate_file(self, size: int) -> None:
         try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vhostblk.block.edge import Edge
-from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import (
@@ -144,11 +144,11 @@ class RawNode(BlockNode):
         self._check_window(offset + length)
         await self._file.pdiscard(offset + self.options.offset, length)
 
-    async def driver_truncate(self, length: int) -> None:
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """The child's end moves; ENOTSUP with a fixed size."""
         if self.options.size is not None:
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: the size is fixed by an option")
-        await self._file.truncate(length + self.options.offset)
+        await self._file.truncate(length + self.options.offset, preallocation)
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         """What the child says (row B21.19)."""
