@@ -31,7 +31,6 @@ from tests.daemons import eventually
 from tests.integration.disturber import Disturber
 from tests.integration.wandering_node import WanderingNode
 from tests.requirements import require
-from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import parse_options
 from vhostblk.daemon import Daemon, DaemonConfig, IOThreadConfig
 from vhostblk.export.export import Export
@@ -197,7 +196,7 @@ def served(folder: Path, storage: str, graph: str) -> Iterator[Run]:
 
         async def serve() -> None:
             daemon.append(Daemon(config, ready.set))
-            daemon[0].graph.drivers = {**DRIVERS, WanderingNode.driver_name: WanderingNode}
+            daemon[0].graph.drivers.register(WanderingNode)
             loops.append(asyncio.get_running_loop())
             await daemon[0].run()
 
