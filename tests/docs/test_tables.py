@@ -207,7 +207,7 @@ LIMITS: dict[str, int] = {
     "queues of an export": MAX_QUEUES,
     "entries of a queue": MAX_RING_SIZE,
     "requests of a queue at a time": _c_constant("queue.h", "QUEUE_REQUESTS"),
-    "queues of an engine thread": _c_constant("message_ring.h", "MESSAGE_RING_SIZE") // 2,
+    "queues of an engine thread": _c_constant("message_ring.h", "MESSAGE_RING_SIZE") // 4,
     "engine threads of exports that name no iothread": MAX_OWN_THREADS,
     "bounce buffers of a disk at a time, of 1 MiB": MAX_BOUNCING,
     "memory regions": MAX_MEM_SLOTS,

@@ -8,9 +8,10 @@
 #include "message_ring.h"
 #include "notifier.h"
 
-/* A thread serves no more queues than that. For each, room is put aside in the ring up; the other half is what commands
- * and requests have. (The number of a queue has 16 bits in the cookie of a request.) */
-#define THREAD_QUEUES (MESSAGE_RING_SIZE / 2)
+/* A thread serves no more queues than that. For each, room for two messages is put aside in the ring up (that it broke,
+ * that it has stopped); the other half is what commands and requests have. (The number of a queue has 16 bits in the
+ * cookie of a request.) */
+#define THREAD_QUEUES (MESSAGE_RING_SIZE / 4)
 
 /* Room a command may need in the ring up: its acknowledgement, or the request it retries, and a queue's breakage. */
 #define ROOM_PER_COMMAND 2
