@@ -17,14 +17,18 @@ import fcntl
 import logging
 import os
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vhostblk import native
+from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.graph import BlockGraph
+from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.block.node import BlockNode
+from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError, StateError
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
@@ -50,14 +54,24 @@ class IOThreadConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ThrottleGroupConfig:
+    """`--object throttle-group,id=ID`: a budget that nodes of the `throttle` driver share."""
+
+    name: str
+    limits: ThrottleLimits
+
+
+@dataclass(frozen=True, slots=True)
 class DaemonConfig:
     """All a daemon is told at the start."""
 
     blockdevs: Sequence[dict[str, Any]] = ()
     io_threads: Sequence[IOThreadConfig] = ()
+    throttle_groups: Sequence[ThrottleGroupConfig] = ()
     exports: Sequence[ExportConfig] = ()
     pid_file: Path | None = None
     data_path: str = "auto"  # auto, native or python
+    drivers: Mapping[str, type[BlockNode]] = field(default_factory=lambda: DRIVERS)
     # What the user calls these, for messages; empty where the message says enough.
     blockdev_option: str = ""
     export_option: str = ""
@@ -81,7 +95,7 @@ class Daemon:
         self._next_shared = 0
         self._pages = StatsPages()
         self._is_durable = True
-        self.graph = BlockGraph()
+        self.graph = BlockGraph(config.drivers)
         self.exports: dict[str, Export] = {}
         """By id."""
 
@@ -100,6 +114,8 @@ class Daemon:
         use_native = self._choose_data_path()
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._close_nodes)
+            for group in self._config.throttle_groups:
+                self.graph.throttle_groups[group.name] = ThrottleGroup(group.name, group.limits)
             for options in self._config.blockdevs:
                 await self._open_node(options)
             if use_native:

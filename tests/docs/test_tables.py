@@ -16,6 +16,7 @@ from tests.docs.documents import DOCS, ROOT, read, table
 from vhostblk import native
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.limits import MAX_BOUNCING, MAX_REQUEST
 from vhostblk.block.node import BlockSizes
 from vhostblk.block.options import NodeOptions, describe_options
@@ -47,7 +48,11 @@ from vhostblk.virtio.features import Feature
 OPTION_SETS: list[tuple[str, type[Any]]] = [
     ("Options of every node", NodeOptions),
     ("Exports", export_options._Options),
-    *((name, driver.options_type) for name, driver in DRIVERS.items()),
+    *(
+        (name, driver.options_type)
+        for name, driver in DRIVERS.items()
+        if dataclasses.fields(driver.options_type)
+    ),
 ]
 
 
@@ -66,6 +71,13 @@ def test_iothread_has_its_options() -> None:
     documented = [(row["option"], row["values"]) for row in rows]
     expected = describe_options(storage_daemon._IOThreadOptions)
     assert documented == [(name, values) for name, values, _ in expected]
+
+
+def test_throttle_group_has_its_limits() -> None:
+    rows = table(read("docs/storage-daemon.md"), "Throttle groups")
+    assert [(row["option"], row["values"]) for row in rows] == [
+        (name, values) for name, values, _ in describe_options(ThrottleLimits)
+    ]
 
 
 # ---------------------------------------------------------------- block-nodes.md

@@ -291,7 +291,7 @@ def describe_options(options_type: type[Any]) -> list[tuple[str, str, str]]:
         values = str(field.metadata["type"].name)
         if field.default is dataclasses.MISSING:
             values += " (required)"
-        elif field.default is not None and field.default != "":
+        elif field.default not in (None, "", ()):
             default = field.default
             if isinstance(default, bool):
                 default = "on" if default else "off"

@@ -12,10 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from vhostblk.block.keyval import flatten, parse_options
-from vhostblk.block.options import IDENTIFIER, INTEGER, consume, option
+from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.block.options import IDENTIFIER, INTEGER, consume, consume_all, option
 from vhostblk.cli.run import run_daemon
 from vhostblk.cli.serve import add_data_path_option
-from vhostblk.daemon import DEFAULT_POLL_MAX_NS, DaemonConfig, IOThreadConfig
+from vhostblk.daemon import (
+    DEFAULT_POLL_MAX_NS,
+    DaemonConfig,
+    IOThreadConfig,
+    ThrottleGroupConfig,
+)
 from vhostblk.errors import ConfigError
 from vhostblk.export.options import ExportConfig, parse_export
 
@@ -35,7 +41,8 @@ Example: two disks of one daemon, the second one read-only:
 node-name=disk0,writable=on,iothread=io0 \\
     --export type=vhost-user-blk,id=e1,addr.type=unix,addr.path=/tmp/b.sock,node-name=disk1
 
-Block drivers: file, host_device, raw, null-co, memory. See docs/storage-daemon.md for their options.
+Block drivers: file, host_device, raw, null-co, memory; filters: throttle, copy-on-read, blkdebug.
+See docs/storage-daemon.md for their options.
 """
 
 _NOT_YET = ("chardev", "monitor", "nbd-server")
@@ -65,7 +72,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="iothread,id=…[,poll-max-ns=…][,poll-grow=…][,poll-shrink=…]; repeatable",
+        help="iothread,id=…[,poll-max-ns=…][,poll-grow=…][,poll-shrink=…] or "
+        "throttle-group,id=…[,limits.iops-total=…][,limits.…]; repeatable",
     )
     parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
     parser.add_argument(
@@ -95,19 +103,22 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError, BlockError, OSError: one line explains it.
     """
+    objects = [_parse_object(text) for text in args.object]
     config = DaemonConfig(
         blockdevs=[_parse("--blockdev", text, "driver") for text in args.blockdev],
-        io_threads=[_parse_object(text) for text in args.object],
+        io_threads=[thing for thing in objects if isinstance(thing, IOThreadConfig)],
+        throttle_groups=[thing for thing in objects if isinstance(thing, ThrottleGroupConfig)],
         exports=[_parse_export(text) for text in args.export],
         pid_file=args.pidfile,
         data_path=args.data_path,
         blockdev_option="--blockdev",
         export_option="--export",
     )
-    names = [thread.name for thread in config.io_threads]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"--object iothread,id={name}: this id is in use")
+    names = [thing.name for thing in objects]
+    for thing in objects:
+        if names.count(thing.name) > 1:
+            kind = "iothread" if isinstance(thing, IOThreadConfig) else "throttle-group"
+            raise ConfigError(f"--object {kind},id={thing.name}: this id is in use")
     run_daemon(config, detach=args.daemonize)
 
 
@@ -138,15 +149,36 @@ class _IOThreadOptions:
     aio_max_batch: int = option(INTEGER, 0, about="accepted; QEMU's aio=native has a use for it")
 
 
-def _parse_object(text: str) -> IOThreadConfig:
+@dataclass(frozen=True, slots=True)
+class _ThrottleGroupOptions:
+    """`--object throttle-group`, besides its limits."""
+
+    id: str = option(IDENTIFIER, about="name of the group")
+
+
+def _parse_object(text: str) -> IOThreadConfig | ThrottleGroupConfig:
     options = flatten(_parse("--object", text, "qom-type"))
     kind = options.pop("qom-type", None)
-    if kind != "iothread":
-        raise ConfigError(f"--object: type '{kind}' is not supported (allowed: iothread)")
+    if kind not in ("iothread", "throttle-group"):
+        raise ConfigError(
+            f"--object: type '{kind}' is not supported (allowed: iothread, throttle-group)"
+        )
     try:
-        parsed = consume(_IOThreadOptions, options)
-        for left in options:
-            raise ConfigError(f"Parameter '{left}' is unexpected")
+        if kind == "throttle-group":
+            group = consume(_ThrottleGroupOptions, options)
+            return ThrottleGroupConfig(group.id, _throttle_limits(options))
+        parsed = consume_all(_IOThreadOptions, options)
     except ConfigError as exc:
-        raise ConfigError(f"--object iothread: {exc}") from None
+        raise ConfigError(f"--object {kind}: {exc}") from None
     return IOThreadConfig(parsed.id, parsed.poll_max_ns, parsed.poll_grow, parsed.poll_shrink)
+
+
+def _throttle_limits(options: dict[str, Any]) -> ThrottleLimits:
+    """The limits of a throttle group: `limits.iops-total`, or `x-iops-total` as in older command lines."""
+    limits: dict[str, Any] = {}
+    for name, value in options.items():
+        bare = name.removeprefix("limits.") if name.startswith("limits.") else name[2:]
+        if not name.startswith(("limits.", "x-")) or bare in limits:
+            raise ConfigError(f"Parameter '{name}' is unexpected")
+        limits[bare] = value
+    return consume_all(ThrottleLimits, limits, "limits.")

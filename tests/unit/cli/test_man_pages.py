@@ -149,10 +149,23 @@ def test_page_has_exactly_the_options_of_the_parser(
         ("raw", DRIVERS["raw"].options_type, set(DRIVERS["raw"].child_keys)),
         ("null-co", DRIVERS["null-co"].options_type, set()),
         ("memory", DRIVERS["memory"].options_type, set()),
+        ("throttle", DRIVERS["throttle"].options_type, set()),
+        ("blkdebug", DRIVERS["blkdebug"].options_type, set()),
         ("EXPORTS", _Options, set()),
         ("OBJECTS", storage_daemon._IOThreadOptions, {"qom-type"}),
     ],
-    ids=["node", "file", "host_device", "raw", "null-co", "memory", "export", "iothread"],
+    ids=[
+        "node",
+        "file",
+        "host_device",
+        "raw",
+        "null-co",
+        "memory",
+        "throttle",
+        "blkdebug",
+        "export",
+        "iothread",
+    ],
 )
 def test_storage_daemon_page_has_exactly_the_typed_options(
     section: str, options_type: type[Any], besides: set[str]

@@ -199,7 +199,15 @@ OTHERS = [
         "--object iothread,id=t: this id is in use",
     ),
     (("--object", "secret,id=s,data=x"), "--object: type 'secret' is not supported"),
-    (("--object", "throttle-group,id=s"), "--object: type 'throttle-group' is not supported"),
+    (
+        ("--object", "throttle-group,id=s,limits.bps-total=1,x-bps-read=1"),
+        "--object throttle-group: 'bps-total' cannot be used with 'bps-read' or 'bps-write'",
+    ),
+    (
+        ("--object", "throttle-group,id=s,limits.typo=1"),
+        "--object throttle-group: Parameter 'limits.typo' is unexpected",
+    ),
+    (("--blockdev", "throttle,throttle-group=x,file.driver=null-co"), "group 'x' does not exist"),
     (("--monitor", "chardev=m"), "--monitor: not supported by this version"),
     (("--monitor",), "--monitor: not supported by this version"),
     (("--chardev=stdio,id=m",), "--chardev: not supported by this version"),
