@@ -54,6 +54,22 @@ class BlockSizes:
 Request = Coroutine[Any, Any, None]
 
 
+@dataclass(frozen=True, slots=True)
+class NodeInfo:
+    """Facts about an image (row B41.1).
+
+    Attributes: cluster_size: bytes in which it allocates; 0: none. subcluster_size: the same, where parts of a cluster
+        can be. vm_state_offset: where a guest's state would be saved. is_dirty: it was not closed properly.
+        needs_compressed_writes: it can be written compressed only.
+    """
+
+    cluster_size: int = 0
+    subcluster_size: int = 0
+    vm_state_offset: int = 0
+    is_dirty: bool = False
+    needs_compressed_writes: bool = False
+
+
 class OpenContext(Protocol):
     """What a node may ask of its graph while it opens."""
 
@@ -108,6 +124,19 @@ class Driver:
     def parse_filename(cls, filename: str) -> dict[str, Any]:
         """The options that a file name stands for (row B04.6)."""
         return {"filename": filename.removeprefix(f"{cls.protocol_name}:")}
+
+    def info(self) -> NodeInfo | None:
+        """Facts about the image; None: there is nothing to say. A layer without its own has what it shows."""
+        if self.cluster_size:
+            return NodeInfo(self.cluster_size, self.cluster_size)
+        for edge in self.children.values():
+            if edge.role & Role.FILTERED:
+                return edge.node.info()
+        return None
+
+    def exact_filename(self) -> str:
+        """A name that opens the same again, without options; nothing: there is none (row B41.4)."""
+        return ""
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:

@@ -212,8 +212,9 @@ class BlockGraph:
         self._opening.add(node)
 
     def ready(self, node: BlockNode) -> None:
-        """The node is open."""
+        """The node is open; children come before their parents."""
         self._opening.discard(node)
+        self.nodes[node.node_name] = self.nodes.pop(node.node_name)
 
     async def dissolve(self, node: BlockNode) -> None:
         """Close a node without a flush, and those of its children that nobody else needs."""

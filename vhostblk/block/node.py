@@ -104,6 +104,7 @@ class BlockNode(Driver, Quiescent):
         self.probed = False  # nobody said what format this is
         self.references = 0  # users that are no parents: `BlockGraph.hold`
         self.op_blockers = OpBlockers()
+        self.write_threshold = 0  # see `write_threshold.py`
         self.inactive = False  # the image is somebody else's for now (row B40)
         self.bounce = BouncePool()
         # State of the pipeline.

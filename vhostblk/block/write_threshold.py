@@ -29,7 +29,7 @@ class WriteThreshold:
     async def set(self, offset: int) -> None:
         """Move the mark; 0 takes it away."""
         armed = bool(self.offset)
-        self.offset = offset
+        self.offset = self.node.write_threshold = offset
         if offset and not armed:
             await self.node.add_before_write(self._check)
         elif armed and not offset:
@@ -39,5 +39,6 @@ class WriteThreshold:
         end = request.offset + request.length
         if request.kind is RequestType.WRITE and end > self.offset:
             offset, self.offset = self.offset, 0
+            self.node.write_threshold = 0
             self.node.remove_before_write(self._check)
             self._notify(end - offset, offset)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.locking import ImageLock
 from vhostblk.block.drivers.posix import PosixNode
+from vhostblk.block.filename import protocol_prefix
 from vhostblk.block.node import OpenContext
 from vhostblk.block.options import STRING, NodeOptions, choice, option
 from vhostblk.block.permissions import Perm
@@ -124,6 +125,11 @@ class FileNode(PosixNode):
                 f"Could not open '{self.options.filename}': neither a regular file nor a block "
                 "device"
             )
+
+    def exact_filename(self) -> str:
+        """The path; written so that nobody takes a part of it for a protocol."""
+        name = self.options.filename
+        return name if protocol_prefix(name) is None else f"./{name}"
 
     # ------------------------------------------------------------------ reopen
 

@@ -17,7 +17,7 @@ from vhostblk.block.node import (
     OpenContext,
     Req,
 )
-from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option
+from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option, strong_options
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import ConfigError
 
@@ -59,6 +59,10 @@ class NullNode(BlockNode):
         if filename != "null-co://":
             raise ConfigError("The only allowed filename for this driver is 'null-co://'")
         return {}
+
+    def exact_filename(self) -> str:
+        """There is a name for the default only."""
+        return "" if strong_options(self.options) else "null-co://"
 
     async def open(self, context: OpenContext) -> None:
         """Nothing can fail."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import os
 
+from vhostblk.block.driver import NodeInfo
 from vhostblk.block.drivers import host_file
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.host_io import (
@@ -267,6 +268,10 @@ class PosixNode(BlockNode):
             await self._truncate_file(before)
             raise
         self._size = length
+
+    def info(self) -> NodeInfo:
+        """Nothing special."""
+        return NodeInfo()
 
     async def driver_allocated_size(self) -> int:
         """What the file system says; 0 for a device."""

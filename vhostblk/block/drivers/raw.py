@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from vhostblk.block.driver import NodeInfo
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.iov import IoVec
@@ -158,6 +159,10 @@ class RawNode(BlockNode):
     def has_zero_init(self) -> bool:
         """As the child."""
         return self._file.node.has_zero_init()
+
+    def info(self) -> NodeInfo | None:
+        """The child's, through any window."""
+        return self._file.node.info()
 
     def can_discard(self) -> bool:
         """If the child can, and may."""

@@ -1,0 +1,180 @@
+"""What a node is, for those who ask: names that open it again, and the dictionaries of QMP (block layer row B41).
+
+A node's *full options* are all it takes to see the same bytes again: driver, the options that decide about content
+(`strong`), and the children's. Its *exact filename* is a name that does the same, if there is one; its *filename* is
+that, or `json:` and the full options. Modes (cache, read-only) and node names are no part of either.
+
+The dictionaries have the members that QEMU's QMP reference documents: `BlockDeviceInfo`, `ImageInfo`,
+`XDbgBlockGraph`. Knows nothing about sockets.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.block.filename import format_json
+from vhostblk.block.node import BlockNode
+from vhostblk.block.op_blockers import backing_chain
+from vhostblk.block.options import strong_options
+from vhostblk.block.permissions import PERM_NAMES, Perm
+from vhostblk.block.roles import Role, primary_child
+from vhostblk.errors import BlockError, ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.edge import Edge
+    from vhostblk.block.graph import BlockGraph
+
+
+# ---------------------------------------------------------------------- names
+
+
+def full_options(node: BlockNode) -> dict[str, Any]:
+    """All it takes to open the same again, nested as in JSON (row B41.2)."""
+    options: dict[str, Any] = {"driver": node.driver_name, **strong_options(node.options)}
+    for name, edge in node.children.items():
+        options[name] = full_options(edge.node)
+    return options
+
+
+def exact_filename(node: BlockNode) -> str:
+    """A plain name that opens the same again, or nothing (row B41.4)."""
+    if not node.children:
+        return node.exact_filename()
+    edge = primary_child(node)
+    if (
+        edge is None
+        or node.is_filter
+        or not edge.node.is_protocol
+        or len(node.children) > 1
+        or strong_options(node.options)
+    ):
+        return ""
+    return exact_filename(edge.node)
+
+
+def filename(node: BlockNode) -> str:
+    """A name that opens the same again."""
+    return exact_filename(node) or format_json(full_options(node))
+
+
+def directory(node: BlockNode) -> str:
+    """Where names are relative to that an image has in it; ends with a slash, or is empty (row B41.5).
+
+    Raises:
+        ConfigError: no plain file is behind it.
+    """
+    edge = primary_child(node)
+    if edge is not None:
+        return directory(edge.node)
+    name = exact_filename(node)
+    if not node.is_protocol or not name:
+        raise ConfigError(
+            f"Cannot generate a base directory for node '{node.node_name}'", errno.ENOTSUP
+        )
+    return name[: name.rfind("/") + 1]
+
+
+# ---------------------------------------------------------------------- QMP
+
+
+async def named_nodes(graph: BlockGraph, *, flat: bool = False) -> list[dict[str, Any]]:
+    """What `query-named-block-nodes` returns: all nodes, the latest opened first (row B41.6).
+
+    Args:
+        flat: without the images that each is backed by.
+
+    Raises:
+        BlockError: one of them cannot be looked at.
+    """
+    nodes = tuple(graph.nodes.values())
+    return [await block_device_info(node, flat=flat) for node in reversed(nodes)]
+
+
+async def block_device_info(node: BlockNode, *, flat: bool = False) -> dict[str, Any]:
+    """One node as `BlockDeviceInfo`."""
+    backing = node.backing
+    answer: dict[str, Any] = {
+        "file": filename(node),
+        "node-name": node.node_name,
+        "ro": node.read_only,
+        "drv": node.driver_name,
+        "backing_file_depth": _depth(node),
+        "encrypted": False,
+        "detect_zeroes": node.detect_zeroes or "off",
+        # Limits of a node are those of the throttle filters above it.
+        **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
+        "image": await image_info(node, flat=flat),
+        "cache": {
+            "writeback": True,  # row C3: nodes always are; the write cache is the device's
+            "direct": node.common.cache_direct,
+            "no-flush": node.no_flush,
+        },
+        "write_threshold": node.write_threshold,
+    }
+    if backing is not None:
+        answer["backing_file"] = filename(backing)
+    return answer
+
+
+async def image_info(node: BlockNode, *, flat: bool = False) -> dict[str, Any]:
+    """What is in a node as `ImageInfo`."""
+    answer: dict[str, Any] = {
+        "filename": filename(node),
+        "format": node.driver_name,
+        "virtual-size": node.length,
+    }
+    try:
+        answer["actual-size"] = await node.driver_allocated_size()
+    except BlockError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+    info = node.info()
+    if info is not None:
+        answer["dirty-flag"] = info.is_dirty
+        if info.cluster_size:
+            answer["cluster-size"] = info.cluster_size
+    backing = node.backing
+    if backing is not None and not flat:
+        answer["backing-image"] = await image_info(backing)
+    return answer
+
+
+def block_graph(graph: BlockGraph) -> dict[str, Any]:
+    """Nodes, whoever uses them, and all edges with their permissions, as `x-debug-query-block-graph` returns it."""
+    ids: dict[object, int] = {}
+    nodes: list[dict[str, Any]] = []
+    edges: list[dict[str, Any]] = []
+
+    def number(owner: object, name: str, kind: str) -> int:
+        if owner not in ids:
+            ids[owner] = len(ids) + 1
+            nodes.append({"id": ids[owner], "type": kind, "name": name})
+        return ids[owner]
+
+    for node in graph.nodes.values():
+        number(node, node.node_name, "block-driver")
+    for node in graph.nodes.values():
+        for edge in node.parents:
+            parent = number(edge.parent, edge.parent.describe_use(edge), "block-backend")
+            edges.append(_edge(edge, parent, ids[node]))
+    return {"nodes": nodes, "edges": edges}
+
+
+def _edge(edge: Edge, parent: int, child: int) -> dict[str, Any]:
+    return {
+        "parent": parent,
+        "child": child,
+        "name": edge.name,
+        "perm": _words(edge.perm),
+        "shared-perm": _words(edge.shared),
+    }
+
+
+def _words(perm: Perm) -> list[str]:
+    return [name.replace(" ", "-") for bit, name in PERM_NAMES if perm & bit]
+
+
+def _depth(node: BlockNode) -> int:
+    """How many backing files are below; filters do not count."""
+    return sum(bool(edge.role & Role.COW) for edge in backing_chain(node, None))
