@@ -177,6 +177,12 @@ class Driver:
     async def reopen_abort(self, reopen: Reopen) -> None:
         """Put away what was prepared."""
 
+    async def driver_inactivate(self) -> None:
+        """Store what only this process knows: the image is about to be somebody else's (row B40.3)."""
+
+    async def driver_activate(self) -> None:
+        """The image is ours again: forget what was cached of it, read it anew."""
+
     def refresh_limits(self) -> None:
         """Adjust `limits`, which are merged from the children already (row B12.2)."""
 

@@ -28,7 +28,9 @@ class Edge:
     Context: the control loop.
     """
 
-    __slots__ = ("blocker", "frozen", "name", "node", "parent", "perm", "role", "shared", "stays")
+    __slots__ = (
+        "blocker", "frozen", "name", "node", "parent", "perm", "role", "shared", "stays", "suspended",
+    )  # fmt: skip
 
     def __init__(
         self, parent: EdgeParent, node: BlockNode, name: str, role: Role, perm: Perm, shared: Perm
@@ -41,6 +43,8 @@ class Edge:
         self.shared = shared
         self.stays = False  # at its node, when everybody else moves to a new one (row B08.6)
         self.frozen = False  # nobody may move or remove it (row B11.5)
+        # What it asked for before its node became inactive (row B40.3).
+        self.suspended: tuple[Perm, Perm] | None = None
         self.blocker: Reason | None = None  # what it blocks on its node (row B11.3)
 
     def describe(self) -> str:

@@ -190,7 +190,9 @@ class BlockNode(Driver, Quiescent):
 
     def mappable(self, offset: int, length: int) -> bool:
         """Whether extents may be given out for the range now."""
-        return not self.quiesced and not self.tracker.serialises(offset, offset + length)
+        return not (self.quiesced or self.inactive) and not self.tracker.serialises(
+            offset, offset + length
+        )
 
     async def revoke(self, offset: int, length: int) -> None:
         """Take back every extent that touches the range; nobody uses one once this returns."""

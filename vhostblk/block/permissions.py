@@ -70,6 +70,11 @@ class PermissionChange:
             if node.read_only and any(edge.perm & _CHANGES for edge in node.parents):
                 raise ConfigError(f"Block node '{node.node_name}' is read-only", errno.EACCES)
             perm, shared = cumulative_permissions(node)
+            if node.inactive and perm & _CHANGES:
+                raise ConfigError(
+                    f"Node '{node.node_name}' is inactive: its image may be written elsewhere",
+                    errno.EPERM,
+                )
             self._nodes.append((node, perm, shared))
             node.check_perm(perm, shared)
             for edge in node.children.values():

@@ -74,13 +74,15 @@ def check_range(node: BlockNode, offset: int, length: int, largest: int = MAX_LE
 
 
 def check_writable(node: BlockNode) -> None:
-    """Refuse to change a read-only node.
+    """Refuse to change a node that is read-only, or whose image is somebody else's for now.
 
     Raises:
         BlockError: EPERM.
     """
     if node.read_only:
         raise BlockError(errno.EPERM, f"{node.node_name}: node is read-only")  # row C2
+    if node.inactive:
+        raise BlockError(errno.EPERM, f"{node.node_name}: node is inactive")  # row B40.1
 
 
 # ---------------------------------------------------------------------- reads (row B15)

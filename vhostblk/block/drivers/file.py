@@ -170,7 +170,7 @@ class FileNode(PosixNode):
             ConfigError: another process has the image.
         """
         if self._lock is not None:
-            self._lock.prepare(perm, self._share_with_processes(perm, shared))
+            self._lock.prepare(*self._towards_processes(perm, shared))
             if self._next is not None:
                 self._next_lock = self._new_lock(self._next.fd)
                 self._next_lock.follow(self._lock)
@@ -178,11 +178,13 @@ class FileNode(PosixNode):
     def set_perm(self, perm: Perm, shared: Perm) -> None:
         """Give back the locks that nobody needs any more."""
         if self._lock is not None:
-            self._lock.commit(perm, self._share_with_processes(perm, shared))
+            self._lock.commit(*self._towards_processes(perm, shared))
 
-    def _share_with_processes(self, perm: Perm, shared: Perm) -> Perm:
+    def _towards_processes(self, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """Users in this process may share all; their revocations and flushes do not reach other processes."""
-        return shared & ~_NEVER_SHARED if perm and not self.force_share else shared
+        if self.inactive:
+            return Perm.NONE, Perm.ALL
+        return perm, shared & ~_NEVER_SHARED if perm and not self.force_share else shared
 
     def abort_perm(self) -> None:
         """Back to the old locks."""
