@@ -15,6 +15,7 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from vhostblk.block import clear, pipeline
+from vhostblk.block.driver import Driver
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
@@ -244,6 +245,11 @@ class BlockBackend(Quiescent):
             found.append(extent)
         # A driver that had to wait may have been overtaken; the next miss asks again.
         return found if self._epoch == epoch and not self.quiesced else []
+
+    @property
+    def may_map(self) -> bool:
+        """Whether there can be extents at all: nothing that wants to see every request is on top."""
+        return type(self.node).host_extent is not Driver.host_extent
 
     def flush_target(self) -> int | FlushTarget:
         """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).

@@ -50,6 +50,9 @@ class BlockSizes:
     opt_io: int = 0
 
 
+_FILTERED = int(Role.FILTERED)
+_and = int.__and__  # that of IntFlag makes an object
+
 # What the methods return that make requests; drivers write `async def ... -> None`.
 Request = Coroutine[Any, Any, None]
 
@@ -327,6 +330,6 @@ class Driver:
         """The child of a filter; ENOTSUP for everybody else."""
         if self.is_filter:
             for edge in self.children.values():
-                if edge.role & Role.FILTERED:
+                if _and(edge.role, _FILTERED):
                     return edge
         raise BlockError(errno.ENOTSUP, f"{self.driver_name}: operation not supported")

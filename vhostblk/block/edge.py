@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode, EdgeParent, Role
     from vhostblk.block.op_blockers import Reason
 
-_WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED
+_WRITES = int(Perm.WRITE | Perm.WRITE_UNCHANGED)
+_RESIZE = int(Perm.RESIZE)
+_and = int.__and__  # that of IntFlag makes an object
 
 
 class Edge:
@@ -101,5 +103,6 @@ class Edge:
     def _check_write(self, offset: int, length: int) -> None:
         # Rows B09.9 and B16.6: whoever breaks this has a bug. A read-only node answers EPERM
         # itself.
-        assert self.perm & _WRITES or self.node.read_only, f"{self.describe()}: no write permission"
-        assert offset + length <= self.node.length or self.perm & Perm.RESIZE or self.node.read_only
+        node = self.node
+        assert _and(self.perm, _WRITES) or node.read_only, f"{self.describe()}: no write permission"
+        assert offset + length <= node.length or _and(self.perm, _RESIZE) or node.read_only

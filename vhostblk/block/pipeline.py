@@ -98,14 +98,21 @@ async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> No
         BlockError: with the driver's errno; the content of `iov` is then undefined.
     """
     length = iov.length
-    check_range(node, offset, length, MAX_REQUEST)
-    mask = node.limits.request_alignment - 1
-    tracker = node.tracker
+    if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
+        check_range(node, offset, length, MAX_REQUEST)
+    limits, tracker = node.limits, node.tracker
     node.in_flight += 1
     request = tracker.begin(RequestType.READ, offset, length)
     try:
-        if (offset | length) & mask:
+        if (offset | length) & (limits.request_alignment - 1):
             await _padded_read(node, request, offset, iov, flags)
+        elif (
+            not flags
+            and not tracker.serialising
+            and offset + length <= node.length
+            and submit.takes(limits, iov, length)
+        ):
+            await node.driver_preadv(offset, length, iov)  # as most requests are
         else:
             if tracker.serialising:
                 await tracker.wait(request)
@@ -210,9 +217,11 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
     Raises: BlockError: EPERM on a read-only node, EBUSY for NO_WAIT, else the driver's errno; part
         of the range may have been written then.
     """
-    check_writable(node)
+    if node.read_only:
+        check_writable(node)
     length = iov.length
-    check_range(node, offset, length, MAX_REQUEST)
+    if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
+        check_range(node, offset, length, MAX_REQUEST)
     assert not flags & ~_MASK, f"unknown request flags {flags:#x}"
     mask = node.limits.request_alignment - 1
     tracker = node.tracker
@@ -296,12 +305,14 @@ async def _aligned_write(
             await run_before_write(node, request)
         if node.has_debug_events:
             await node.driver_debug_event("pwritev")
-        if not iov.length:
-            return bool(flags & _FUA)
-        if node.detect_zeroes and iov.is_zero():
+        if node.detect_zeroes and iov.length and iov.is_zero():
             if node.detect_zeroes == "unmap":
                 flags |= _MAY_UNMAP
             return await submit.write_zeroes(node, offset, end, flags & ~_REGISTERED_BUF)
+        if submit.takes(node.limits, iov, end - offset):
+            driver_flags = flags & node.supported_write_flags
+            await node.driver_pwritev(offset, end - offset, iov, driver_flags)
+            return bool(flags & ~driver_flags & _FUA)
         return await submit.write(node, offset, iov, flags)
     finally:
         # Even after a failure, or a veto: part of it may have been written (rows B16.12 and B16.13).

@@ -36,11 +36,7 @@ async def read(node: BlockNode, offset: int, iov: IoVec) -> None:
     limits = node.limits
     length = iov.length
     readable = align_up(max(0, node.length - offset), limits.request_alignment)
-    if (
-        length <= readable
-        and (not limits.max_transfer or length <= limits.max_transfer)
-        and not _must_bounce(limits, iov)
-    ):
+    if length and length <= readable and takes(limits, iov, length):
         await node.driver_preadv(offset, length, iov)
         return
     done = 0
@@ -60,9 +56,9 @@ async def write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
     limits = node.limits
     length = iov.length
     driver_flags = flags & node.supported_write_flags
-    if (not limits.max_transfer or length <= limits.max_transfer) and not _must_bounce(limits, iov):
+    if takes(limits, iov, length):
         await node.driver_pwritev(offset, length, iov, driver_flags)
-    else:
+    elif length:
         for part in _parts(limits, iov):
             if _must_bounce(limits, part):
                 async with bounce_buffer(node, part.length) as whole:
@@ -75,6 +71,17 @@ async def write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
                 await node.driver_pwritev(offset, part.length, part, driver_flags)
             offset += part.length
     return bool(flags & ~driver_flags & _FUA)
+
+
+def takes(limits: BlockLimits, iov: IoVec, length: int) -> bool:
+    """Whether an aligned vector of this length can be handed over as it is."""
+    largest = limits.max_transfer
+    return (
+        (not largest or length <= largest)
+        and length != 0
+        and len(iov.views) <= limits.max_iov
+        and (limits.min_mem_alignment <= 1 or iov.is_aligned(limits.min_mem_alignment))
+    )
 
 
 def _must_bounce(limits: BlockLimits, iov: IoVec) -> bool:

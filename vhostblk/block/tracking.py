@@ -30,16 +30,9 @@ class RequestType(enum.Enum):
 class TrackedRequest:
     """One request on one node; `start` and `end` are the range that others must not touch if it serialises."""
 
-    __slots__ = (
-        "end",
-        "kind",
-        "length",
-        "offset",
-        "serialising",
-        "start",
-        "waiters",
-        "waiting_for",
-    )
+    serialising = False
+    waiting_for: TrackedRequest | None = None
+    waiters: list[asyncio.Future[None]] | None = None
 
     def __init__(self, kind: RequestType, offset: int, length: int) -> None:
         self.kind = kind
@@ -47,9 +40,6 @@ class TrackedRequest:
         self.length = length
         self.start = offset
         self.end = offset + length
-        self.serialising = False
-        self.waiting_for: TrackedRequest | None = None
-        self.waiters: list[asyncio.Future[None]] | None = None
 
     def widen(self, alignment: int) -> None:
         """Cover whole blocks; only ever grows (row B14.6)."""

@@ -229,7 +229,7 @@ class BlkDevice:
 
     async def _read(self, request: BlkRequest) -> Outcome:
         await self.backend.preadv(request.offset, IoVec(request.data))
-        return int(Status.OK), request.length
+        return _OK[0], request.length
 
     async def _write(self, request: BlkRequest) -> Outcome:
         # Memory that was truncated reads as zeroes once it was touched: touch it before it is copied to the disk.

@@ -316,8 +316,10 @@ class NativeDataPath:
                 self._learn_of_failed_flush()
                 retry = not flags & _DO_NOT_MAP and self._allow_flush(thread)
             else:
-                retry = not flags & _DO_NOT_MAP and await self._fault(
-                    thread, offset, length, kind == _OUT
+                retry = (
+                    not flags & _DO_NOT_MAP
+                    and self._backend.may_map
+                    and await self._fault(thread, offset, length, kind == _OUT)
                 )
             if retry:
                 return None

@@ -117,7 +117,7 @@ class PosixNode(BlockNode):
         expected = min(length, self._size - offset)
         got = 0
         if self._inline:
-            got = read_all(self._fd, offset, iov)
+            got = self._read_at_once(offset, iov)
         else:
             if self._nowait:
                 got = self._read_cached(offset, iov)
@@ -130,6 +130,15 @@ class PosixNode(BlockNode):
             )
         if got < length:
             iov.zero(got, length - got)
+
+    def _read_at_once(self, offset: int, iov: IoVec) -> int:
+        try:
+            got = os.preadv(self._fd, iov.views, offset)
+        except OSError as error:
+            raise block_error(error) from None
+        if got and got < iov.length:
+            got += read_all(self._fd, offset + got, iov.slice(got, iov.length - got))
+        return got
 
     def _read_cached(self, offset: int, iov: IoVec) -> int:
         """As many bytes as are in the page cache, without waiting for others."""
@@ -147,10 +156,19 @@ class PosixNode(BlockNode):
         """Write; FUA, where it is supported, is RWF_DSYNC."""
         dsync = bool(flags & _FUA) and not self.no_flush
         if self._inline:
-            write_all(self._fd, offset, iov, os.RWF_DSYNC if dsync else 0)
+            self._write_at_once(offset, length, iov, os.RWF_DSYNC if dsync else 0)
         else:
             await self._io.pwritev(self._fd, offset, iov, dsync)
-        self._size = max(self._size, offset + length)
+        if offset + length > self._size:
+            self._size = offset + length
+
+    def _write_at_once(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        try:
+            done = os.pwritev(self._fd, iov.views, offset, flags)
+        except OSError as error:
+            raise block_error(error) from None
+        if done < length:
+            write_all(self._fd, offset + done, iov.slice(done, length - done), flags)
 
     async def driver_cut_padding(self, end: int) -> None:
         """O_DIRECT wrote a whole block at the end; the file must not seem to have grown."""

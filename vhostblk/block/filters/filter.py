@@ -32,6 +32,9 @@ class FilterNode(BlockNode):
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
     file: Edge
 
+    def _filtered(self) -> Edge:
+        return self.file
+
     async def open(self, context: OpenContext) -> None:
         """Open the child."""
         self.file = await context.open_child(self, self.child_key, Role.FILTERED | Role.PRIMARY)
