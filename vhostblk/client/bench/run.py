@@ -66,7 +66,7 @@ def bench(path: str, options: BenchOptions, tell: Tell | None = None) -> BenchRe
         ConfigError: the options contradict each other, or the back-end.
         PeerError: a request failed, data were wrong, or the back-end broke the ring's rules.
         SessionError: it left.
-        TimeoutError: nothing finishes any more.
+        TimeoutError: nothing finishes any more, or the client itself had no chance to work.
         OSError: nobody listens.
     """
     options.check()
@@ -216,6 +216,8 @@ class _Run:
 
     def _result(self, frequency: float, backend_cpu: float | None) -> BenchResult:
         stats = self._load.stats(LoadPhase.MEASURE)
+        if stats.end <= stats.begin:
+            raise TimeoutError("the client got no processor while it was measured: run it longer")
         seconds = (stats.end - stats.begin) / frequency
         requests = stats.requests
         each = max(requests, 1)
