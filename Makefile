@@ -9,6 +9,7 @@
 #   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300)
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
+#   make bench-scaling  queues, threads, sizes of requests, depths, idle guests
 #   make qtest       QEMU's own vhost-user-blk tests against the storage daemon
 #   make build       the virtual environment in .venv, and the engine
 #   make clean       remove what was built (not .venv)
@@ -26,7 +27,7 @@ native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostb
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
 c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz verify sanitize qtest bench clean
+.PHONY: all setup build test test-quick lint format demo fuzz verify sanitize qtest bench bench-scaling clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -85,6 +86,9 @@ qtest: $(stamps)/system-test build
 
 bench: $(stamps)/system-test build
 	@$(python) -m tests.bench $(if $(QUICK),--quick) $(ARGS)
+
+bench-scaling: $(stamps)/system-test build
+	@$(python) -m tests.bench --scaling $(if $(QUICK),--quick) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info vhostblk/native/*.so vhostblk/native/_engine.c vhostblk/native/_load.c

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from vhostblk.client.bench.options import PATTERNS, BenchOptions
 
-__all__ = ["ROWS", "Disk", "Row", "Target"]
+__all__ = ["ROWS", "Disk", "Fio", "Row", "Target"]
 
 Disk = Literal["null", "tmpfs", "cached", "direct"]
 
@@ -35,6 +35,18 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Fio:
+    """What fio does on the same file, without any daemon."""
+
+    engine: Literal["io_uring", "psync"]
+    """io_uring: with O_DIRECT, a registered file and fixed buffers; psync: through the page cache."""
+    pattern: Literal["randread", "read", "write"]
+    block: int = 4096
+    depth: int = 32
+    """psync has always one request in flight."""
+
+
+@dataclass(frozen=True)
 class Row:
     """One benchmark on one kind of disk."""
 
@@ -43,7 +55,7 @@ class Row:
     disk: Disk
     options: BenchOptions
     targets: tuple[Target, ...]
-    with_fio: bool = field(default=False)
+    fio: Fio | None = None
 
 
 _READ = BenchOptions(pattern=PATTERNS["randread"])
@@ -76,7 +88,7 @@ ROWS = (
             Target("iops", 0.95, of="fio"),
             Target("backend_cpu_us", at_most=0.7),
         ),
-        with_fio=True,
+        fio=Fio("io_uring", "randread"),
     ),
     Row("null", "null-co, indirect", "null", _READ, (Target("iops", 1.5),)),
     Row(

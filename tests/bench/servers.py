@@ -7,15 +7,32 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
-from tests.bench.rows import Disk
+from tests.bench.rows import Disk, Fio
 
-__all__ = ["Files", "command_of", "fio_iops", "fs_type", "give_up", "serving", "warm"]
+__all__ = [
+    "BOTH",
+    "OURS",
+    "QEMU",
+    "Daemon",
+    "Files",
+    "Server",
+    "command_of",
+    "fio",
+    "fio_command",
+    "fs_type",
+    "give_up",
+    "qemu_version",
+    "serving",
+    "warm",
+]
 
 _MIB = 1 << 20
 _CHUNK = 1 << 20
@@ -78,15 +95,46 @@ def warm(path: Path) -> None:
             pass
 
 
-def command_of(who: str, disk: Disk, files: Files, socket: Path, aio: str) -> list[str]:
+@dataclass(frozen=True)
+class Server:
+    """A daemon that is measured."""
+
+    program: Literal["ours", "qemu"]
+    iothreads: int = 1
+    """Only ours can have several for one disk."""
+    queues: int = 0
+    """That are offered; 0: the program's default."""
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A daemon that runs."""
+
+    socket: Path
+    pid: int
+
+
+OURS, QEMU = Server("ours"), Server("qemu")
+BOTH = {"ours": OURS, "qemu": QEMU}
+
+
+def command_of(server: Server, disk: Disk, files: Files, socket: Path, *, aio: str) -> list[str]:
     """The command line of a daemon: the same for both but for the program, and for what only we have."""
-    if who == "ours":
+    if server.program == "ours":
         program = [sys.executable, "-m", "vhostblk", "--log-level", "warning", "storage-daemon"]
     else:
         program = [
             shutil.which("qemu-storage-daemon") or give_up("qemu-storage-daemon is not installed")
         ]
-    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on,iothread=t"
+    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket},writable=on"
+    names = ["t"] if server.iothreads == 1 else [f"t{n}" for n in range(server.iothreads)]
+    if server.iothreads == 1:
+        export += ",iothread=t"
+    else:
+        for number, name in enumerate(names):
+            export += f",iothread-vq-mapping.{number}.iothread={name}"
+    if server.queues:
+        export += f",num-queues={server.queues}"
     if disk == "null":
         blockdev = f"driver=null-co,node-name=d,size={1 << 30}"
     else:
@@ -94,13 +142,13 @@ def command_of(who: str, disk: Disk, files: Files, socket: Path, aio: str) -> li
         blockdev = (
             f"driver=file,node-name=d,filename={files.path(disk)},locking=off,cache.direct={direct}"
         )
-        if who == "qemu" or aio != "io_uring":
+        if server.program == "qemu" or aio != "io_uring":
             blockdev += f",aio={aio}"
-        if who == "ours" and disk == "direct":
+        if server.program == "ours" and disk == "direct":
             export += ",pin-memory=on"
     return [
         *program,
-        *("--object", "iothread,id=t,poll-max-ns=32768"),
+        *(word for name in names for word in ("--object", f"iothread,id={name},poll-max-ns=32768")),
         *("--blockdev", blockdev),
         *("--export", export),
         *("--pidfile", f"{socket}.pid"),
@@ -108,17 +156,27 @@ def command_of(who: str, disk: Disk, files: Files, socket: Path, aio: str) -> li
 
 
 @contextmanager
-def serving(disk: Disk, files: Files, folder: Path, aio: str) -> Iterator[dict[str, Path]]:
-    """Run both daemons; gives their sockets."""
-    sockets = {who: folder / f"{who}.sock" for who in ("ours", "qemu")}
-    with ExitStack() as stack:
-        for who, socket in sockets.items():
-            stack.enter_context(_daemon(command_of(who, disk, files, socket, aio), socket))
-        yield sockets
+def serving(
+    disk: Disk,
+    files: Files,
+    folder: Path,
+    servers: Mapping[str, Server],
+    *,
+    aio: str,
+) -> Iterator[dict[str, Daemon]]:
+    """Run daemons that serve the same disk; their names are those of `servers`."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory(dir=folder) as place:
+        daemons = {}
+        for who, server in servers.items():
+            socket = Path(place) / f"{who}.sock"
+            command = command_of(server, disk, files, socket, aio=aio)
+            daemons[who] = Daemon(socket, stack.enter_context(_daemon(command, socket)))
+        yield daemons
 
 
 @contextmanager
-def _daemon(command: list[str], socket: Path) -> Iterator[None]:
+def _daemon(command: list[str], socket: Path) -> Iterator[int]:
+    """Run one; gives its process."""
     process = subprocess.Popen(command)
     try:
         deadline = time.monotonic() + 20
@@ -127,7 +185,7 @@ def _daemon(command: list[str], socket: Path) -> Iterator[None]:
             if process.poll() is not None or time.monotonic() > deadline:
                 give_up(f"cannot start: {' '.join(command)}")
             time.sleep(0.02)
-        yield
+        yield process.pid
     finally:
         process.terminate()
         try:
@@ -137,29 +195,33 @@ def _daemon(command: list[str], socket: Path) -> Iterator[None]:
             process.wait()
 
 
-def fio_iops(path: Path, size: int, depth: int, ramp: float, duration: float) -> float:
-    """Random reads of 4 KiB with O_DIRECT by fio's io_uring with registered files and fixed buffers."""
+def qemu_version() -> str:
+    """Its name and version."""
     done = subprocess.run(
-        [
-            *(
-                "fio",
-                "--name=x",
-                f"--filename={path}",
-                f"--size={size}",
-                "--rw=randread",
-                "--bs=4k",
-            ),
-            *("--direct=1", "--ioengine=io_uring", "--registerfiles", "--fixedbufs"),
-            *(
-                f"--iodepth={depth}",
-                "--time_based",
-                f"--runtime={duration}s",
-                f"--ramp_time={ramp}s",
-            ),
-            *("--norandommap", "--randrepeat=0", "--output-format=json"),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
+        ["qemu-storage-daemon", "--version"], capture_output=True, text=True, check=True
     )
-    return float(json.loads(done.stdout)["jobs"][0]["read"]["iops"])
+    return "qemu-storage-daemon " + done.stdout.split("version ")[-1].split()[0]
+
+
+def fio_command(job: Fio, path: Path, size: int, ramp: float, duration: float) -> list[str]:
+    """The command line of fio."""
+    if job.engine == "io_uring":
+        engine = ["--direct=1", "--registerfiles", "--fixedbufs", f"--iodepth={job.depth}"]
+    else:
+        # What is in the page cache stays there. Into what malloc() gives for 1 MiB, not aligned to pages, some
+        # processors copy at a third of their speed.
+        engine = ["--direct=0", "--invalidate=0", "--fallocate=none", "--iomem=mmap"]
+    return [
+        *("fio", "--name=x", f"--filename={path}", f"--size={size}", f"--rw={job.pattern}"),
+        *(f"--bs={job.block}", f"--ioengine={job.engine}", *engine),
+        *("--time_based", f"--runtime={duration}s", f"--ramp_time={ramp}s"),
+        *("--norandommap", "--randrepeat=0", "--output-format=json"),
+    ]
+
+
+def fio(job: Fio, path: Path, size: int, ramp: float, duration: float) -> dict[str, float | None]:
+    """Run fio; gives `iops` and `bytes_per_second`."""
+    command = fio_command(job, path, size, ramp, duration)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)["jobs"][0]["write" if job.pattern == "write" else "read"]
+    return {"iops": float(found["iops"]), "bytes_per_second": float(found["bw_bytes"])}

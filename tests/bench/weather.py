@@ -40,10 +40,14 @@ class Weather:
 
 
 def machine() -> str:
-    """One line about the machine."""
-    model = "unknown processor"
+    """One line about the machine: processor, how many, kernel; no names."""
+    found: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return f"{model}, {os.cpu_count()} processors, Linux {os.uname().release}"
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    model = found.get("model name", "unknown processor")
+    if "cpu family" in found:
+        model += f" (family {found['cpu family']}, model {found.get('model', '?')})"
+    # What follows the version is whose kernel it is.
+    release = os.uname().release.partition("-")[0]
+    return f"{model}, {os.cpu_count()} processors, Linux {release}"
