@@ -217,7 +217,7 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
     Raises: BlockError: EPERM on a read-only node, EBUSY for NO_WAIT, else the driver's errno; part
         of the range may have been written then.
     """
-    if node.read_only:
+    if node.read_only or node.inactive:
         check_writable(node)
     length = iov.length
     if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
