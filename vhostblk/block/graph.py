@@ -79,7 +79,7 @@ class BlockGraph:
             options = parse_options(options, "driver")
         flat = flatten(options)
         async with self.changing():
-            return self._adopt(await opening.open_node(self, flat))
+            return self.adopt(await opening.open_node(self, flat))
 
     async def open_image(
         self, filename: str, options: Mapping[str, Any] | None = None
@@ -94,7 +94,7 @@ class BlockGraph:
         """
         flat = flatten(options or {})
         async with self.changing():
-            return self._adopt(await opening.open_image(self, filename, flat))
+            return self.adopt(await opening.open_image(self, filename, flat))
 
     def find(self, name: str) -> BlockNode:
         """The node of this name.
@@ -177,6 +177,12 @@ class BlockGraph:
         if not node.parents and not node.references and self.nodes.get(node.node_name) is node:
             await self._close(node)
 
+    def adopt(self, node: BlockNode) -> BlockNode:
+        """The node stays until the user removes it."""
+        self._added.add(node)
+        self.hold(node)
+        return node
+
     async def give_up(self, node: BlockNode) -> None:
         """Nobody has asked for the node to stay; close it if nobody needs it."""
         self._disown(node)
@@ -234,11 +240,6 @@ class BlockGraph:
             await self.collect(edge.node)
 
     # ------------------------------------------------------------------
-
-    def _adopt(self, node: BlockNode) -> BlockNode:
-        self._added.add(node)
-        self.hold(node)
-        return node
 
     def _disown(self, node: BlockNode) -> None:
         if node in self._added:

@@ -53,7 +53,7 @@ async def insert_filter(
 ) -> BlockNode:
     """Open a filter on top of `node` and put it between the node and all who use it (row B10.7).
 
-    It is closed when it is dropped.
+    It stays, also when nobody uses it any more, until it is dropped.
 
     Args:
         options: of the filter, without its child.
@@ -73,7 +73,7 @@ async def insert_filter(
         except BaseException:
             await graph.collect(new)
             raise
-    return new
+        return graph.adopt(new)
 
 
 async def drop_filter(graph: BlockGraph, node: BlockNode) -> None:
