@@ -25,7 +25,7 @@ from vhostblk.block.host_io import HostIO, create_host_io
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.names import Names
 from vhostblk.block.node import BlockNode
-from vhostblk.block.op_blockers import OpType, check_op
+from vhostblk.block.op_blockers import OpType, check_frozen, check_op
 from vhostblk.block.quiesce import drained
 from vhostblk.block.registry import DriverRegistry
 from vhostblk.block.throttle_group import ThrottleGroup
@@ -120,6 +120,8 @@ class BlockGraph:
             check_op(node, OpType.DRIVE_DEL)
             if node.references > (node in self._added):
                 raise ConfigError(f"Node '{name}' is in use", errno.EBUSY)
+            for edge in node.children.values():
+                check_frozen(edge)
             await self.give_up(node)
 
     async def close_all(self) -> bool:
@@ -230,6 +232,7 @@ class BlockGraph:
             log.error("node '%s': close failed: %s", node.node_name, error)
         edges = tuple(node.children.values())
         for edge in edges:
+            edge.frozen = False  # whoever froze it had the node's use in mind
             edge.detach()
         self.nodes.pop(node.node_name, None)
         self._opening.discard(node)

@@ -16,8 +16,9 @@ from vhostblk.block import opening
 from vhostblk.block.edge import Edge
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
-from vhostblk.block.op_blockers import OpType, check_op
+from vhostblk.block.op_blockers import OpType, check_frozen, check_op
 from vhostblk.block.permissions import Perm, parents_first
+from vhostblk.block.quiesce import drained
 from vhostblk.block.roles import Role, filtered_child
 from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import ConfigError
@@ -80,15 +81,17 @@ async def drop_filter(graph: BlockGraph, node: BlockNode) -> None:
     """Take a filter out: everybody who used it uses what it filters (row B10.8).
 
     Raises:
-        ConfigError: it is no filter, or the outcome is not allowed.
+        ConfigError: it is no filter, an edge is frozen, or the outcome is not allowed.
     """
     edge = filtered_child(node)
     if not node.is_filter or edge is None:
         raise ConfigError(f"Node '{node.node_name}' is not a filter")
-    async with graph.changing(node):
-        with GraphTransaction() as change:
-            _move_parents(change, node, edge.node)
-    await graph.give_up(node)
+    check_frozen(edge)
+    async with graph.changing():
+        async with drained(node):
+            with GraphTransaction() as change:
+                _move_parents(change, node, edge.node)
+        await graph.give_up(node)
 
 
 async def replace_node(graph: BlockGraph, old: BlockNode, new: BlockNode) -> None:
