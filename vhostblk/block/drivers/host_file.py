@@ -107,6 +107,29 @@ def inspect(fd: int, *, direct: bool, writable: bool) -> HostFile:
     )
 
 
+def copy_range(source: int, source_offset: int, target: int, offset: int, length: int) -> None:
+    """copy_file_range(2) until all is copied.
+
+    Raises:
+        BlockError: ENOTSUP: these files cannot; else the kernel's errno. Part may have been copied then.
+    """
+    try:
+        while length:
+            count = os.copy_file_range(source, target, length, source_offset, offset)
+            if not count:
+                raise BlockError(errno.EIO, "copy_file_range: the source ends early")
+            source_offset += count
+            offset += count
+            length -= count
+    except BlockError:
+        raise
+    except OSError as error:
+        missing = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+        raise BlockError(
+            errno.ENOTSUP if error.errno in missing else error.errno or errno.EIO
+        ) from None
+
+
 def find_run(fd: int, offset: int) -> tuple[bool, int]:
     """Whether there is data at `offset`, or a hole, and where that ends (lseek(2), SEEK_DATA).
 

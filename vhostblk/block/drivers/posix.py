@@ -16,9 +16,11 @@ from __future__ import annotations
 import errno
 import os
 
+from vhostblk.block.copy_range import copy_range_to
 from vhostblk.block.driver import NodeInfo
 from vhostblk.block.drivers import host_file
 from vhostblk.block.flags import Preallocation, StatusFlag
+from vhostblk.block.flush import flush
 from vhostblk.block.host_io import (
     FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE,
@@ -214,6 +216,31 @@ class PosixNode(BlockNode):
             done = await self._device_range(host_file.BLKDISCARD, offset, length)
         if not done:
             raise BlockError(errno.ENOTSUP)
+
+    async def driver_copy_range_from(
+        self, offset: int, target: BlockNode, target_offset: int, length: int, flags: int
+    ) -> None:
+        """The bytes are here."""
+        await copy_range_to(self, offset, target, target_offset, length, flags)
+
+    async def driver_copy_range_to(
+        self, source: BlockNode, source_offset: int, offset: int, length: int, flags: int
+    ) -> None:
+        """copy_file_range(2), which shares the blocks where the file system can."""
+        whole = (
+            isinstance(source, PosixNode)
+            and source_offset + length <= source._size
+            and not (self._file.is_device or source._file.is_device)
+        )
+        if not whole:
+            raise BlockError(errno.ENOTSUP)
+        assert isinstance(source, PosixNode)
+        await self._io.call(
+            host_file.copy_range, source._fd, source_offset, self._fd, offset, length
+        )
+        self._size = max(self._size, offset + length)
+        if flags & _FUA:
+            await flush(self)
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         """Where the file has holes (SEEK_DATA, SEEK_HOLE); all of it is data where only allocation matters."""

@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from vhostblk.block.copy_range import copy_range_from, copy_range_to
 from vhostblk.block.driver import NodeInfo
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
@@ -150,6 +151,23 @@ class RawNode(BlockNode):
         if self.options.size is not None:
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: the size is fixed by an option")
         await self._file.truncate(length + self.options.offset, preallocation)
+
+    async def driver_copy_range_from(
+        self, offset: int, target: BlockNode, target_offset: int, length: int, flags: int
+    ) -> None:
+        """Shifted."""
+        await copy_range_from(
+            self._file.node, offset + self.options.offset, target, target_offset, length, flags
+        )
+
+    async def driver_copy_range_to(
+        self, source: BlockNode, source_offset: int, offset: int, length: int, flags: int
+    ) -> None:
+        """Shifted; ENOSPC behind the end of a window of fixed size."""
+        self._check_window(offset + length)
+        await copy_range_to(
+            source, source_offset, self._file.node, offset + self.options.offset, length, flags
+        )
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         """What the child says (row B21.19)."""
