@@ -238,8 +238,6 @@ class BlockGraph:
         self._opening.discard(node)
         self._disown(node)
         for edge in edges:
-            if edge.node.inherits_from is node:
-                edge.node.inherits_from = None
             await self.collect(edge.node)
 
     # ------------------------------------------------------------------

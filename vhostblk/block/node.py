@@ -100,7 +100,9 @@ class BlockNode(Driver, Quiescent):
         self.set_options(options)
         # Where it comes from (row B07.13).
         self.given: dict[str, Any] = {}  # its own options as the user wrote them, flat
-        self.inherits_from: BlockNode | None = None  # the parent whose options it was written in
+        # Whose options it was written in, and what it was there; still above it (row B06.10).
+        self.inherits_from: BlockNode | None = None
+        self.inherits_as = Role(0)
         self.probed = False  # nobody said what format this is
         self.references = 0  # users that are no parents: `BlockGraph.hold`
         self.op_blockers = OpBlockers()

@@ -223,7 +223,7 @@ class Opening:
             if reference is None:
                 return None
             if isinstance(reference, BlockNode):
-                reference.inherits_from = parent
+                reference.inherits_from, reference.inherits_as = parent, role
                 return reference
             if not isinstance(reference, str):
                 raise ConfigError(f"Parameter '{name}' expects a node name, not '{reference}'")
@@ -237,5 +237,5 @@ class Opening:
         if not flat:
             return None
         node = await open_node(self._graph, flat, f"{name}.", parent=(parent.common, role))
-        node.inherits_from = parent
+        node.inherits_from, node.inherits_as = parent, role
         return node

@@ -91,8 +91,7 @@ def _enqueue(
     kept = node.given if keep_options else immutable_options(type(node).options_type, node.given)
     given = {**kept, **own}
     if parent is None and node.inherits_from is not None:
-        edge = next(edge for edge in node.parents if edge.parent is node.inherits_from)
-        parent = (node.inherits_from.common, edge.role)
+        parent = (node.inherits_from.common, node.inherits_as)
     common, options = consume_options(type(node), given, "", parent)
     refuse_changes(node.common, common)
     refuse_changes(node.options, options)
@@ -174,10 +173,7 @@ def _put_in_place(change: GraphTransaction, entry: Reopen) -> None:
     node = entry.node
     common, options = node.common, node.options
     for edge in _moved(entry):
-        before = edge.node
         change.move(edge, entry.children[edge.name])
-        if before.inherits_from is node:
-            change.assign(before, "inherits_from", None)
     for edge in node.children.values():
         if edge.node.read_only and entry.common.auto_read_only and not edge.role & Role.COW:
             entry.read_only = True

@@ -118,9 +118,9 @@ class GraphMachine(RuleBasedStateMachine):
             options["offset"] = offset
         self.attempt(self.graph.add(options))
 
-    @rule(name=names, backing=names, read_only=st.booleans())
-    def add_overlay(self, name: str, backing: str, read_only: bool) -> None:
-        file = {"driver": "memory", "size": SIZE}
+    @rule(name=names, inner=names, backing=names, read_only=st.booleans())
+    def add_overlay(self, name: str, inner: str, backing: str, read_only: bool) -> None:
+        file = {"driver": "memory", "size": SIZE, "node-name": inner}
         self.attempt(
             self.graph.add(
                 {
@@ -247,7 +247,7 @@ class GraphMachine(RuleBasedStateMachine):
             blocked = any(edge.role & Role.COW for edge in node.parents)
             assert bool(node.op_blockers) == blocked
             if node.inherits_from is not None:
-                assert any(edge.parent is node.inherits_from for edge in node.parents)
+                assert node in parents_first([node.inherits_from])
 
     @invariant()
     def permissions_are_legal_and_what_they_would_be_if_they_were_asked_for_now(self) -> None:
