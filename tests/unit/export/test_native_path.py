@@ -243,14 +243,14 @@ def test_thread_that_cannot_end_does_not_hide_what_went_wrong(
 ) -> None:
     require("engine")
     expect_log.expect("a bug: e/0")
-    real = IOThread.close
+    real = IOThread.close_aside
 
-    def close(thread: IOThread) -> None:
-        real(thread)
+    async def close_aside(thread: IOThread) -> None:
+        await real(thread)
         if thread.name == "e/0":
             raise StateError("planted")
 
-    monkeypatch.setattr(IOThread, "close", close)
+    monkeypatch.setattr(IOThread, "close_aside", close_aside)
     config = ExportConfig(
         id="e", node_name="d", socket_path="/nowhere/s", own_threads=2, writable=True
     )
