@@ -14,6 +14,7 @@ from typing import Any
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.options import IDENTIFIER, INTEGER, consume, consume_all, option
+from vhostblk.cli.blockdev_help import blockdev_help
 from vhostblk.cli.run import run_daemon
 from vhostblk.cli.serve import add_data_path_option
 from vhostblk.daemon import (
@@ -55,7 +56,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="a block node: driver=…,node-name=…[,…]; repeatable, in order",
+        help="a block node: driver=…,node-name=…[,…]; repeatable, in order; "
+        "`help` lists the drivers, `driver=…,help` the options of one",
     )
     parser.add_argument(
         "--export",
@@ -103,6 +105,10 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError, BlockError, OSError: one line explains it.
     """
+    for text in args.blockdev:
+        if (help_text := blockdev_help(text)) is not None:
+            print(help_text)
+            return
     objects = [_parse_object(text) for text in args.object]
     config = DaemonConfig(
         blockdevs=[_parse("--blockdev", text, "driver") for text in args.blockdev],

@@ -1,0 +1,42 @@
+"""Help about drivers comes from what they declare."""
+
+from __future__ import annotations
+
+import pytest
+
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.options import NodeOptions, describe_options
+from vhostblk.cli.blockdev_help import blockdev_help
+from vhostblk.cli.main import main
+from vhostblk.errors import ConfigError
+
+
+def test_other_values_do_not_ask_for_help() -> None:
+    assert blockdev_help("driver=file,filename=help.img") is None
+    assert blockdev_help('{"driver": "file"}') is None
+
+
+def test_all_drivers_are_listed() -> None:
+    text = blockdev_help("help")
+    assert text is not None
+    assert set(text.splitlines()[1:]) == set(DRIVERS)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_option_of_a_driver_is_explained(driver: str) -> None:
+    for text in (f"driver={driver},help", f"{driver},?"):
+        lines = blockdev_help(text)
+        assert lines is not None
+        for options in (NodeOptions, DRIVERS[driver].options_type):
+            for name, values, about in describe_options(options):
+                assert f"  {name}=<{values}>  {about}" in lines
+
+
+def test_unknown_driver_is_named() -> None:
+    with pytest.raises(ConfigError, match="Unknown driver 'nope'"):
+        blockdev_help("nope,help")
+
+
+def test_help_is_printed_and_nothing_is_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["storage-daemon", "--blockdev", "raw,help"]) == 0
+    assert "offset=<size (default: 0)>" in capsys.readouterr().out

@@ -1,0 +1,36 @@
+"""`--blockdev help` and `--blockdev driver=X,help`: the drivers, and the options of one, as it declares them."""
+
+from __future__ import annotations
+
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.keyval import parse_keyval
+from vhostblk.block.options import NodeOptions, describe_options
+from vhostblk.block.registry import DriverRegistry
+
+_HELP = ("help", "?")
+
+
+def blockdev_help(text: str) -> str | None:
+    """What to print for this value of `--blockdev`; None if it does not ask for help.
+
+    Raises:
+        ConfigError: it asks about a driver that does not exist.
+    """
+    words = text.split(",")
+    rest = [word for word in words if word not in _HELP]
+    if len(rest) == len(words):
+        return None
+    registry = DriverRegistry(DRIVERS)
+    name = parse_keyval(",".join(rest), "driver").get("driver")
+    if name is None:
+        return "\n".join(["Block drivers (--blockdev driver=NAME,help):", *registry.names()])
+    driver = registry.find(name)
+    lines = [f"{name} options:"]
+    for key in driver.child_keys:
+        lines.append(f"  {key}=<node>  a node's name, or {key}.driver=... and its options")
+    for title, options in (("", driver.options_type), ("options of every node:", NodeOptions)):
+        lines += [title] if title else []
+        lines += [
+            f"  {key}=<{values}>  {about}" for key, values, about in describe_options(options)
+        ]
+    return "\n".join(lines)
