@@ -1,8 +1,14 @@
 """The block layer: nodes, their graph, and one pipeline that owns every rule about requests.
 
-Where to look: `node.py` is the contract of a driver, `pipeline.py` and `clear.py` one request on
-one node, `tracking.py` which request waits for which, `edge.py` and `permissions.py` who may do
-what, `graph.py` opening and closing, `options.py` and `keyval.py` what users write, `backend.py`
-the view from outside, `host_io.py` file I/O, `drivers/` one node class per file. All in bytes;
+Where to look. Requests: `driver.py` is the contract of a driver, `node.py` what every node has;
+`pipeline.py`, `submit.py`, `clear.py`, `flush.py` and `status.py` are one request on one node,
+`tracking.py` which request waits for which, `quiesce.py` drain. The graph: `graph.py` finding and
+closing, `opening.py` opening, `edge.py`, `roles.py` and `permissions.py` who may do what,
+`transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
+`reopen.py` and `activation.py`. What users write and read: `options.py`, `keyval.py`,
+`filename.py`, `modes.py`, `introspection.py`. `backend.py` is the view from outside, `host_io.py`
+file I/O, `drivers/` and `filters/` one node class per file.
+
+All in bytes;
 QEMU's block layer is the model. Knows nothing about virtio or vhost-user.
 """

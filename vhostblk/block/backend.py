@@ -309,6 +309,8 @@ class BlockBackend(Quiescent):
                 is_durable = False
         self._edge.detach()
         self.attach()
+        if self.node.left_alone is not None:
+            await self.node.left_alone(self.node)
         return is_durable
 
     # ------------------------------------------------------------------ what the edge calls

@@ -217,6 +217,7 @@ class BlockGraph:
     def enter(self, node: BlockNode) -> None:
         """A node that is about to open has its name now, but is nobody's child yet."""
         self.nodes[node.node_name] = node
+        node.left_alone = self._left_alone
         self._opening.add(node)
 
     def ready(self, node: BlockNode) -> None:
@@ -241,6 +242,11 @@ class BlockGraph:
             await self.collect(edge.node)
 
     # ------------------------------------------------------------------
+
+    async def _left_alone(self, node: BlockNode) -> None:
+        if not node.parents and not node.references:
+            async with self.changing():
+                await self.collect(node)
 
     def _disown(self, node: BlockNode) -> None:
         if node in self._added:

@@ -105,6 +105,8 @@ class BlockNode(Driver, Quiescent):
         self.inherits_as = Role(0)
         self.probed = False  # nobody said what format this is
         self.references = 0  # users that are no parents: `BlockGraph.hold`
+        # Closes the node if nobody needs it any more; for roots that leave.
+        self.left_alone: Callable[[BlockNode], Awaitable[None]] | None = None
         self.op_blockers = OpBlockers()
         self.write_threshold = 0  # see `write_threshold.py`
         self.inactive = False  # the image is somebody else's for now (row B40)

@@ -19,6 +19,7 @@ from vhostblk.block.iov import IoVec
 from vhostblk.block.node import BlockNode, ExtentFlag, OpenContext
 from vhostblk.block.op_blockers import OpType, Reason
 from vhostblk.block.options import NodeOptions
+from vhostblk.block.permissions import Perm
 from vhostblk.block.registry import DriverRegistry
 from vhostblk.block.roles import Role
 from vhostblk.errors import BlockError, ConfigError
@@ -293,6 +294,18 @@ def test_four_layers_leave_nothing_when_they_go_in_any_order(image: str) -> None
         with pytest.raises(ConfigError, match="Node 'l1' is in use"):
             await graph.remove("l1")
         await graph.release(held)
+        assert not graph.nodes
+
+    with_graph(scenario)
+
+
+def test_inline_child_whose_last_user_is_a_root_goes_with_it() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        await graph.add("raw,node-name=r,file.driver=null-co,file.node-name=f")
+        backend = BlockBackend(graph.find("f"), "job", writable=False, shared=Perm.ALL)
+        await graph.remove("r")
+        assert list(graph.nodes) == ["f"]
+        await backend.close()
         assert not graph.nodes
 
     with_graph(scenario)
