@@ -204,6 +204,9 @@ class DaemonProcess:
 def is_listening(path: Path | str) -> bool:
     """Whether some process listens on the Unix socket bound to `path`, as it wrote the path."""
     wanted = os.fspath(path)
+    # A relative path may be that of somebody else's socket, too, in another folder.
+    if not Path(path).is_socket():
+        return False
     with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             fields = line.rstrip("\n").split(maxsplit=7)

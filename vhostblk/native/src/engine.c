@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #include "queue.h"
@@ -32,6 +31,9 @@
  * do for longer than the other rests. */
 #define LISTEN_INTERVAL 20000u
 #define REST_AFTER 100000u
+
+/* What struct vb_thread is aligned to. */
+#define CACHE_LINE 64
 
 #define EVENTS 64
 #define EVENT_WAKE (1ull << 32) /* epoll data: a queue's slot, or one of these */
@@ -277,13 +279,14 @@ static int open_fds(struct vb_thread *thread)
 
 int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 {
-	/* Most of it is message rings, whose pages an idle thread never touches. */
-	struct vb_thread *thread =
-		mmap(NULL, sizeof(*thread), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	/* Most of it is message rings, whose pages an idle thread never touches: no memset. */
+	void *memory = calloc(1, sizeof(struct vb_thread) + CACHE_LINE);
+	struct vb_thread *thread = (void *)(((uintptr_t)memory + CACHE_LINE - 1) & ~(uintptr_t)(CACHE_LINE - 1));
 	int error;
 
-	if (thread == MAP_FAILED)
+	if (!memory)
 		return -ENOMEM;
+	thread->memory = memory;
 	thread->down_fd = thread->up_fd = thread->epoll_fd = -1;
 	notifier_init(&thread->notifier);
 	thread->up.asleep = 1; /* control waits for the eventfd from the beginning */
@@ -322,7 +325,7 @@ void thread_close(struct vb_thread *thread)
 			close(fds[i]);
 	barriers_deinit(&thread->barriers);
 	free(thread->queues);
-	munmap(thread, sizeof(*thread));
+	free(thread->memory);
 }
 
 int vb_thread_create(const struct vb_thread_options *options, struct vb_thread **ret)

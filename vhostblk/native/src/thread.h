@@ -52,6 +52,7 @@ struct vb_thread {
 	uint64_t now;         /* when the clock was last read: at least once a turn */
 	uint64_t listened_ns; /* when we last looked for kicks of resting queues */
 	pthread_t pthread;
+	void *memory; /* what was allocated for all of this */
 	char name[16];
 };
 
