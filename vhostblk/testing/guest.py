@@ -70,7 +70,8 @@ mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 while read -r module; do insmod "/modules/$module"; done </modules/order
 # The port appears when QEMU has answered the driver, which insmod does not wait for.
-until [ -c /dev/vport0p1 ]; do usleep 1000; done
+# Nor can it be opened as soon as its file is there, and a shell whose exec fails ends.
+until (: <>/dev/vport0p1) 2>/dev/null; do usleep 1000; done
 # Opened once and for both ways, with no terminal in between: no echo, no prompt, no lost bytes.
 exec 3<>/dev/vport0p1
 # Waits until QEMU has connected the port; a shell that began to read earlier would see its end.
