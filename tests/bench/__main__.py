@@ -30,6 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     add = parser.add_argument
+    add("--targets", action="store_true", help="the table with targets, as without options")
     add("--scaling", action="store_true", help="instead: queues, threads, sizes, depths, idle")
     add("--profile", action="store_true", help="instead: where daemons spend their time (perf)")
     add("--quick", action="store_true", help="shorter runs, smaller files")
@@ -42,14 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--realtime", action="store_true", help="real-time priority for daemons and client")
     add("--json", type=Path, metavar="FILE", help="write all runs there")
     add("--csv", type=Path, metavar="FILE", help="write medians there")
-    add("--write-docs", action="store_true", help=f"all reports, and write {_DOCUMENT}")
+    add(
+        "--write-docs",
+        action="store_true",
+        help=f"all reports, or those named, and write {_DOCUMENT}",
+    )
     add("--strict", action="store_true", help="exit status 1 if a target is missed")
     return parser
 
 
 def reports_of(args: argparse.Namespace) -> list[str]:
     """Which reports are wanted: those that are named; with none, the table with targets, or for the document all."""
-    named = [name for name in ("scaling", "profile") if getattr(args, name)]
+    named = [name for name in ("targets", "scaling", "profile") if getattr(args, name)]
     return named or (list(_NAMES) if args.write_docs else ["targets"])
 
 

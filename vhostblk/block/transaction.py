@@ -228,5 +228,6 @@ def _left(edge: Edge, node: BlockNode | None) -> None:
         node.fold_external_writes(edge.parent.external_writes())
         if edge.blocker is not None:
             node.op_blockers.unblock(edge.blocker)
-        if node.inherits_from and node not in parents_first([node.inherits_from]):
-            node.inherits_from = None
+        for below in parents_first([node]):
+            if below.inherits_from and below not in parents_first([below.inherits_from]):
+                below.inherits_from = None

@@ -183,7 +183,8 @@ class DaemonProcess:
         return self._process
 
     def _wait_for_socket(self, path: str, deadline: float) -> None:
-        while not is_listening(path):
+        # A relative path may be that of somebody else's socket, too, in another folder.
+        while not (Path(path).is_socket() and is_listening(path)):
             if self.status is not None:
                 raise DaemonError(self._tell(f"ended with status {self.status}"))
             if time.monotonic() > deadline:
@@ -204,9 +205,6 @@ class DaemonProcess:
 def is_listening(path: Path | str) -> bool:
     """Whether some process listens on the Unix socket bound to `path`, as it wrote the path."""
     wanted = os.fspath(path)
-    # A relative path may be that of somebody else's socket, too, in another folder.
-    if not Path(path).is_socket():
-        return False
     with open("/proc/net/unix", encoding="utf-8", errors="surrogateescape") as table:
         for line in table:
             fields = line.rstrip("\n").split(maxsplit=7)
