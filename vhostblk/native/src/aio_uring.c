@@ -13,7 +13,7 @@
 #define BUFFERS 512
 
 /* The kernel lets the device begin when it has taken all of a submission. Small ones keep it busy meanwhile. */
-#define SUBMIT_BATCH 4
+#define SUBMIT_BATCH 8
 
 /* Registered files of one ring. */
 #define FILES 256
