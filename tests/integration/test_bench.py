@@ -66,7 +66,7 @@ def test_every_request_is_counted_once(disks: Disks, sleep: bool, indirect: bool
 def test_runs_for_as_long_as_it_is_told_and_tells_how_far_it_is(disks: Disks) -> None:
     told: list[Progress] = []
     result = bench(str(disks.socket("disk")), replace(QUICK, duration=1.2, ramp=0.6), told.append)
-    assert 1.1 <= result.seconds < 5
+    assert 1.19 <= result.seconds < 5  # two clocks are compared, and differ by parts of a thousand
     assert told[0].phase == "ramp"
     assert {p.phase for p in told} == {"ramp", "run"}
     assert result.samples
