@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable
 from vhostblk.block import clear, pipeline
 from vhostblk.block.driver import Driver
 from vhostblk.block.edge import Edge
+from vhostblk.block.flags import Preallocation
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import (
@@ -29,7 +30,8 @@ from vhostblk.block.node import (
     Role,
 )
 from vhostblk.block.permissions import Perm
-from vhostblk.block.quiesce import Quiescent, wake
+from vhostblk.block.quiesce import Quiescent, drained, wake
+from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError
 
 log = logging.getLogger(__name__)
@@ -80,11 +82,7 @@ class BlockBackend(Quiescent):
         self._revoke_flush: RevokeFlush | None = None
         self._resized: Callable[[int], None] | None = None
         self._external_writes: Callable[[], int] | None = None
-        perm = Perm.CONSISTENT_READ
-        if writable:
-            perm |= Perm.WRITE | Perm.WRITE_UNCHANGED
-        if resize:
-            perm |= Perm.RESIZE
+        perm = _permissions(writable, resize)
         self._edge = Edge(self, node, "root", Role.FILTERED | Role.PRIMARY, perm, shared)
         self._edge.attach()
         self._closed = False
@@ -132,6 +130,17 @@ class BlockBackend(Quiescent):
         self._revoke_flush = revoke_flush
         self._resized = resized
         self._external_writes = external_writes
+
+    async def ask(self, *, writable: bool, resize: bool = False) -> None:
+        """Ask for other permissions than were given so far.
+
+        Raises:
+            ConfigError: they are not to be had; nothing has changed.
+        """
+        async with drained(self.node):
+            with GraphTransaction() as change:
+                change.ask(self._edge, _permissions(writable, resize), self._edge.shared)
+            self.writable = writable
 
     # ------------------------------------------------------------------ requests
 
@@ -220,6 +229,20 @@ class BlockBackend(Quiescent):
         self.in_flight += 1
         try:
             await pipeline.flush(self.node)
+        finally:
+            self.leave()
+
+    async def truncate(self, length: int, preallocation: Preallocation = Preallocation.OFF) -> None:
+        """Change the length; needs the resize permission.
+
+        Raises:
+            BlockError: as `pipeline.truncate`.
+        """
+        if self.quiesced:
+            await self._resume()
+        self.in_flight += 1
+        try:
+            await self._edge.truncate(length, preallocation)
         finally:
             self.leave()
 
@@ -381,3 +404,10 @@ class BlockBackend(Quiescent):
     def _check_writable(self) -> None:
         if not self.writable:
             raise BlockError(errno.EPERM, f"{self.name}: not writable")
+
+
+def _permissions(writable: bool, resize: bool) -> Perm:
+    perm = Perm.CONSISTENT_READ
+    if writable:
+        perm |= Perm.WRITE | Perm.WRITE_UNCHANGED
+    return perm | Perm.RESIZE if resize else perm

@@ -124,8 +124,12 @@ class Driver:
     children: dict[str, Edge]
 
     @classmethod
-    def parse_filename(cls, filename: str) -> dict[str, Any]:
-        """The options that a file name stands for (row B04.6)."""
+    def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:
+        """The options that a file name stands for (row B04.6).
+
+        Args:
+            drivers: for a driver whose names have the name of another in them.
+        """
         return {"filename": filename.removeprefix(f"{cls.protocol_name}:")}
 
     def info(self) -> NodeInfo | None:

@@ -41,6 +41,7 @@ class BlockGraph:
 
     Args:
         drivers: name to node class.
+        aio: how files do their I/O if their options do not say ("io_uring", "threads"); None: the fastest that works.
 
     Attributes:
         nodes: by name, in the order in which they were opened.
@@ -50,7 +51,9 @@ class BlockGraph:
     Owns: the nodes, the file I/O they use, their scratch buffers.
     """
 
-    def __init__(self, drivers: Mapping[str, type[BlockNode]] = DRIVERS) -> None:
+    def __init__(
+        self, drivers: Mapping[str, type[BlockNode]] = DRIVERS, *, aio: str | None = None
+    ) -> None:
         self.drivers = drivers if isinstance(drivers, DriverRegistry) else DriverRegistry(drivers)
         self.names = Names()
         self.nodes = self.names.nodes
@@ -60,6 +63,7 @@ class BlockGraph:
         self._opening: set[BlockNode] = set()  # not ready to be anybody's child
         self._added: set[BlockNode] = set()  # from add(): the user's
         self._change = asyncio.Lock()
+        self.aio = aio
         self._host_io: dict[str | None, HostIO] = {}
         self.throttle_groups: dict[str, ThrottleGroup] = {}
         self._flush_failed = False  # of a node at its end
@@ -82,12 +86,14 @@ class BlockGraph:
             return self.adopt(await opening.open_node(self, flat))
 
     async def open_image(
-        self, filename: str, options: Mapping[str, Any] | None = None
+        self, filename: str | None, options: Mapping[str, Any] | None = None
     ) -> BlockNode:
         """Open what a name stands for: a path, `protocol:rest` or `json:{...}`.
 
         Args:
-            options: as for `add`; without `driver` the format is guessed from the content.
+            filename: None: the options say which file.
+            options: as for `add`; without `driver` the format is guessed from the content, and inline children need
+                none: their file name says it.
 
         Raises:
             ConfigError: as `add`.
@@ -200,6 +206,7 @@ class BlockGraph:
         Raises:
             ConfigError: it is not available here.
         """
+        aio = aio or self.aio
         if aio not in self._host_io:
             self._host_io[aio] = create_host_io(aio)
         return self._host_io[aio]

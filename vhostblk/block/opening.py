@@ -41,6 +41,7 @@ async def open_node(
     parent: Parent | None = None,
     opened: Mapping[str, BlockNode] | None = None,
     probed: bool = False,
+    by_name: bool = False,
 ) -> BlockNode:
     """Open a node and its children.
 
@@ -50,6 +51,7 @@ async def open_node(
         parent: the options of the node it is an inline child of, and its role there.
         opened: children that are open already, by key.
         probed: the driver is a guess.
+        by_name: as image tools write options: where inline children say no driver, their file name and content do.
 
     Raises:
         ConfigError: one line; everything is as before.
@@ -73,7 +75,7 @@ async def open_node(
     # The name is taken from here on: opening may wait.
     graph.enter(node)
     try:
-        await node.open(Opening(graph, {**children, **(opened or {})}, where))
+        await node.open(Opening(graph, {**children, **(opened or {})}, where, by_name))
         check_children(node, complete=True)
         node.compute_limits()
         if node.length > MAX_LENGTH:
@@ -116,23 +118,35 @@ def consume_options(
     return common, consume(driver.options_type, flat, where)
 
 
-async def open_image(graph: BlockGraph, filename: str, flat: dict[str, Any]) -> BlockNode:
+async def open_image(graph: BlockGraph, filename: str | None, flat: dict[str, Any]) -> BlockNode:
     """Open what a file name stands for; options that are given as well come first (rows B05.4 to B05.7).
+
+    Args:
+        filename: None: the options say it all.
 
     Raises:
         ConfigError: as `open_node`; ENOENT: no driver knows the protocol or the format.
     """
+    if filename is None:
+        return await _open_or_probe(graph, flat)
     if is_json(filename):
-        flat = {**parse_json(filename), **flat}
-        return await open_node(graph, flat) if "driver" in flat else await _open_probed(graph, flat)
+        return await _open_or_probe(graph, {**parse_json(filename), **flat})
     if "driver" in flat:
         driver = graph.drivers.find(flat["driver"])
-        if driver.is_protocol:
-            return await open_node(graph, _merge(flat, driver.parse_filename(filename)))
-    protocol = graph.drivers.protocol_of(filename)
-    child = {"driver": protocol.driver_name, **protocol.parse_filename(filename)}
+        if driver.protocol_name is not None:
+            own = driver.parse_filename(filename, graph.drivers)
+            return await open_node(graph, _merge(flat, own), by_name=True)
+    child = graph.drivers.options_of(filename)
     flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
-    return await open_node(graph, flat) if "driver" in flat else await _open_probed(graph, flat)
+    return await _open_or_probe(graph, flat)
+
+
+async def _open_or_probe(
+    graph: BlockGraph, flat: dict[str, Any], where: str = "", parent: Parent | None = None
+) -> BlockNode:
+    if "driver" in flat:
+        return await open_node(graph, flat, where, parent=parent, by_name=True)
+    return await _open_probed(graph, flat, where, parent)
 
 
 def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +156,9 @@ def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     return {**flat, **more}
 
 
-async def _open_probed(graph: BlockGraph, flat: dict[str, Any]) -> BlockNode:
+async def _open_probed(
+    graph: BlockGraph, flat: dict[str, Any], where: str, parent: Parent | None
+) -> BlockNode:
     """Open `file` first and look what is inside (rows B04.10 and B04.11)."""
     given = {name: value for name, value in flat.items() if not name.startswith("file.")}
     inline = {
@@ -151,16 +167,30 @@ async def _open_probed(graph: BlockGraph, flat: dict[str, Any]) -> BlockNode:
         if name.startswith("file.")
     }
     if not inline:
-        raise ConfigError("Parameter 'driver' is missing")
-    common = consume(NodeOptions, dict(given))
-    child = await open_node(graph, inline, "file.", parent=(common, Role.IMAGE))
+        raise ConfigError("Must specify either driver or file")
+    modes = {**given, **inherited_modes(*parent, given)} if parent is not None else dict(given)
+    common = consume(NodeOptions, modes, where)
+    if "driver" not in inline:
+        inline["driver"] = _protocol_by_name(graph, inline)
+    child = await open_node(
+        graph, inline, f"{where}file.", parent=(common, Role.IMAGE), by_name=True
+    )
     try:
-        driver = await _probe(graph, child)
-        given["driver"] = driver
-        return await open_node(graph, given, opened={"file": child}, probed=True)
+        given["driver"] = await _probe(graph, child)
+        return await open_node(
+            graph, given, where, parent=parent, opened={"file": child}, probed=True, by_name=True
+        )
     except BaseException:
         await graph.collect(child)
         raise
+
+
+def _protocol_by_name(graph: BlockGraph, flat: Mapping[str, Any]) -> str:
+    """The protocol driver for options that have a file name only; a prefix of that means nothing (row B05.5)."""
+    name = flat.get("filename")
+    if not isinstance(name, str):
+        raise ConfigError("Must specify either driver or file")
+    return graph.drivers.protocol_of(name, allow_prefix=False).driver_name
 
 
 async def _probe(graph: BlockGraph, child: BlockNode) -> str:
@@ -182,7 +212,9 @@ async def _probe(graph: BlockGraph, child: BlockNode) -> str:
 class Opening:
     """What a node sees of the graph while it opens (`node.OpenContext`)."""
 
-    def __init__(self, graph: BlockGraph, children: dict[str, Any], where: str) -> None:
+    def __init__(
+        self, graph: BlockGraph, children: dict[str, Any], where: str, by_name: bool
+    ) -> None:
         self.bounce = graph.bounce
         self.host_io = graph.host_io
         self.throttle_group = graph.throttle_group
@@ -190,6 +222,7 @@ class Opening:
         self._graph = graph
         self._children = children
         self._where = where
+        self._by_name = by_name
 
     async def open_child(self, parent: BlockNode, key: str, role: Role) -> Edge:
         """Open or find the child that the options give under `key` (row B05.11)."""
@@ -236,6 +269,17 @@ class Opening:
         }
         if not flat:
             return None
-        node = await open_node(self._graph, flat, f"{name}.", parent=(parent.common, role))
+        node = await self._open_inline(parent, flat, f"{name}.", role)
         node.inherits_from, node.inherits_as = parent, role
         return node
+
+    async def _open_inline(
+        self, parent: BlockNode, flat: dict[str, Any], where: str, role: Role
+    ) -> BlockNode:
+        modes = (parent.common, role)
+        if self._by_name and "driver" not in flat:
+            # What is below a format is no format; what is below a filter may be any (row B06.7).
+            if parent.is_filter or role & Role.COW:
+                return await _open_probed(self._graph, flat, where, modes)
+            flat["driver"] = _protocol_by_name(self._graph, flat)
+        return await open_node(self._graph, flat, where, parent=modes, by_name=self._by_name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Collection, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.filename import protocol_prefix
 from vhostblk.errors import ConfigError
@@ -118,6 +118,15 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
             if driver.protocol_name == prefix:
                 return driver
         raise ConfigError(f"Unknown protocol '{prefix}'", errno.ENOENT)
+
+    def options_of(self, filename: str) -> dict[str, Any]:
+        """The options that a file name stands for: a protocol driver's, flat (row B04.6).
+
+        Raises:
+            ConfigError: as `protocol_of`; or the driver makes no sense of the name.
+        """
+        protocol = self.protocol_of(filename)
+        return {"driver": protocol.driver_name, **protocol.parse_filename(filename, self)}
 
     def probe(self, header: bytes | bytearray, filename: str) -> type[BlockNode] | None:
         """The format that content which begins like this is in: the highest score, the first of equals (row B04.9)."""

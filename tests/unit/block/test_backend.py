@@ -358,3 +358,27 @@ def test_external_writes_make_the_next_flush_real() -> None:
     written = 4
     run_now(user.close())
     assert node.asked.count("flush") == 3
+
+
+def test_permissions_are_asked_for_when_they_are_needed_and_given_back() -> None:
+    node = ArrayNode()
+    user = backend(node, writable=False, shared=Perm.ALL)
+    exclusive = backend(node, writable=False)
+
+    async def scenario() -> None:
+        with pytest.raises(ConfigError, match="does not share it"):
+            await user.ask(writable=True)
+        assert not user.writable
+        await exclusive.close()
+        await user.ask(writable=True, resize=True)
+        await user.pwritev(0, IoVec.of(b"x"))
+        await user.truncate(1024)
+        assert user.length == 1024
+        await user.ask(writable=False)
+        with pytest.raises(BlockError) as caught:
+            await user.pwritev(0, IoVec.of(b"x"))
+        assert caught.value.errno == errno.EPERM
+        reader = backend(node, writable=False)
+        await reader.close()
+
+    asyncio.run(scenario())

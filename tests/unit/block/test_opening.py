@@ -198,13 +198,77 @@ def test_json_name_has_less_to_say_than_options(image: str) -> None:
     with_graph(scenario)
 
 
+def chain(node: BlockNode) -> list[str]:
+    """The drivers from a node down."""
+    below = [name for edge in node.children.values() for name in chain(edge.node)]
+    return [node.driver_name, *below]
+
+
+@pytest.mark.parametrize(
+    ("options", "drivers"),
+    [
+        ({"file.filename": "IMAGE"}, ["raw", "file"]),
+        ({"driver": "raw", "file.filename": "IMAGE"}, ["raw", "file"]),
+        (
+            {"driver": "raw", "file.driver": "blkdebug", "file.image.file.filename": "IMAGE"},
+            ["raw", "blkdebug", "raw", "file"],
+        ),
+        ({"driver": "blkdebug", "image.file.filename": "IMAGE"}, ["blkdebug", "raw", "file"]),
+        ({"driver": "pass", "file.file.filename": "IMAGE"}, ["pass", "raw", "file"]),
+    ],
+)
+def test_options_of_an_image_tool_need_no_driver_where_a_name_or_the_content_says_it(
+    image: str, options: dict[str, str], drivers: list[str]
+) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        given = {name: value.replace("IMAGE", image) for name, value in options.items()}
+        assert chain(await graph.open_image(None, {**given, "read-only": True})) == drivers
+        with pytest.raises(ConfigError, match="driver' is missing"):
+            await graph.add(given)
+
+    with_graph(scenario)
+
+
+@pytest.mark.parametrize(
+    "options", [{"filename": "x"}, {"driver": "blkdebug", "image.filename": "x"}]
+)
+def test_name_where_content_has_to_say_the_format_is_refused(options: dict[str, str]) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        with pytest.raises(ConfigError, match="Must specify either driver or file"):
+            await graph.open_image(None, options)
+        assert not graph.nodes
+
+    with_graph(scenario)
+
+
+def test_name_of_blkdebug_has_the_name_of_its_image_in_it(image: str, tmp_path: Path) -> None:
+    rules = tmp_path / "rules"
+    rules.write_text('[inject-error]\nevent = "read_aio"\nerrno = "28"\n')
+
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.open_image(f"blkdebug::{image}", {"driver": "raw"})
+        assert chain(node) == ["raw", "blkdebug", "file"]
+        node = await graph.open_image(
+            f"blkdebug:{rules}:blkdebug::{image}", {"driver": "raw", "read-only": True}
+        )
+        assert chain(node) == ["raw", "blkdebug", "blkdebug", "file"]
+        user = BlockBackend(node, "reader", writable=False)
+        with pytest.raises(BlockError) as caught:
+            await user.preadv(0, IoVec([memoryview(bytearray(512))]))
+        assert caught.value.errno == errno.ENOSPC
+        await user.close()
+
+    with_graph(scenario)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "code", "message"),
     [
+        ("blkdebug:x", {}, errno.EINVAL, "requires both config file and image path"),
         ("gopher://x", {}, errno.ENOENT, "Unknown protocol 'gopher'"),
         ("json:{", {}, errno.EINVAL, "Could not parse the JSON options"),
         ("json:[]", {}, errno.EINVAL, "Invalid JSON object given"),
-        ("json:{}", {}, errno.EINVAL, "Parameter 'driver' is missing"),
+        ("json:{}", {}, errno.EINVAL, "Must specify either driver or file"),
         ("a", {"driver": "file", "filename": "b"}, errno.EINVAL, "'filename' is given twice"),
         ("a", {"driver": "raw", "file": "n"}, errno.EINVAL, "'file.driver' is given twice"),
         ("null-co://x", {}, errno.EINVAL, "The only allowed filename for this driver"),

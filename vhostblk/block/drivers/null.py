@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.iov import IoVec
@@ -20,6 +20,9 @@ from vhostblk.block.node import (
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option, strong_options
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.registry import DriverRegistry
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class NullNode(BlockNode):
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED)
 
     @classmethod
-    def parse_filename(cls, filename: str) -> dict[str, Any]:
+    def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:
         """There is nothing that a name could say.
 
         Raises:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.driver import OpenContext
 from vhostblk.block.filters.blkdebug_config import read_config
@@ -30,6 +30,9 @@ from vhostblk.block.options import (
 )
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.registry import DriverRegistry
 
 # What the pipeline and today's drivers report; formats add theirs.
 EVENTS = (
@@ -99,6 +102,7 @@ class BlkdebugNode(FilterNode):
     """See the module."""
 
     driver_name = "blkdebug"
+    protocol_name = "blkdebug"
     options_type = BlkdebugOptions
     options: BlkdebugOptions
     child_key = "image"
@@ -113,6 +117,19 @@ class BlkdebugNode(FilterNode):
         self._active: list[InjectError] = []
         self._breakpoints: list[tuple[str, str]] = []  # (event, tag)
         self._suspended: dict[str, list[asyncio.Future[None]]] = {}
+
+    @classmethod
+    def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:
+        """`blkdebug:FILE OF RULES:IMAGE`; there may be no rules.
+
+        Raises:
+            ConfigError: it is not of that form.
+        """
+        config, colon, image = filename.removeprefix("blkdebug:").partition(":")
+        if not filename.startswith("blkdebug:") or not colon:
+            raise ConfigError("blkdebug requires both config file and image path")
+        options = {f"image.{name}": value for name, value in drivers.options_of(image).items()}
+        return {**options, "config": config} if config else options
 
     async def open(self, context: OpenContext) -> None:
         """Open the image, read the rules.
