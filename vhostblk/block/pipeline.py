@@ -9,15 +9,19 @@ there either, overlapping requests are waited for, the first and the last block 
 padded whole is written. Hooks see it and may veto it; zeroes are detected. The write generation grows, and only *after*
 that FUA which the driver cannot do becomes a flush, so that the flush cannot believe there is nothing to do.
 
-Coroutines here suspend only where a driver does, or behind another request. Knows nothing about
-files, virtio or the engine.
+Coroutines here suspend only where a driver does, or behind another request. A request that finds nothing to do but to
+hand itself over is counted and tracked when its driver first waits: nobody could have looked before. Most never wait.
+
+Knows nothing about files, virtio or the engine.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable
 
 from vhostblk.block import submit
+from vhostblk.block.eager import DONE, begin, rest
 from vhostblk.block.extent import ExtentFlag, HostExtent
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush, flush_target
@@ -100,19 +104,24 @@ async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> No
     length = iov.length
     if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
         check_range(node, offset, length, MAX_REQUEST)
-    limits, tracker = node.limits, node.tracker
+    tracker = node.tracker
+    if (
+        not flags
+        and not tracker.serialising
+        and offset + length <= node.length
+        and submit.takes(node.limits, offset, iov)
+    ):
+        # As most requests are.
+        driver = node.driver_preadv(offset, length, iov)
+        waits_for = begin(driver)
+        if waits_for is not DONE:
+            await _visibly(node, RequestType.READ, offset, length, rest(driver, waits_for))
+        return
     node.in_flight += 1
     request = tracker.begin(RequestType.READ, offset, length)
     try:
-        if (offset | length) & (limits.request_alignment - 1):
+        if (offset | length) & (node.limits.request_alignment - 1):
             await _padded_read(node, request, offset, iov, flags)
-        elif (
-            not flags
-            and not tracker.serialising
-            and offset + length <= node.length
-            and submit.takes(limits, iov, length)
-        ):
-            await node.driver_preadv(offset, length, iov)  # as most requests are
         else:
             if tracker.serialising:
                 await tracker.wait(request)
@@ -122,6 +131,19 @@ async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> No
                 await submit.read(node, offset, iov)
     finally:
         tracker.end(request)
+        node.leave()
+
+
+async def _visibly(
+    node: BlockNode, kind: RequestType, offset: int, length: int, driver: Awaitable[None]
+) -> None:
+    """Let a driver finish that waits, in sight of drains and of serialising requests."""
+    node.in_flight += 1
+    request = node.tracker.begin(kind, offset, length)
+    try:
+        await driver
+    finally:
+        node.tracker.end(request)
         node.leave()
 
 
@@ -223,12 +245,28 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
     if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
         check_range(node, offset, length, MAX_REQUEST)
     assert not flags & ~_MASK, f"unknown request flags {flags:#x}"
-    mask = node.limits.request_alignment - 1
     tracker = node.tracker
+    if (
+        not flags & ~node.supported_write_flags
+        and not tracker.serialising
+        and not (node.before_write or node.has_debug_events or node.detect_zeroes)
+        and submit.takes(node.limits, offset, iov)
+    ):
+        end = offset + length
+        try:
+            driver = node.driver_pwritev(offset, length, iov, flags)
+            waits_for = begin(driver)
+            if waits_for is not DONE:
+                await _visibly(node, RequestType.WRITE, offset, length, rest(driver, waits_for))
+        finally:
+            _count_write(node, end)
+        if end > node.length:
+            written(node, end)
+        return
     node.in_flight += 1
     request = tracker.begin(RequestType.WRITE, offset, length)
     try:
-        if length and (offset | length) & mask:
+        if length and (offset | length) & (node.limits.request_alignment - 1):
             await serialise(node, request, flags)
             must_flush = await padded_write(node, request, offset, iov, flags)
         else:
@@ -309,18 +347,22 @@ async def _aligned_write(
             if node.detect_zeroes == "unmap":
                 flags |= _MAY_UNMAP
             return await submit.write_zeroes(node, offset, end, flags & ~_REGISTERED_BUF)
-        if submit.takes(node.limits, iov, end - offset):
+        if submit.takes(node.limits, offset, iov):
             driver_flags = flags & node.supported_write_flags
             await node.driver_pwritev(offset, end - offset, iov, driver_flags)
             return bool(flags & ~driver_flags & _FUA)
         return await submit.write(node, offset, iov, flags)
     finally:
-        # Even after a failure, or a veto: part of it may have been written (rows B16.12 and B16.13).
-        node.write_gen += 1
-        if end > node.highest_write:
-            node.highest_write = end
+        _count_write(node, end)
         if node.has_debug_events:
             await node.driver_debug_event("pwritev_done")
+
+
+def _count_write(node: BlockNode, end: int) -> None:
+    # Even after a failure, or a veto: part of it may have been written (rows B16.12 and B16.13).
+    node.write_gen += 1
+    if end > node.highest_write:
+        node.highest_write = end
 
 
 async def run_before_write(node: BlockNode, request: TrackedRequest) -> None:

@@ -36,7 +36,7 @@ async def read(node: BlockNode, offset: int, iov: IoVec) -> None:
     limits = node.limits
     length = iov.length
     readable = align_up(max(0, node.length - offset), limits.request_alignment)
-    if length and length <= readable and takes(limits, iov, length):
+    if length <= readable and takes(limits, offset, iov):
         await node.driver_preadv(offset, length, iov)
         return
     done = 0
@@ -56,7 +56,7 @@ async def write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
     limits = node.limits
     length = iov.length
     driver_flags = flags & node.supported_write_flags
-    if takes(limits, iov, length):
+    if takes(limits, offset, iov):
         await node.driver_pwritev(offset, length, iov, driver_flags)
     elif length:
         for part in _parts(limits, iov):
@@ -73,12 +73,13 @@ async def write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
     return bool(flags & ~driver_flags & _FUA)
 
 
-def takes(limits: BlockLimits, iov: IoVec, length: int) -> bool:
-    """Whether an aligned vector of this length can be handed over as it is."""
-    largest = limits.max_transfer
+def takes(limits: BlockLimits, offset: int, iov: IoVec) -> bool:
+    """Whether a driver can be handed this request as it is."""
+    length, largest = iov.length, limits.max_transfer
     return (
-        (not largest or length <= largest)
-        and length != 0
+        length != 0
+        and not (offset | length) & (limits.request_alignment - 1)
+        and (not largest or length <= largest)
         and len(iov.views) <= limits.max_iov
         and (limits.min_mem_alignment <= 1 or iov.is_aligned(limits.min_mem_alignment))
     )

@@ -44,6 +44,56 @@ def test_aligned_request_is_one_driver_call_and_never_suspends() -> None:
     assert idle(node)
 
 
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_request_whose_driver_waits_is_in_sight_of_drains_and_of_others_until_it_ends(
+    kind: str,
+) -> None:
+    node = ArrayNode()
+
+    async def scenario() -> None:
+        go_on = asyncio.Event()
+        node.pause = go_on.wait  # type: ignore[assignment]
+        request = pipeline.preadv if kind == "read" else pipeline.pwritev
+        task = asyncio.create_task(request(node, 0, IoVec.of(bytearray(b"x" * 512))))
+        await turns(2)
+        assert node.in_flight == 1
+        assert [(r.offset, r.length) for r in node.tracker.requests] == [(0, 512)]
+        behind = asyncio.create_task(
+            pipeline.pwritev(node, 256, IoVec.of(b"y" * 512), int(Req.SERIALISING))
+        )
+        drain = asyncio.create_task(node.drained_begin())
+        await turns(5)
+        assert node.asked.count("write") == (kind == "write")
+        assert not drain.done()
+        go_on.set()
+        await asyncio.gather(task, behind, drain)
+        node.drained_end()
+
+    asyncio.run(scenario())
+    assert node.data[256:768] == b"y" * 512
+    assert node.highest_write == 768
+    assert node.write_gen == (2 if kind == "write" else 1)
+    assert idle(node)
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_request_cancelled_while_its_driver_waits_leaves_nothing_behind(kind: str) -> None:
+    node = ArrayNode()
+
+    async def scenario() -> None:
+        node.pause = asyncio.Event().wait  # type: ignore[assignment]
+        request = pipeline.preadv if kind == "read" else pipeline.pwritev
+        task = asyncio.create_task(request(node, 0, IoVec.of(bytearray(512))))
+        await turns(2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(scenario())
+    assert node.write_gen == (kind == "write")  # it may have happened
+    assert idle(node)
+
+
 @pytest.mark.parametrize(("offset", "length"), [(-1, 1), (-512, 512), (MAX_LENGTH, 1)])
 def test_impossible_range_is_eio_and_reaches_nobody(offset: int, length: int) -> None:
     node = ArrayNode()
