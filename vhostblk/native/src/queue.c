@@ -29,17 +29,27 @@ static void signal_driver(struct queue *queue)
 
 /*
  * Kick fds are watched edge-triggered, so one that we cannot clear does not keep us awake. Clearing is for the others
- * who look at it: QEMU does when a ring stops. It must never block, whatever the fd is, hence RWF_NOWAIT; a kernel that
- * cannot do that for eventfds (before 5.8) leaves the counter standing. A kick fd has one queue: were another thread
- * to wait for the same eventfd, it might find it cleared and sleep on.
+ * who look at it: QEMU does when a ring stops. It waits until the queue rests, when the driver has its answer. It must
+ * never block, whatever the fd is, hence RWF_NOWAIT; a kernel that cannot do that for eventfds (before 5.8) leaves the
+ * counter standing. A kick fd has one queue: were another thread to wait for the same eventfd, it might find it cleared
+ * and sleep on.
  */
-void queue_kicked(struct queue *queue)
+static void clear_kicks(struct queue *queue)
 {
 	uint64_t counter;
 	struct iovec iov = {&counter, sizeof(counter)};
-	ssize_t ignored = preadv2(queue->config.kick_fd, &iov, 1, -1, RWF_NOWAIT);
+	ssize_t ignored;
 
+	if (!queue->kicked)
+		return;
+	queue->kicked = false;
+	ignored = preadv2(queue->config.kick_fd, &iov, 1, -1, RWF_NOWAIT);
 	(void)ignored;
+}
+
+void queue_kicked(struct queue *queue)
+{
+	queue->kicked = true;
 	stat_add(queue->stats->kicks, 1);
 	queue_wake(queue);
 }
@@ -59,6 +69,7 @@ static void unwatch_kick(struct queue *queue)
 {
 	int fd = queue->config.kick_fd;
 
+	clear_kicks(queue);
 	if (fd >= 0)
 		epoll_ctl(queue->thread->epoll_fd, EPOLL_CTL_DEL, fd, NULL);
 	queue->thread->pollers -= fd < 0;
@@ -308,8 +319,11 @@ bool queue_rest(struct queue *queue)
 
 	/* Without a kick fd the driver's chains are only found by looking, and nothing is promised: what would be asked
 	 * for now would be wrong by the time that there is an fd. */
-	if (listens)
+	if (listens) {
+		/* Whoever kicked before this is looked for below; whoever kicks later wakes us. */
+		clear_kicks(queue);
 		enable_kicks(queue);
+	}
 	if (has_news(queue) || (takes_chains(queue) && virtqueue_pending(&queue->vq))) {
 		disable_kicks(queue);
 		return false;

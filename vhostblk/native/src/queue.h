@@ -80,6 +80,7 @@ struct queue {
 	bool broken;
 	bool dead;              /* broken so that not even the used ring may be touched */
 	bool kicks_off;         /* the driver was told not to kick */
+	bool kicked;            /* and the eventfd still says so */
 	bool call_may_wait;     /* a write to the call fd: see notifier.h */
 	struct vb_message stop; /* the VB_QUEUE_STOP, when stopping */
 	uint32_t work;          /* in this turn */
