@@ -168,7 +168,7 @@ class Measure:
         return run_fio(job, path, self.files.size, max(settings.ramp, 1), max(settings.duration, 1))
 
     def _warm(self, disk: Disk) -> None:
-        if disk in ("cached", "tmpfs"):
+        if disk in ("cached", "folios", "tmpfs"):
             warm(self.files.path(disk))
 
 

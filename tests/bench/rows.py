@@ -9,7 +9,8 @@ from vhostblk.client.bench.options import PATTERNS, BenchOptions
 
 __all__ = ["ROWS", "Disk", "Fio", "Row", "Target"]
 
-Disk = Literal["null", "tmpfs", "cached", "direct"]
+Disk = Literal["null", "tmpfs", "cached", "folios", "direct"]
+"""Two are in the page cache of a disk's file system: page by page, or in large folios."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,20 @@ ROWS = (
         "cached",
         _WRITE,
         (Target("iops", 2.0),),
+    ),
+    Row(
+        "folios-read",
+        "ext4 in large folios of the page cache, random read",
+        "folios",
+        _READ,
+        (Target("iops"),),
+    ),
+    Row(
+        "folios-write",
+        "ext4 in large folios of the page cache, random write",
+        "folios",
+        _WRITE,
+        (Target("iops"),),
     ),
     Row(
         "direct-read",

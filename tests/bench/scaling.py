@@ -32,14 +32,14 @@ __all__ = [
 _KIB, _MIB = 1 << 10, 1 << 20
 _IDLE = "idle-clients"
 _QUEUES: tuple[Disk, ...] = ("null", "tmpfs", "direct")
-_SEQUENTIAL: tuple[Disk, ...] = ("tmpfs", "cached", "direct")
+_SEQUENTIAL: tuple[Disk, ...] = ("tmpfs", "folios", "direct")
 _CURVES: tuple[Disk, ...] = ("null", "tmpfs", "direct")
 DEPTHS = tuple(1 << power for power in range(9))
 
 TITLES = {
     "null": "null-co",
     "tmpfs": "file on tmpfs",
-    "cached": "ext4 in the page cache",
+    "folios": "ext4 in the page cache",
     "direct": "ext4 with O_DIRECT",
 }
 
@@ -196,7 +196,7 @@ def size_cases() -> list[SizeCase]:
 
 
 def _sequential(measure: Measure, disk: Disk) -> Table:
-    if disk == "cached":
+    if disk == "folios":
         need_disk(measure)
     has_fio = bool(shutil.which("fio"))
     fio_title = "fio io_uring" if disk == "direct" else "fio psync"

@@ -35,7 +35,14 @@ __all__ = [
 ]
 
 _MIB = 1 << 20
+_PAGE = 4096
 _CHUNK = 1 << 20
+_FILE_OF: Mapping[Disk, tuple[str, int]] = {
+    "tmpfs": ("tmpfs", _CHUNK),
+    "folios": ("folios", _CHUNK),
+}
+"""Which file a disk has, if it has one of its own, and how many bytes at a time it is written. That decides how the
+page cache holds it: page by page as a guest's own writes of 4 KiB leave it, or in large folios."""
 
 
 def give_up(why: str) -> NoReturn:
@@ -62,21 +69,21 @@ class Files:
 
     def __init__(self, folder: Path, mebibytes: int) -> None:
         self.size = mebibytes * _MIB
-        self._folders = {"tmpfs": Path("/dev/shm"), "cached": folder, "direct": folder}
+        self._folder = folder
         self._made: dict[Path, None] = {}
 
     def path(self, disk: Disk) -> Path:
         """The image of a kind of disk."""
-        name = "tmpfs" if disk == "tmpfs" else "disk"
-        path = self._folders[disk] / f"vhostblk-bench-{os.getpid()}-{name}.img"
+        name, piece = _FILE_OF.get(disk, ("disk", _PAGE))
+        folder = Path("/dev/shm") if disk == "tmpfs" else self._folder
+        path = folder / f"vhostblk-bench-{os.getpid()}-{name}.img"
         if path not in self._made:
             self._made[path] = None
             path.parent.mkdir(parents=True, exist_ok=True)
             noise = os.urandom(_CHUNK)
-            with path.open("wb") as file:
-                for _ in range(self.size // _CHUNK):
-                    file.write(noise)
-                file.flush()
+            with path.open("wb", buffering=0) as file:
+                for at in range(0, self.size, piece):
+                    file.write(noise[at % _CHUNK :][:piece])
                 os.fdatasync(file.fileno())
         return path
 

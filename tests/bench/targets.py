@@ -33,7 +33,7 @@ def measure_targets(measure: Measure, is_wanted: Callable[[str], bool]) -> Table
 
 
 def _measure(measure: Measure, row: Row) -> dict[str, Side]:
-    if row.disk == "cached":
+    if row.disk in ("cached", "folios"):
         need_disk(measure)
     with measure.serving(row.disk, BOTH) as daemons:
         runners: dict[str, Runner] = {
