@@ -154,7 +154,8 @@ class Engine:
     ) -> Message:
         """Send a command; serve what comes until it is acknowledged."""
         disk = self.disk.pointer
-        assert self.thread.send([(kind, 0, 1, 77, disk, 0, 0, pointer, count, result, 0)]) == 1
+        command = native.packed((kind, 0, 1, 77, disk, 0, 0, pointer, count, result, 0))
+        assert self.thread.send([command]) == 1
         poller = select.poll()
         poller.register(self.thread.fd, select.POLLIN)
         answer = None
@@ -173,10 +174,7 @@ class Engine:
         if message[0] == MessageType.QUEUE_BROKEN:
             self.broken = message[9]
         elif message[0] == MessageType.REQUEST:
-            cookie = message[3]
-            self.thread.send(
-                [(MessageType.COMPLETE, 0, 1, cookie, self.disk.pointer, 0, 0, 0, 0, 0, 0)]
-            )
+            self.thread.send([native.packed_completion(message[3], 0, 0)])
 
     def run(self, setup: Setup) -> Outcome:
         memory = bytearray(setup.image)

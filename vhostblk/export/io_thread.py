@@ -2,7 +2,8 @@
 
 Theory of operation: everything for the engine goes through one outbox and so keeps its order, which the extent map
 relies on ("map, then retry"). Commands are sent at once. Completions of requests that finished inside a batch of
-received messages are sent together when the batch is done, others at the end of the loop's turn.
+received messages are sent together when the batch is done, others at the end of the loop's turn. Batches are small, so
+that the engine is not idle while we work, nor we while it does.
 
 A turn ends after a while, whatever still waits: a guest decides how long its requests keep us busy, and others share
 the loop. The engine's eventfd stays readable until `receive` has returned nothing, so the loop calls again by itself.
@@ -15,16 +16,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from time import monotonic
 from typing import Any, Protocol
 
 from vhostblk import native
-from vhostblk.native import Message, MessageType
+from vhostblk.native import Message, MessageType, packed, packed_completion
 
 log = logging.getLogger(__name__)
 
 _REQUEST = int(MessageType.REQUEST)
 _ACK = int(MessageType.ACK)
-_COMPLETE = int(MessageType.COMPLETE)
 _RETRY = int(MessageType.RETRY)
 
 # After so many seconds other callbacks of the loop get their turn.
@@ -61,7 +62,7 @@ class IOThread:
         )
         self._sinks: dict[int, Sink] = {}
         self._inbox: deque[Message] = deque()
-        self._outbox: list[Message] = []
+        self._outbox: list[bytes] = []
         self._flush_scheduled = False
         self._receiving = False
         self._next_cookie = 1
@@ -112,21 +113,22 @@ class IOThread:
         self._next_cookie += 1
         future: asyncio.Future[Message] = self._loop.create_future()
         self._commands[cookie] = (future, keep)
-        self._outbox.append(
-            (kind, flags, queue, cookie, disk, offset, length, pointer, count, result, aux)
-        )
+        message = (kind, flags, queue, cookie, disk, offset, length, pointer, count, result, aux)
+        self._outbox.append(packed(message))
         self._flush()
         return future
 
     def complete(self, cookie: int, status: int, written: int) -> None:
         """Answer a request with its virtio-blk status and the data bytes written to the guest."""
-        self._outbox.append((_COMPLETE, 0, 0, cookie, 0, 0, written, 0, 0, status, 0))
-        self._flush_soon()
+        self._outbox.append(packed_completion(cookie, status, written))
+        if not self._receiving:
+            self._flush_soon()
 
     def retry(self, cookie: int) -> None:
         """Give a request back: the extent map can serve it now."""
-        self._outbox.append((_RETRY, 0, 0, cookie, 0, 0, 0, 0, 0, 0, 0))
-        self._flush_soon()
+        self._outbox.append(packed((_RETRY, 0, 0, cookie, 0, 0, 0, 0, 0, 0, 0)))
+        if not self._receiving:
+            self._flush_soon()
 
     def close(self) -> None:
         """End and join the thread. All disks must be detached."""
@@ -139,7 +141,7 @@ class IOThread:
         await asyncio.to_thread(self._thread.close)
 
     def _flush_soon(self) -> None:
-        if not self._receiving and not self._flush_scheduled:
+        if not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush)
 
@@ -154,27 +156,24 @@ class IOThread:
                 self._loop.call_soon(self._flush)
 
     def _receive(self) -> None:
+        inbox, until = self._inbox, monotonic() + _TURN
         self._receiving = True
-        inbox, until = self._inbox, self._loop.time() + _TURN
         try:
-            while self._loop.time() < until:
+            while monotonic() < until:
                 if not inbox:
                     self._flush()
                     inbox.extend(self._thread.receive())
                     if not inbox:
                         return
-                self._dispatch(inbox.popleft())
+                message = inbox.popleft()
+                if message[0] == _REQUEST:
+                    self._sinks[message[4]].engine_request(self, message)
+                elif message[0] == _ACK:
+                    future, _ = self._commands.pop(message[3])
+                    if not future.cancelled():
+                        future.set_result(message)
+                else:
+                    self._sinks[message[4]].engine_event(self, message)
         finally:
             self._receiving = False
             self._flush()
-
-    def _dispatch(self, message: Message) -> None:
-        kind = message[0]
-        if kind == _REQUEST:
-            self._sinks[message[4]].engine_request(self, message)
-        elif kind == _ACK:
-            future, _ = self._commands.pop(message[3])
-            if not future.cancelled():
-                future.set_result(message)
-        else:
-            self._sinks[message[4]].engine_event(self, message)

@@ -35,7 +35,7 @@ from vhostblk.native.queues import (
     queue_config,
     segments,
 )
-from vhostblk.native.thread import EngineThread, Message
+from vhostblk.native.thread import EngineThread, Message, packed, packed_completion
 
 __all__ = [
     "FLUSH_MISS",
@@ -62,6 +62,8 @@ __all__ = [
     "io_uring_error",
     "iov_views",
     "latency_bound",
+    "packed",
+    "packed_completion",
     "queue_config",
     "segments",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 from typing import Any
 
 from vhostblk.errors import StateError
@@ -19,6 +20,7 @@ except ImportError as error:
     _why = str(error)
 
 __all__ = [
+    "ADDRESS_SPACE",
     "IOV",
     "IO_KINDS",
     "IO_KIND_NAMES",
@@ -41,6 +43,10 @@ IO_KIND_NAMES = {number: name for name, number in IO_KINDS.items()}
 
 IOV = struct.Struct("=QQ")
 """`struct vb_iov`."""
+
+ADDRESS_SPACE = memoryview(ffi.buffer(ffi.cast("char *", 0), sys.maxsize) if ffi else b"")
+"""The memory of this process: `ADDRESS_SPACE[a : a + n]` is what the engine means by address `a` and length `n`, as a
+writable view. To ask cffi for one takes several times as long."""
 
 
 def engine() -> Any:

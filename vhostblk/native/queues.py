@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from vhostblk.native.binding import IOV, engine, ffi, pointer_of
+from vhostblk.native.binding import ADDRESS_SPACE, IOV, engine, ffi, pointer_of
 from vhostblk.native.constants import LATENCY_BUCKETS
 from vhostblk.native.disk import Disk
 
@@ -32,20 +32,19 @@ def latency_bound(bucket: int) -> int:
 
 def iov_views(pointer: int, count: int) -> list[memoryview]:
     """The data of a VB_REQUEST as writable views; valid until the request is given back."""
-    raw = ffi.buffer(ffi.cast("char *", pointer), count * IOV.size) if count else b""
-    return [
-        memoryview(ffi.buffer(ffi.cast("char *", address), length)).cast("B")
-        for address, length in IOV.iter_unpack(raw)
-    ]
+    memory = ADDRESS_SPACE
+    if count == 1:  # as most have
+        address, length = IOV.unpack_from(memory, pointer)
+        return [memory[address : address + length]]
+    table = memory[pointer : pointer + count * IOV.size]
+    return [memory[address : address + length] for address, length in IOV.iter_unpack(table)]
 
 
 def segments(pointer: int, count: int) -> list[tuple[int, int, bool]]:
     """The segments of a DISCARD or WRITE_ZEROES: offset, length, and whether it may unmap."""
-    if not count:
-        return []
-    raw = ffi.buffer(ffi.cast("char *", pointer), count * _SEGMENT.size)
+    table = ADDRESS_SPACE[pointer : pointer + count * _SEGMENT.size]
     return [
-        (offset, length, bool(flags & 1)) for offset, length, flags in _SEGMENT.iter_unpack(raw)
+        (offset, length, bool(flags & 1)) for offset, length, flags in _SEGMENT.iter_unpack(table)
     ]
 
 

@@ -10,13 +10,27 @@ from collections.abc import Sequence
 
 from vhostblk.errors import StateError
 from vhostblk.native.binding import IO_KIND_NAMES, IO_KINDS, check, engine, ffi, lib
+from vhostblk.native.constants import MessageType
 
-__all__ = ["EngineThread", "Message"]
+__all__ = ["EngineThread", "Message", "packed", "packed_completion"]
 
 Message = tuple[int, int, int, int, int, int, int, int, int, int, int]
 """type, flags, queue, cookie, disk, offset, length, pointer, count, result, aux."""
 
 _MESSAGE = struct.Struct("=HHIQQQQQIiQ")
+# The same, without what is 0 in a VB_COMPLETE.
+_COMPLETION = struct.Struct("=H6xQ16xQ12xi8x")
+_COMPLETE = int(MessageType.COMPLETE)
+
+
+def packed(message: Message) -> bytes:
+    """A message as `EngineThread.send` takes it."""
+    return _MESSAGE.pack(*message)
+
+
+def packed_completion(cookie: int, status: int, written: int) -> bytes:
+    """A VB_COMPLETE."""
+    return _COMPLETION.pack(_COMPLETE, cookie, written, status)
 
 
 class EngineThread:
@@ -36,8 +50,8 @@ class EngineThread:
     Context: the control thread. Owns: the thread, its eventfd.
     """
 
-    BATCH = 64
-    """Messages one `receive` returns at most."""
+    BATCH = 8
+    """Messages one `receive` returns at most: so few that the engine has something to do while they are looked at."""
 
     def __init__(
         self,
@@ -65,30 +79,19 @@ class EngineThread:
         self._in_buffer = ffi.buffer(self._in)
         # Slices of the buffer are made once, not per batch.
         self._batches = [memoryview(self._in_buffer)[: 64 * n] for n in range(self.BATCH + 1)]
-        self._out = ffi.new("struct vb_message[]", self.BATCH)
-        self._out_buffer = memoryview(ffi.buffer(self._out)).cast("B")
         self.fd: int = lib.vb_thread_fd(self._thread)
         """Becomes readable when messages wait; `receive` until it returns nothing."""
         self.io_kind: str = IO_KIND_NAMES[lib.vb_thread_io_kind(self._thread)]
         """"io_uring" or "threads": what it ended up with."""
 
-    def send(self, messages: Sequence[Message]) -> int:
-        """Send messages, in order.
+    def send(self, messages: Sequence[bytes]) -> int:
+        """Send messages, `packed`, in order.
 
         Returns:
             How many were taken: all, unless the ring is full; then send the rest after a `receive`.
         """
-        pack, buffer, size = _MESSAGE.pack_into, self._out_buffer, _MESSAGE.size
-        sent = 0
-        while sent < len(messages):
-            batch = messages[sent : sent + self.BATCH]
-            for index, message in enumerate(batch):
-                pack(buffer, index * size, *message)
-            taken: int = lib.vb_thread_send(self._thread, self._out, len(batch))
-            sent += taken
-            if taken < len(batch):
-                break
-        return sent
+        table = ffi.from_buffer("struct vb_message[]", b"".join(messages))
+        return int(lib.vb_thread_send(self._thread, table, len(messages)))
 
     def receive(self) -> list[Message]:
         """Take the messages that wait, a batch at most.

@@ -44,7 +44,7 @@ def thread() -> Iterator[EngineThread]:
     thread.close()
 
 
-def message(kind: MessageType, cookie: int, **fields: int) -> Message:
+def message(kind: MessageType, cookie: int, **fields: int) -> bytes:
     order = [
         "flags",
         "queue",
@@ -58,7 +58,7 @@ def message(kind: MessageType, cookie: int, **fields: int) -> Message:
         "aux",
     ]
     values = {"cookie": cookie, **fields}
-    return (kind, *(values.get(name, 0) for name in order))  # type: ignore[return-value]
+    return native.packed((kind, *(values.get(name, 0) for name in order)))  # type: ignore[arg-type]
 
 
 def receive(thread: EngineThread) -> list[Message]:

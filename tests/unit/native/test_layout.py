@@ -65,6 +65,23 @@ def test_flush_targets_are_those_of_the_header() -> None:
     assert native.LATENCY_BUCKETS == binding.lib.VB_LATENCY_BUCKETS
 
 
+def test_packed_completion_is_a_message_with_these_fields() -> None:
+    cookie, status, written = 2**63 + 5, 1, 2**33 + 7
+    complete = int(native.MessageType.COMPLETE)
+    assert native.packed_completion(cookie, status, written) == native.packed(
+        (complete, 0, 0, cookie, 0, 0, written, 0, 0, status, 0)
+    )
+
+
+def test_slice_of_the_address_space_is_the_memory_at_that_address() -> None:
+    buffer = bytearray(b"0123456789")
+    address = native.address_of(buffer)
+    view = binding.ADDRESS_SPACE[address + 2 : address + 5]
+    assert view.tobytes() == b"234"
+    view[0] = ord("x")
+    assert buffer == b"01x3456789"
+
+
 @pytest.mark.parametrize(
     ("c_struct", "packer"),
     [
