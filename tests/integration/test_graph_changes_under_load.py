@@ -18,6 +18,8 @@ import pytest
 from tests.requirements import require
 from tests.unit.block.fakes import PassNode
 from vhostblk.block import surgery
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.iov import IoVec
 from vhostblk.block.keyval import parse_options
 from vhostblk.block.length import resize
 from vhostblk.block.node import BlockNode
@@ -44,7 +46,9 @@ class Changer:
         self._filters: list[BlockNode] = []
 
     async def change(self) -> None:
-        kind = self._choice.choice([self.insert, self.drop, self.reopen, self.grow, self.swap])
+        kind = self._choice.choice(
+            [self.insert, self.drop, self.reopen, self.grow, self.swap, self.snapshot]
+        )
         await kind()
         self.done[kind.__name__] += 1
         wanted = self._export.statistics().requests + self._choice.choice([0, 1, 50])
@@ -83,6 +87,27 @@ class Changer:
         await asyncio.sleep(0.002)
         await surgery.replace_node(self._graph, other, self._top)
         await self._graph.remove("other")
+
+    async def snapshot(self) -> None:
+        """Old bytes are kept while the engine writes what was copied already; they never change."""
+        await self.drop()
+        size = self._top.length
+        options = {"driver": "copy-before-write", "target": {"driver": "memory", "size": size}}
+        filter_ = await surgery.insert_filter(self._graph, self._top, options)
+        node = await self._graph.add({"driver": "snapshot-access", "file": filter_.node_name})
+        backup = BlockBackend(node, "backup", writable=False)
+        once, again = bytearray(_SPAN), bytearray(_SPAN)
+        await backup.preadv(0, IoVec.of(once))
+        wanted = self._export.statistics().requests + 300
+        for _ in range(100):
+            await asyncio.sleep(0.0005)
+            if self._export.statistics().requests >= wanted:
+                break
+        await backup.preadv(0, IoVec.of(again))
+        assert once == again
+        await backup.close()
+        await self._graph.remove(node.node_name)
+        await surgery.drop_filter(self._graph, filter_)
 
 
 @pytest.mark.timeout(240)

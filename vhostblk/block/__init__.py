@@ -5,7 +5,8 @@ Where to look. Requests: `driver.py` is the contract of a driver, `node.py` what
 `tracking.py` which request waits for which, `quiesce.py` drain, `eager.py` what never waits. The
 graph: `graph.py` finding and closing, `opening.py` opening, `edge.py`, `roles.py` and `permissions.py` who may do what,
 `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
-`reopen.py` and `activation.py`. What users write and read: `options.py`, `keyval.py`,
+`reopen.py` and `activation.py`. Bytes that move: `copy_range.py` and `block_copy.py`, and
+`snapshot.py` is how old ones are shown. What users write and read: `options.py`, `keyval.py`,
 `filename.py`, `modes.py`, `introspection.py`. `backend.py` is the view from outside, `host_io.py`
 file I/O, `drivers/` and `filters/` one node class per file.
 

@@ -31,13 +31,14 @@ async def copy_range(
     Raises:
         BlockError: ENOTSUP: it cannot, read and write instead; else the errno of a driver.
     """
-    if _below(source.node) & _below(target.node):
+    if nodes_below(source.node) & nodes_below(target.node):
         raise BlockError(errno.ENOTSUP)
     await copy_range_from(source.node, source_offset, target.node, offset, length, flags)
 
 
-def _below(node: BlockNode) -> set[BlockNode]:
-    return {node}.union(*(_below(edge.node) for edge in node.children.values()))
+def nodes_below(node: BlockNode) -> set[BlockNode]:
+    """A node and all that it is made of."""
+    return {node}.union(*(nodes_below(edge.node) for edge in node.children.values()))
 
 
 async def copy_range_from(

@@ -224,7 +224,9 @@ class Driver:
         await self._filtered().truncate(length, preallocation)
 
     async def driver_allocated_size(self) -> int:
-        """Bytes on the disk; by default those of the children, except for the backing file."""
+        """Bytes on the disk; by default those of the children, except for the backing file and of a filter's others."""
+        if self.is_filter:
+            return await self._filtered().node.driver_allocated_size()
         edges = [edge for edge in self.children.values() if not edge.role & Role.COW]
         if not edges:
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: allocated size is not known")

@@ -292,9 +292,9 @@ class BlockNode(Driver, Quiescent):
         await self.idle()
 
     async def settle_below(self) -> None:
-        """Return when what was in flight below is over; others may go on there (row B26.2)."""
+        """Return when what was in flight below is over; others may go on there, without end (row B26.2)."""
         for edge in tuple(self.children.values()):
-            await edge.node.idle_moment()
+            await edge.node.tracker.settle()
             await edge.node.settle_below()
 
     def unquiesce(self) -> None:

@@ -49,11 +49,6 @@ class Quiescent:
     async def idle(self) -> None:
         """Return when nothing is in flight."""
         while self.in_flight:
-            await self.idle_moment()
-
-    async def idle_moment(self) -> None:
-        """Return when nothing has been in flight for a moment: what was in flight at the call is over."""
-        if self.in_flight:
             waiter = asyncio.get_running_loop().create_future()
             self._idle_waiters.append(waiter)
             await waiter

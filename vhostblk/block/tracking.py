@@ -112,17 +112,26 @@ class RequestTracker:
         """
         waited = False
         while (other := self.blocker(request)) is not None:
-            waiter = asyncio.get_running_loop().create_future()
-            if other.waiters is None:
-                other.waiters = []
-            other.waiters.append(waiter)
             request.waiting_for = other
             try:
-                await waiter
+                await self._ended(other)
             finally:
                 request.waiting_for = None
             waited = True
         return waited
+
+    async def settle(self) -> None:
+        """Return when every request that is there now has ended; more may have come meanwhile."""
+        for request in tuple(self.requests):
+            if request in self.requests:
+                await self._ended(request)
+
+    async def _ended(self, request: TrackedRequest) -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        if request.waiters is None:
+            request.waiters = []
+        request.waiters.append(waiter)
+        await waiter
 
     def serialises(self, start: int, end: int) -> bool:
         """Whether a serialising request touches the range."""

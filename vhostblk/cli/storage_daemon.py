@@ -42,7 +42,8 @@ Example: two disks of one daemon, the second one read-only:
 node-name=disk0,writable=on,iothread=io0 \\
     --export type=vhost-user-blk,id=e1,addr.type=unix,addr.path=/tmp/b.sock,node-name=disk1
 
-Block drivers: file, host_device, raw, null-co, memory; filters: throttle, copy-on-read, blkdebug.
+Block drivers: file, host_device, raw, null-co, memory, snapshot-access; filters: throttle, copy-on-read,
+copy-before-write, blkdebug.
 See docs/storage-daemon.md for their options.
 """
 

@@ -130,7 +130,10 @@ def test_drain_under_load_returns_while_a_second_user_of_the_child_never_stops()
                 await backend.pwritev(offset, IoVec.of(b"x"))
 
         tasks = [asyncio.create_task(hammer(user, number)) for number in range(4)]
-        tasks.append(asyncio.create_task(hammer(other, 100)))
+        # Several, not in step: there is no moment in which none of them is in flight.
+        for number in range(3):
+            tasks.append(asyncio.create_task(hammer(other, 100 + number)))
+            await turns(1)
         await turns(10)
         for _ in range(5):
             async with drained(top):

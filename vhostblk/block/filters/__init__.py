@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from vhostblk.block.filters.blkdebug import BlkdebugNode
+from vhostblk.block.filters.copy_before_write import CopyBeforeWriteNode
 from vhostblk.block.filters.copy_on_read import CopyOnReadNode
 from vhostblk.block.filters.throttle import ThrottleNode
 from vhostblk.block.node import BlockNode
 
-FILTERS: tuple[type[BlockNode], ...] = (BlkdebugNode, CopyOnReadNode, ThrottleNode)
+FILTERS: tuple[type[BlockNode], ...] = (
+    BlkdebugNode,
+    CopyBeforeWriteNode,
+    CopyOnReadNode,
+    ThrottleNode,
+)
