@@ -7,6 +7,7 @@
 #   make format      ruff format, ruff --fix, clang-format -i
 #   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
 #   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300)
+#   make hunt        random requests and schedules of the block layer, HUNT (default 20) times as many as usual
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
 #   make bench-scaling  queues, threads, sizes of requests, depths, idle guests
@@ -19,6 +20,7 @@ VENV ?= .venv
 ARGS ?=
 FUZZ_SECONDS ?= 60
 VERIFY_SECONDS ?= 300
+HUNT ?= 20
 QUICK ?=
 
 python := $(VENV)/bin/python
@@ -27,7 +29,7 @@ native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostb
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
 c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz verify sanitize qtest bench bench-scaling clean
+.PHONY: all setup build test test-quick lint format demo fuzz hunt verify sanitize qtest bench bench-scaling clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -80,6 +82,9 @@ fuzz: $(stamps)/system-test build
 
 verify: $(stamps)/system-test build
 	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py -s $(ARGS)
+
+hunt: $(stamps)/system-test build
+	VHOSTBLK_HUNT=$(HUNT) $(python) -m pytest tests/unit/block -o timeout=0 $(ARGS)
 
 qtest: $(stamps)/system-test build
 	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon

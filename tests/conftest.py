@@ -2,4 +2,9 @@
 
 from __future__ import annotations
 
-pytest_plugins = ["vhostblk.testing.plugin", "tests.daemons", "tests.locks"]
+pytest_plugins = [
+    "vhostblk.testing.plugin",
+    "tests.daemons",
+    "tests.event_loops",
+    "tests.locks",
+]

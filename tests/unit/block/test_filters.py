@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.schedule import replay
 from tests.unit.block.fakes import ArrayNode, CowNode, NoOptions, turns
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.driver import OpenContext
@@ -170,9 +171,10 @@ def test_throttled_requests_are_released_by_a_drain_and_it_ends() -> None:
 
 
 def test_cancelled_throttled_request_takes_nothing_and_nobodys_turn() -> None:
-    async def scenario(graph: BlockGraph) -> None:
+    async def scenario() -> None:
+        graph = BlockGraph()
         throttle = group(graph, iops_total=1000)
-        user = await user_of(graph, THROTTLED)
+        user = await user_of(graph, {**THROTTLED, "file": {"driver": "null-co"}})
         requests = [asyncio.create_task(user.pwritev(0, IoVec.of(b"x"))) for _ in range(200)]
         await turns(3)
         for request in requests[150:]:
@@ -181,12 +183,14 @@ def test_cancelled_throttled_request_takes_nothing_and_nobodys_turn() -> None:
         assert sum(isinstance(result, asyncio.CancelledError) for result in results) == 50
         assert not any(queue for member in throttle._members for queue in member.queues)
         await user.close()
+        await graph.close_all()
 
-    run(scenario)
+    replay(scenario, {})  # where time does not pass by itself
 
 
 def test_members_of_a_group_take_turns() -> None:
-    async def scenario(graph: BlockGraph) -> None:
+    async def scenario() -> None:
+        graph = BlockGraph()
         group(graph, iops_total=1000)
         users = [
             await user_of(
@@ -211,8 +215,9 @@ def test_members_of_a_group_take_turns() -> None:
         assert 15 <= contended.count(1) <= 20
         for user in users:
             await user.close()
+        await graph.close_all()
 
-    run(scenario)
+    replay(scenario, {})
 
 
 # ---------------------------------------------------------------- blkdebug

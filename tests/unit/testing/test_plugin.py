@@ -40,6 +40,13 @@ BROKEN = {
         "def test_x(expect_log):\n expect_log.expect('never'); log.error('other')",
         "not announced: ERROR vhostblk.some.module: other; announced, but never logged: never",
     ),
+    "leaves_a_task": (
+        "import asyncio\n"
+        "async def fail():\n raise ValueError\n"
+        "async def go():\n t = asyncio.create_task(fail()); await asyncio.sleep(0)\n"
+        "def test_x():\n asyncio.run(go())",
+        "ERROR asyncio: Task exception was never retrieved",
+    ),
     "does_not_warn": (
         "@pytest.mark.warns('never')\ndef test_x(): pass",
         "announced, but never logged: never",
@@ -64,6 +71,9 @@ KEPT = {
     "excused": "@pytest.mark.leaks('it is about leaks')\ndef test_x():\n os.dup(0)",
     "announces_by_marker": "@pytest.mark.warns('od+ 7')\ndef test_x():\n log.warning('odd %d', 7)",
     "announces": "def test_x(expect_log):\n expect_log.expect('odd'); log.error('odd')",
+    "is_slow": (
+        "def test_x():\n logging.getLogger('asyncio').warning('Executing %s took %.3f seconds', '<x>', 1)"
+    ),
     "allows": "def test_x(expect_log):\n expect_log.allow('odd')",
     "garbage_in_a_cycle": (
         "class Cycle: pass\ndef test_x():\n c = Cycle(); c.me = c; c.map = mmap.mmap(-1, 4096)"
