@@ -59,6 +59,14 @@ class BlockLimits:
         self.opt_mem_alignment = max(self.opt_mem_alignment, child.opt_mem_alignment)
         self.max_iov = _min_non_zero(self.max_iov, child.max_iov)
 
+    def fit(self, inherited: BlockLimits) -> None:
+        """Make what was inherited whole blocks; the child's pipeline cuts smaller what it cannot take at once."""
+        align = self.request_alignment
+        if 0 < self.max_transfer == inherited.max_transfer < align:
+            self.max_transfer = align
+        if self.opt_transfer == inherited.opt_transfer:
+            self.opt_transfer = align_up(self.opt_transfer, align)
+
     def check(self) -> None:
         """Assert what a driver promises (rows B12.1 and B12.5); a violation is a bug of the driver."""
         for field in fields(self):

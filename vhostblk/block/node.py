@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vhostblk.block.bounce import BouncePool
@@ -241,7 +242,9 @@ class BlockNode(Driver, Quiescent):
             for edge in self.children.values():
                 limits.merge(edge.node.limits)
         self.limits = limits
+        inherited = replace(limits)
         self.refresh_limits()
+        self.limits.fit(inherited)
         self.limits.check()
         for edge in tuple(self.parents):
             edge.parent.child_changed(edge)

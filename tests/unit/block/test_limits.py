@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.block.fakes import ArrayNode, NoOptions, PassNode, put_above
+from vhostblk.block.edge import Edge
 from vhostblk.block.limits import (
     MAX_ALIGNMENT,
     MAX_LENGTH,
@@ -15,6 +17,7 @@ from vhostblk.block.limits import (
     align_up,
 )
 from vhostblk.block.node import ExtentFlag, Req, Role
+from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
 
 
@@ -85,6 +88,72 @@ def test_merge_takes_the_stricter_of_transfer_and_memory_limits_only(
     assert own.max_pdiscard == before.max_pdiscard
     assert own.max_pwrite_zeroes == before.max_pwrite_zeroes
     assert own.request_alignment == 1
+
+
+alignments = st.sampled_from([1, 2, 512, 1024, 4096])
+
+
+@st.composite
+def stated(draw: st.DrawFn) -> BlockLimits:
+    """What a driver may state of itself."""
+    align = draw(alignments)
+    discard_unit, zeroes_unit = align * draw(st.integers(0, 4)), align * draw(st.integers(0, 4))
+    return BlockLimits(
+        request_alignment=align,
+        opt_transfer=align * draw(st.integers(0, 4)),
+        max_transfer=draw(st.one_of(st.just(0), st.integers(align, 8 * align))),
+        pdiscard_alignment=discard_unit,
+        max_pdiscard=max(discard_unit, align) * draw(st.integers(0, 4)),
+        pwrite_zeroes_alignment=zeroes_unit,
+        max_pwrite_zeroes=max(zeroes_unit, align) * draw(st.integers(0, 4)),
+        min_mem_alignment=draw(alignments),
+        opt_mem_alignment=draw(alignments),
+        max_iov=draw(st.integers(1, 1024)),
+    )
+
+
+class Stating(PassNode):
+    """A filter with an alignment of its own."""
+
+    align = 1
+
+    def refresh_limits(self) -> None:
+        self.limits.request_alignment = self.align
+
+
+@given(st.lists(stated(), min_size=1, max_size=3), alignments)
+def test_any_node_above_any_children_has_limits_that_are_sound(
+    children: list[BlockLimits], align: int
+) -> None:
+    """Only transfers and memory are inherited, as the strictest of them; what is less than a block becomes one."""
+    node = Stating("above", NodeOptions(), NoOptions())
+    node.align = align
+    for number, limits in enumerate(children):
+        child = ArrayNode(8192, limits)
+        edge = Edge(node, child, str(number), Role.DATA, Perm.NONE, Perm.ALL)
+        edge.attach()
+        node.children[str(number)] = edge
+    node.compute_limits()
+    found = node.limits
+    found.check()
+    assert found.request_alignment == align
+    transfers = [limits.max_transfer for limits in children if limits.max_transfer]
+    assert found.max_transfer == (max(min(transfers), align) if transfers else 0)
+    assert found.opt_transfer == align_up(max(limits.opt_transfer for limits in children), align)
+    assert found.max_iov == min(limits.max_iov for limits in children)
+    for name in ("min_mem_alignment", "opt_mem_alignment"):
+        assert getattr(found, name) == max(getattr(limits, name) for limits in children)
+    for name in ("max_pdiscard", "pdiscard_alignment", "max_pwrite_zeroes"):
+        assert getattr(found, name) == 0
+
+
+def test_change_of_limits_reaches_everybody_above() -> None:
+    leaf = ArrayNode(8192, BlockLimits(min_mem_alignment=1))
+    middle = put_above(leaf, "middle")
+    top = put_above(middle, "top")
+    leaf.limits.max_transfer, leaf.limits.min_mem_alignment = 2048, 512
+    middle.compute_limits()
+    assert (top.limits.max_transfer, top.limits.min_mem_alignment) == (2048, 512)
 
 
 def test_limits_are_clamped_to_multiples_of_their_alignment() -> None:
