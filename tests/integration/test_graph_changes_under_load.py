@@ -76,7 +76,7 @@ class Changer:
 
     async def grow(self) -> None:
         file = self._graph.find("f")
-        await resize(self._export.device.backend, file, file.length + 65536)
+        await resize(self._graph, self._export.device.backend, file, file.length + 65536)
 
     async def swap(self) -> None:
         """The same bytes through another node: everybody moves to it and back."""

@@ -6,6 +6,7 @@ pipeline of the child does the rest.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from vhostblk.block import clear, pipeline
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.permissions import Perm
 from vhostblk.block.transaction import GraphTransaction
+from vhostblk.errors import BlockError
 
 if TYPE_CHECKING:
     from vhostblk.block.iov import IoVec
@@ -105,4 +107,6 @@ class Edge:
         # itself.
         node = self.node
         assert _and(self.perm, _WRITES) or node.read_only, f"{self.describe()}: no write permission"
-        assert offset + length <= node.length or _and(self.perm, _RESIZE) or node.read_only
+        if offset + length > node.length and not _and(self.perm, _RESIZE) and not node.read_only:
+            # No bug: somebody may have cut the file short under us.
+            raise BlockError(errno.EIO, f"{self.describe()}: behind the end of the node")

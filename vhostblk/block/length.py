@@ -17,6 +17,7 @@ from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role
 
 if TYPE_CHECKING:
+    from vhostblk.block.graph import BlockGraph
     from vhostblk.block.node import BlockNode, EdgeParent
 
 
@@ -32,6 +33,7 @@ class Measurement:
 
 
 async def resize(
+    graph: BlockGraph,
     user: EdgeParent,
     node: BlockNode,
     length: int,
@@ -39,17 +41,21 @@ async def resize(
 ) -> None:
     """Change the length of a node for a user who is not one of its parents (the `block_resize` command).
 
+    Nothing is in flight in the node, nor above, meanwhile: a request that has begun before there was less room would
+    end behind the end.
+
     Raises:
         ConfigError: EBUSY: a job blocks it; or a parent does not share the resize permission.
         BlockError: as `pipeline.truncate`.
     """
     check_op(node, OpType.RESIZE)
-    edge = Edge(user, node, "resize", Role.DATA, Perm.RESIZE, Perm.ALL)
-    edge.attach()
-    try:
-        await edge.truncate(align_up(length, SECTOR_SIZE), preallocation)
-    finally:
-        edge.detach()
+    async with graph.changing(node):
+        edge = Edge(user, node, "resize", Role.DATA, Perm.RESIZE, Perm.ALL)
+        edge.attach()
+        try:
+            await edge.truncate(align_up(length, SECTOR_SIZE), preallocation)
+        finally:
+            edge.detach()
 
 
 async def allocated_size(node: BlockNode) -> int:

@@ -200,15 +200,15 @@ class CowNode(ArrayNode):
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
         await super().driver_preadv(offset, length, iov)
-        for number in self.clusters(offset, length):
-            if number not in self.allocated:
-                start = max(offset, number * self.cluster_size)
-                end = min(offset + length, (number + 1) * self.cluster_size)
-                part = iov.slice(start - offset, end - start)
-                if self.backing is None:
-                    part.zero(0, part.length)
-                else:
-                    await self.children["backing"].preadv(start, part)
+        # Those of this very moment: what is written from here on is not in `iov`.
+        for number in [n for n in self.clusters(offset, length) if n not in self.allocated]:
+            start = max(offset, number * self.cluster_size)
+            end = min(offset + length, (number + 1) * self.cluster_size)
+            part = iov.slice(start - offset, end - start)
+            if self.backing is None:
+                part.zero(0, part.length)
+            else:
+                await self.children["backing"].preadv(start, part)
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         await self._own(offset, length)

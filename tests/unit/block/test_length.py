@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.schedule import explore, replay, turns
+from tests.unit.block.crash_disk import CrashDisk
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
@@ -61,7 +64,7 @@ def test_file_grows_with_zeroes_and_takes_as_much_room_as_it_was_told_to(
         except ConfigError as error:
             pytest.skip(f"no O_DIRECT here: {error}")
         backend = user(node)
-        await resize(backend, node, 64 * KIB + MIB, preallocation)
+        await resize(graph, backend, node, 64 * KIB + MIB, preallocation)
         assert node.length == 64 * KIB + MIB == os.stat(image).st_size
         assert await allocated_size(node) >= least + 64 * KIB
         if not least:
@@ -69,7 +72,7 @@ def test_file_grows_with_zeroes_and_takes_as_much_room_as_it_was_told_to(
         data = bytearray(MIB)
         await backend.preadv(64 * KIB, IoVec([memoryview(data)]))
         assert not any(data)
-        await resize(backend, node, 4 * KIB)
+        await resize(graph, backend, node, 4 * KIB)
         assert os.stat(image).st_size == 4 * KIB
         await backend.close()
 
@@ -92,7 +95,7 @@ def test_impossible_lengths_and_preallocations_are_refused_and_the_length_is_wha
         node = await graph.add({"driver": "file", "filename": image})
         backend = user(node)
         with pytest.raises(BlockError) as caught:
-            await resize(backend, node, length, preallocation)
+            await resize(graph, backend, node, length, preallocation)
         assert caught.value.errno == code
         assert node.length == os.stat(image).st_size == 64 * KIB
         await backend.close()
@@ -113,7 +116,7 @@ def test_file_that_cannot_get_the_room_has_its_old_size_again(
         node = await graph.add({"driver": "file", "filename": image})
         backend = user(node)
         with pytest.raises(BlockError) as caught:
-            await resize(backend, node, MIB, Preallocation.FULL)
+            await resize(graph, backend, node, MIB, Preallocation.FULL)
         assert caught.value.errno == errno.ENOSPC
         assert node.length == os.stat(image).st_size == 64 * KIB
         await backend.close()
@@ -127,18 +130,18 @@ def test_resize_needs_the_permission_a_writable_node_and_nobody_who_blocks_it(im
         backend = user(node)
         job = BlockBackend(node, "job", writable=False, shared=Perm.ALL & ~Perm.RESIZE)
         with pytest.raises(ConfigError, match=r"cannot have permission 'resize'.*job does not"):
-            await resize(backend, node, 0)
+            await resize(graph, backend, node, 0)
         await job.close()
         reason = Reason("a mirror runs")
         node.op_blockers.block(reason, (OpType.RESIZE,))
         with pytest.raises(ConfigError, match="Node 'f' is busy: a mirror runs"):
-            await resize(backend, node, 0)
+            await resize(graph, backend, node, 0)
         node.op_blockers.unblock(reason)
         await backend.close()
         frozen = await graph.add("null-co,node-name=n,read-only=on")
         backend = user(frozen)
         with pytest.raises(ConfigError, match="Block node 'n' is read-only") as caught:
-            await resize(backend, frozen, 0)
+            await resize(graph, backend, frozen, 0)
         assert caught.value.errno == errno.EACCES
         await backend.close()
         assert os.stat(image).st_size == 64 * KIB
@@ -170,8 +173,8 @@ def test_growing_and_shrinking_under_load_keeps_what_is_left_and_zeroes_what_is_
 
         task = asyncio.create_task(load())
         for _ in range(20):
-            await resize(backend, node, 32 * KIB)
-            await resize(backend, node, 96 * KIB)
+            await resize(graph, backend, node, 32 * KIB)
+            await resize(graph, backend, node, 96 * KIB)
             tail = bytearray(64 * KIB)
             await guest.preadv(32 * KIB, IoVec([memoryview(tail)]))
             assert not any(tail)
@@ -183,6 +186,52 @@ def test_growing_and_shrinking_under_load_keeps_what_is_left_and_zeroes_what_is_
         await backend.close()
 
     with_graph(scenario)
+
+
+def test_node_gets_shorter_when_requests_that_began_before_are_over() -> None:
+    """Those are cut to what each layer takes; the last piece would be behind the end, and make it longer again."""
+
+    async def scenario() -> None:
+        graph = BlockGraph({**DRIVERS, "crash-disk": CrashDisk})
+        await graph.add("crash-disk,node-name=d,size=8k")
+        node = await graph.add("blkdebug,image=d,max-transfer=512")
+        guest = BlockBackend(node, "guest", writable=True, shared=Perm.ALL)
+        backend = user(node)
+        content = IoVec.of(b"x" * 4 * KIB)
+        write = asyncio.create_task(guest.pwritev(4 * KIB, content))
+        await turns(5)
+        await resize(graph, backend, graph.find("d"), 4 * KIB)
+        await write
+        assert (node.length, guest.length) == (4 * KIB, 4 * KIB)
+        with pytest.raises(BlockError) as caught:
+            await guest.pwritev(4 * KIB, content)
+        assert caught.value.errno == errno.EIO
+        await guest.close()
+        await backend.close()
+        await graph.close_all()
+
+    explore(scenario, departures=1)
+
+
+def test_write_that_is_behind_the_end_by_now_is_an_error_of_the_disk() -> None:
+    """A file that somebody else has cut short is no bug of ours."""
+
+    async def scenario() -> None:
+        graph = BlockGraph({**DRIVERS, "crash-disk": CrashDisk})
+        leaf = await graph.add("crash-disk,node-name=d,size=8k")
+        guest = BlockBackend(
+            await graph.add("blkdebug,image=d,max-transfer=512"), "guest", writable=True
+        )
+        write = asyncio.create_task(guest.pwritev(0, IoVec.of(b"x" * 8 * KIB)))
+        await turns(5)
+        leaf.set_length(4 * KIB)
+        with pytest.raises(BlockError, match="behind the end") as caught:
+            await write
+        assert caught.value.errno == errno.EIO
+        await guest.close()
+        await graph.close_all()
+
+    replay(scenario, {})
 
 
 def test_allocated_size_is_that_of_the_files_below() -> None:
@@ -202,7 +251,7 @@ def test_truncated_length_is_told_in_whole_sectors(image: str) -> None:
     async def scenario(graph: BlockGraph) -> None:
         node = await graph.add({"driver": "file", "filename": image})
         backend = user(node)
-        await resize(backend, node, 1000)
+        await resize(graph, backend, node, 1000)
         assert node.length == 1024
         assert (node.block_sizes.logical, node.block_sizes.physical) >= (512, 512)
         await backend.close()
