@@ -6,7 +6,10 @@ import re
 
 from tests.docs.documents import ROOT, read, table
 
-FOLDERS = ("tests/unit/block", "tests/unit/block/drivers", "tests/integration", "tests/contract")
+FOLDERS = (
+    *("tests/unit/block", "tests/unit/block/drivers", "tests/unit/export"),
+    *("tests/integration", "tests/contract"),
+)
 
 
 def rows() -> list[dict[str, str]]:

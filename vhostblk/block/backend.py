@@ -246,6 +246,14 @@ class BlockBackend(Quiescent):
         finally:
             self.leave()
 
+    def plug(self) -> None:
+        """More requests follow at once: call `unplug` when they have begun, before anything else runs (row B28)."""
+        self.node.plug()
+
+    def unplug(self) -> None:
+        """Undo `plug`: what was kept back is submitted."""
+        self.node.unplug()
+
     # ------------------------------------------------------------------ what may be done without
     # asking
 

@@ -4,6 +4,8 @@ Two implementations of one interface: `NativeHostIO` uses the C engine (`struct 
 native/engine.h), `ThreadHostIO` a pool of Python threads, where the engine is not built. Nobody
 waits in the loop: a coroutine suspends once per request.
 
+Between `plug` and `unplug` requests are kept, to be submitted together (block layer row B28).
+
 A request that is being waited for cannot be cancelled, because the kernel may still be writing into
 its buffers: the cancellation takes effect when the request is over.
 """
@@ -16,7 +18,6 @@ import errno
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from typing import Any, TypeVar
 from vhostblk import native
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
-from vhostblk.native import IOOp
+from vhostblk.native import IOOp, IORequest
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
 _WORKERS = 16
+# So many are worth a system call, whatever else may follow.
+_BURST = 64
 
 
 class Completion(asyncio.Future[Any]):
@@ -76,6 +79,12 @@ class HostIO(ABC):
     @abstractmethod
     async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """fallocate(2)."""
+
+    def plug(self) -> None:  # noqa: B027 - threads have nothing to keep
+        """More requests follow at once; every call needs an `unplug`, before the caller suspends (row B28)."""
+
+    def unplug(self) -> None:  # noqa: B027
+        """Undo one `plug`; the last one submits what was kept."""
 
     async def call(self, function: Callable[..., T], *arguments: Any) -> T:
         """Run something that may block in a thread; what it raises is raised here, as it is."""
@@ -142,7 +151,8 @@ class NativeHostIO(HostIO):
         self.kind = self._io.kind
         self._next_cookie = 0
         self._waiting: dict[int, Completion] = {}
-        self._backlog: deque[Callable[[], bool]] = deque()  # the engine was full
+        self._queue: list[IORequest] = []  # plugged, or the engine was full
+        self._plugged = 0
         self._loop.add_reader(self._io.fd, self._reap)
 
     async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
@@ -183,22 +193,33 @@ class NativeHostIO(HostIO):
         cookie = self._next_cookie
         self._next_cookie += 1
         self._waiting[cookie] = completion = Completion(loop=self._loop)
-
-        def submit() -> bool:
-            return self._io.submit(cookie, op, fd, offset, buffers, length=length, flags=flags)
-
-        if self._backlog or not submit():
-            self._backlog.append(submit)
+        self._queue.append(IORequest(cookie, op, fd, offset, buffers, length, flags))
+        if not self._plugged or len(self._queue) >= _BURST:
+            self._submit_queue()
         result: int = await completion
         if result < 0:
             raise BlockError(-result)
         return result
 
+    def plug(self) -> None:
+        """See `HostIO.plug`."""
+        self._plugged += 1
+
+    def unplug(self) -> None:
+        """See `HostIO.unplug`."""
+        self._plugged -= 1
+        if not self._plugged:
+            self._submit_queue()
+
+    def _submit_queue(self) -> None:
+        if self._queue:
+            taken = self._io.submit(self._queue)
+            del self._queue[:taken]
+
     def _reap(self) -> None:
         for cookie, result in self._io.reap():
             self._waiting.pop(cookie).set_result(result)
-        while self._backlog and self._backlog[0]():
-            self._backlog.popleft()
+        self._submit_queue()
 
 
 # ---------------------------------------------------------------------- the same, blocking

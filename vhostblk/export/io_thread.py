@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, Protocol
 
@@ -65,6 +66,7 @@ class IOThread:
         self._outbox: list[bytes] = []
         self._flush_scheduled = False
         self._receiving = False
+        self._turn_ends: list[Callable[[], None]] = []
         self._next_cookie = 1
         self._last_queue_key = 0
         # cookie -> who waits, and what must stay in memory until the engine has answered
@@ -130,6 +132,15 @@ class IOThread:
         if not self._receiving:
             self._flush_soon()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether other messages follow the one that a sink is told of, in the same turn."""
+        return bool(self._inbox)
+
+    def at_end_of_turn(self, function: Callable[[], None]) -> None:
+        """Call `function` when this turn's messages have been looked at; for sinks."""
+        self._turn_ends.append(function)
+
     def close(self) -> None:
         """End and join the thread. All disks must be detached."""
         self._loop.remove_reader(self._thread.fd)
@@ -177,3 +188,6 @@ class IOThread:
         finally:
             self._receiving = False
             self._flush()
+            ends, self._turn_ends = self._turn_ends, []
+            for function in ends:
+                function()

@@ -99,6 +99,7 @@ class NativeDataPath:
         self._write_through = False
         self._flush_failed = False  # of the engine, and the block layer knows
         self._has_flushed = False  # the engine had the right to flush a file, and may have it now
+        self._plugged = False  # while requests that came together are looked at
         self._tasks: set[asyncio.Task[None]] = set()
         self.description = ""
         device.memory_faulted = self._memory_faulted
@@ -298,7 +299,15 @@ class NativeDataPath:
 
     def engine_request(self, thread: IOThread, message: Message) -> None:
         """A request that missed: map its range and give it back, or execute it."""
+        if not self._plugged and thread.has_more:
+            self._plugged = True
+            self._backend.plug()
+            thread.at_end_of_turn(self._unplug)
         run_eagerly(self._serve(thread, message), partial(_answer, thread, message[3]), self._tasks)
+
+    def _unplug(self) -> None:
+        self._plugged = False
+        self._backend.unplug()
 
     async def _serve(self, thread: IOThread, message: Message) -> Outcome | None:
         try:

@@ -290,13 +290,14 @@ class _Queue:
         ring = self._ring
         if ring is None or self._is_broken or not self._enabled:
             return
+        device = self._path.device
         ring.disable_notification()
+        device.backend.plug()
         try:
             for _ in range(self._vring.size):
                 chain = ring.pop()
                 if chain is None:
                     break
-                device = self._path.device
                 request = blk_request.parse(
                     chain,
                     capacity=device.capacity,
@@ -316,6 +317,8 @@ class _Queue:
             ring.break_queue(exc)
             self._break(exc)
             return
+        finally:
+            device.backend.unplug()
         if self._path.memory_faulted():
             self._unwatch()
         elif pending:

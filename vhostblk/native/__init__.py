@@ -26,7 +26,7 @@ from vhostblk.native.constants import (
 )
 from vhostblk.native.disk import Disk, Extents, extents
 from vhostblk.native.guest_memory import Memory, Region
-from vhostblk.native.host_io import HostIO
+from vhostblk.native.host_io import HostIO, IORequest
 from vhostblk.native.queues import (
     QueueConfig,
     QueueStats,
@@ -48,6 +48,7 @@ __all__ = [
     "Extents",
     "HostIO",
     "IOOp",
+    "IORequest",
     "Memory",
     "Message",
     "MessageType",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from vhostblk.native.binding import (
     IO_KIND_NAMES,
@@ -22,10 +22,28 @@ from vhostblk.native.binding import (
 )
 from vhostblk.native.constants import IOOp
 
-__all__ = ["HostIO"]
+__all__ = ["HostIO", "IORequest"]
 
 _IO_REQUEST = struct.Struct("=QQQQIiII")
 _IO_RESULT = struct.Struct("=Qq")
+
+
+class IORequest(NamedTuple):
+    """One operation."""
+
+    cookie: int
+    """Names it in `reap`; unique among those in flight."""
+    op: IOOp
+    fd: int
+    """Of the file; must stay open."""
+    offset: int = 0
+    """Bytes."""
+    buffers: Sequence[Any] = ()
+    """READ, WRITE: contiguous; READ: writable. `HostIO` keeps them alive."""
+    length: int = 0
+    """FALLOCATE: bytes."""
+    flags: int = 0
+    """WRITE: 1 for a durable write. FALLOCATE: the mode."""
 
 
 class HostIO:
@@ -57,51 +75,29 @@ class HostIO:
         self.kind: str = IO_KIND_NAMES[lib.vb_io_kind(self._io)]
         """"io_uring" or "threads"."""
 
-    def submit(
-        self,
-        cookie: int,
-        op: IOOp,
-        fd: int,
-        offset: int = 0,
-        buffers: Sequence[Any] = (),
-        *,
-        length: int = 0,
-        flags: int = 0,
-    ) -> bool:
-        """Begin one operation.
-
-        Args:
-            cookie: names it in `reap`; unique among those in flight.
-            op: what to do.
-            fd: of the file; must stay open.
-            offset: bytes.
-            buffers: READ, WRITE: contiguous; READ: writable. Kept alive here.
-            length: FALLOCATE: bytes.
-            flags: WRITE: 1 for a durable write. FALLOCATE: the mode.
+    def submit(self, requests: Sequence[IORequest]) -> int:
+        """Begin operations, in order.
 
         Returns:
-            Whether it was taken: False when `depth` are in flight.
+            How many were taken: fewer when `depth` are in flight.
         """
-        table = b"".join([IOV.pack(address_of(b), memoryview(b).nbytes) for b in buffers])
-        # Copied into memory of its own: the engine moves along the vector while it works.
-        vector = ffi.new("char[]", table) if table else ffi.NULL
-        request = ffi.new("struct vb_io_request *")
-        _IO_REQUEST.pack_into(
-            ffi.buffer(request),
-            0,
-            cookie,
-            offset,
-            length,
-            pointer_of(vector),
-            len(buffers),
-            fd,
-            op,
-            flags,
-        )
-        if not lib.vb_io_submit(self._io, request, 1):
-            return False
-        self._in_flight[cookie] = (buffers, vector)
-        return True
+        pieces = [
+            IOV.pack(address_of(buffer), memoryview(buffer).nbytes)
+            for request in requests
+            for buffer in request.buffers
+        ]
+        # Copied into memory of its own: the engine moves along the vectors while it works.
+        vectors = ffi.new("char[]", b"".join(pieces))
+        vector, table = pointer_of(vectors), []
+        for cookie, op, fd, offset, buffers, length, flags in requests:
+            count = len(buffers)
+            table.append(_IO_REQUEST.pack(cookie, offset, length, vector, count, fd, op, flags))
+            vector += count * IOV.size
+        packed = ffi.from_buffer("struct vb_io_request[]", b"".join(table))
+        taken = int(lib.vb_io_submit(self._io, packed, len(requests)))
+        for request in requests[:taken]:
+            self._in_flight[request.cookie] = (request.buffers, vectors)
+        return taken
 
     def reap(self) -> list[tuple[int, int]]:
         """Take what has finished.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from functools import partial
 from typing import Any
 
 import pytest
@@ -382,3 +383,27 @@ def test_permissions_are_asked_for_when_they_are_needed_and_given_back() -> None
         await reader.close()
 
     asyncio.run(scenario())
+
+
+# ---------------------------------------------------------------- plug (row B28)
+
+
+def test_plug_reaches_children_first_unplug_last_and_drivers_hear_of_the_outermost() -> None:
+    heard: list[str] = []
+    node = ArrayNode()
+    above = put_above(node)
+    for each in (node, above):
+        each.driver_plug = partial(heard.append, f"plug {each.node_name}")  # type: ignore[method-assign]
+        each.driver_unplug = partial(heard.append, f"unplug {each.node_name}")  # type: ignore[method-assign]
+    root, below = backend(above, shared=Perm.ALL), backend(node, shared=Perm.ALL)
+    root.plug()
+    below.plug()
+    root.plug()
+    assert heard == ["plug array", "plug above"]
+    assert (node.plugged, above.plugged) == (3, 2)
+    root.unplug()
+    below.unplug()
+    root.unplug()
+    assert heard == ["plug array", "plug above", "unplug above", "unplug array"]
+    with pytest.raises(AssertionError):
+        root.unplug()

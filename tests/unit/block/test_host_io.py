@@ -6,11 +6,12 @@ import asyncio
 import errno
 import os
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.requirements import require
 from tests.unit.block.fakes import turns
 from vhostblk import native
 from vhostblk.block.host_io import (
@@ -117,6 +118,72 @@ def test_many_at_once_all_finish(run: Callable[[Scenario], None], fd: int) -> No
         assert os.pread(fd, count, 0) == bytes(n % 251 for n in range(count))
 
     run(scenario)
+
+
+class Submissions:
+    """How many requests each submission had."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.sizes: list[int] = []
+        submit = native.HostIO.submit
+
+        def spy(io: native.HostIO, requests: Sequence[native.IORequest]) -> int:
+            self.sizes.append(len(requests))
+            return submit(io, requests)
+
+        monkeypatch.setattr(native.HostIO, "submit", spy)
+
+
+def test_burst_of_64_requests_is_one_submission_and_nested_plugs_submit_once(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("engine")
+    submissions = Submissions(monkeypatch)
+
+    async def scenario() -> None:
+        io = NativeHostIO("auto")
+        for number in (64, 63):
+            submissions.sizes = []
+            io.plug()
+            io.plug()
+            writes = [
+                asyncio.create_task(io.pwritev(fd, n, IoVec.of(bytes([number + n]))))
+                for n in range(number)
+            ]
+            await turns(1)
+            io.unplug()
+            assert submissions.sizes == ([64] if number == 64 else [])  # enough not to wait
+            io.unplug()
+            assert submissions.sizes == [number]
+            await asyncio.gather(*writes)
+            assert os.pread(fd, number, 0) == bytes(range(number, 2 * number))
+        await io.fdatasync(fd)
+        assert submissions.sizes == [63, 1]
+        await io.close()
+
+    asyncio.run(scenario())
+
+
+def test_what_the_engine_did_not_take_of_a_burst_follows_when_it_has_room(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require("engine")
+    submissions = Submissions(monkeypatch)
+
+    async def scenario() -> None:
+        io = NativeHostIO("auto")
+        io.plug()
+        writes = [
+            asyncio.create_task(io.pwritev(fd, n, IoVec.of(bytes([n % 251])))) for n in range(1500)
+        ]
+        await turns(1)
+        io.unplug()
+        assert sum(submissions.sizes) > 1500
+        await asyncio.gather(*writes)
+        assert os.pread(fd, 1500, 0) == bytes(n % 251 for n in range(1500))
+        await io.close()
+
+    asyncio.run(scenario())
 
 
 def test_calls_run_in_another_thread_and_raise_here(run: Callable[[Scenario], None]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vhostblk import native
-from vhostblk.native import HostIO, IOOp
+from vhostblk.native import HostIO, IOOp, IORequest
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the engine is not built")
 
@@ -43,7 +43,7 @@ def reap(io: HostIO, count: int) -> dict[int, int]:
 
 
 def run(io: HostIO, op: IOOp, fd: int, offset: int = 0, *buffers: object, **options: int) -> int:
-    assert io.submit(1, op, fd, offset, buffers, **options)
+    assert io.submit([IORequest(1, op, fd, offset, buffers, **options)]) == 1
     return reap(io, 1)[1]
 
 
@@ -85,17 +85,30 @@ def test_errors_are_negative_errnos(io: HostIO) -> None:
 def test_more_than_the_depth_has_to_wait(io: HostIO, fd: int) -> None:
     os.write(fd, b"x" * 4096)
     buffers = [bytearray(4096) for _ in range(10)]
-    taken = [io.submit(n, IOOp.READ, fd, 0, [buffers[n]]) for n in range(10)]
-    assert taken == [True] * 4 + [False] * 6
+    requests = [IORequest(n, IOOp.READ, fd, 0, [buffers[n]]) for n in range(10)]
+    assert io.submit(requests) == 4
+    assert io.submit(requests[4:]) == 0
     assert reap(io, 4) == dict.fromkeys(range(4), 4096)
-    assert io.submit(9, IOOp.READ, fd, 0, [buffers[9]])
+    assert io.submit(requests[9:]) == 1
     assert reap(io, 1) == {9: 4096}
+    assert [bytes(buffer[:1]) for buffer in buffers] == [b"x"] * 4 + [b"\0"] * 5 + [b"x"]
+
+
+def test_requests_that_are_submitted_together_have_vectors_of_their_own(
+    io: HostIO, fd: int
+) -> None:
+    os.write(fd, b"abcdefghijkl")
+    buffers = [[bytearray(1), bytearray(2)] for _ in range(4)]
+    requests = [IORequest(n, IOOp.READ, fd, 3 * n, buffers[n]) for n in range(4)]
+    assert io.submit(requests) == 4
+    assert reap(io, 4) == dict.fromkeys(range(4), 3)
+    assert b"".join(map(b"".join, buffers)) == b"abcdefghijkl"
 
 
 def test_close_waits_for_what_is_in_flight(fd: int) -> None:
     io = HostIO("threads", depth=64)
-    for n in range(64):
-        assert io.submit(n, IOOp.WRITE, fd, n * 65536, [bytes(65536)])
+    writes = [IORequest(n, IOOp.WRITE, fd, n * 65536, [bytes(65536)]) for n in range(64)]
+    assert io.submit(writes) == 64
     io.close()
     io.close()
     assert os.fstat(fd).st_size == 64 * 65536

@@ -172,6 +172,14 @@ class PosixNode(BlockNode):
         if done < length:
             write_all(self._fd, offset + done, iov.slice(done, length - done), flags)
 
+    def driver_plug(self) -> None:
+        """Whoever does the I/O may wait for more."""
+        self._io.plug()
+
+    def driver_unplug(self) -> None:
+        """Now it may not."""
+        self._io.unplug()
+
     async def driver_cut_padding(self, end: int) -> None:
         """O_DIRECT wrote a whole block at the end; the file must not seem to have grown."""
         if not self._file.is_device and self._size > end:
