@@ -10,7 +10,7 @@
 static struct {
 	const char *name;
 	test_function function;
-} tests[128];
+} tests[160];
 static int test_count;
 
 void test_register(const char *name, test_function function)

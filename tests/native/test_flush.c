@@ -255,6 +255,45 @@ TEST(the_right_to_flush_is_back_when_no_thread_flushes)
 	rig_down();
 }
 
+static int set_flush(int thread, int fd)
+{
+	struct vb_message set = {.type = VB_FLUSH_SET, .disk = (uint64_t)rig.disk, .result = fd};
+
+	return engine_command(rig.engines[thread], set).result;
+}
+
+/* Who waits for an fdatasync shares it, whatever he asked for: were it another file, it would say nothing about his. */
+TEST(no_thread_may_flush_a_file_while_another_file_may_be_flushed)
+{
+	int other = file_new(false, SIZE);
+	struct vb_message miss = {.type = VB_FLUSH_SET, .result = VB_FLUSH_MISS};
+	uint64_t cookie;
+
+	rig_up(true);
+	miss.disk = (uint64_t)rig.disk;
+	/* Neither on the same thread nor while the others have the old one. */
+	CHECK_EQUAL(set_flush(0, other), -EBUSY);
+	CHECK_EQUAL(set_flush(0, rig.fd), 0);
+	CHECK_EQUAL(set_flush(0, VB_FLUSH_MISS), 0);
+	CHECK_EQUAL(set_flush(0, other), -EBUSY);
+	CHECK_EQUAL(set_flush(1, VB_FLUSH_NOTHING), 0);
+	/* Nor while an fdatasync of the old one is in flight. */
+	ask(2, 0, VIRTIO_BLK_T_FLUSH, 0);
+	engine_until(rig.engines[2], calls_inside() == 1);
+	cookie = engine_send(rig.engines[2], miss);
+	settle_thread(2);
+	CHECK_EQUAL(set_flush(0, other), -EBUSY);
+	CHECK_EQUAL(set_flush(2, other), -EBUSY);
+	let_through(1, false);
+	CHECK_EQUAL(engine_wait(rig.engines[2], cookie).result, 0);
+	CHECK_EQUAL(status_of(2, 0), VIRTIO_BLK_S_OK);
+	for (int i = 0; i < THREADS; i++)
+		CHECK_EQUAL(set_flush(i, other), 0);
+	CHECK_EQUAL(set_flush(1, rig.fd), -EBUSY);
+	rig_down();
+	close(other);
+}
+
 /* As many as a thread may owe answers: each has its place from the beginning, none can fail for want of memory. */
 TEST(thousands_of_revocations_wait_at_once)
 {

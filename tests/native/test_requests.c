@@ -388,12 +388,13 @@ static void failing_file(enum vb_io_kind kind, uint32_t flags)
 	expect(VIRTIO_BLK_T_OUT, 0, 4096, VIRTIO_BLK_S_IOERR, 1);
 	engine_until(rig.engine, rig.io_errors == 1);
 	CHECK_EQUAL(rig.io_error.result, -ENOSPC);
-	CHECK_EQUAL(vb_disk_write_gen(rig.disk), 0);
+	/* A part of it may have been written: a flush has something to do. */
+	CHECK_EQUAL(vb_disk_write_gen(rig.disk), 1);
 	rig_down();
 	close(fd);
 }
 
-TEST(failed_writes_are_reported_and_not_counted)
+TEST(failed_writes_are_reported_and_count_as_writes)
 {
 	failing_file(VB_IO_AUTO, VB_EXTENT_INLINE);
 	failing_file(VB_IO_AUTO, 0);
@@ -439,7 +440,7 @@ TEST(write_through_reaches_the_file_system)
 	expect(VIRTIO_BLK_T_OUT, 0, 512, VIRTIO_BLK_S_IOERR, 1);
 	disk_map(rig.engine, rig.disk, whole_file(rig.fd, SIZE, RW | VB_EXTENT_INLINE));
 	expect(VIRTIO_BLK_T_OUT, 0, 512, VIRTIO_BLK_S_OK, 1);
-	CHECK_EQUAL(vb_disk_write_gen(rig.disk), 1);
+	CHECK_EQUAL(vb_disk_write_gen(rig.disk), 2);
 	rig_down();
 }
 

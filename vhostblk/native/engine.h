@@ -61,9 +61,31 @@ void vb_disk_set_capacity(struct vb_disk *disk, uint64_t capacity);
 /* Non-zero: every write that starts later is durable when it completes (writeback 0, or FLUSH not negotiated): by
  * RWF_DSYNC, or where the page cache is in between by an fdatasync behind it, which VB_FLUSH_SET must have allowed. */
 void vb_disk_set_write_through(struct vb_disk *disk, int write_through);
-/* Writes the engine has completed by itself, so that control's flush generations can count them. Grows before the
- * guest is told. */
+/* Writes of the engine's that have ended, so that control's flush generations can count them. Grows before the guest is
+ * told. Those that failed count: part of them may be in the file. */
 uint64_t vb_disk_write_gen(const struct vb_disk *disk);
+/* The end (bytes) of the write that reached furthest since this was last asked, or 0: nothing was written. What
+ * vb_disk_write_gen has counted is in it. */
+uint64_t vb_disk_take_highest_write(struct vb_disk *disk);
+
+/* A map of what the engine has written. Memory is the caller's. */
+struct vb_dirty_map {
+	uint64_t words; /* address of (bits + 63) / 64 uint64_t, zero at first; used by the engine's functions alone */
+	uint64_t bits;  /* what is written beyond the last one is not marked */
+	uint32_t shift; /* bit n is for bytes n << shift and on */
+};
+
+struct vb_range {
+	uint64_t offset;
+	uint64_t length;
+};
+
+/* NULL: none. Writes that end are marked here before the guest is told, also those that failed. The map before may be
+ * marked until every thread of the disk has answered a command that was sent later. */
+void vb_disk_set_dirty_map(struct vb_disk *disk, const struct vb_dirty_map *map);
+/* How many runs of set bits were stored, in bytes and in order; those bits are clear then. Begins at `*word`, 0 at
+ * first, and stores where to go on: after the last call 0 are returned. max >= 32. */
+uint32_t vb_dirty_map_take(const struct vb_dirty_map *map, uint64_t *word, struct vb_range *ranges, uint32_t max);
 /* The errno of an fdatasync of the engine that has failed, or 0. It is set before anybody is told, and VB_IO_ERROR, which
  * tells control, may come late or not at all: so control looks here before it flushes. */
 int vb_disk_flush_failed(const struct vb_disk *disk);
@@ -187,8 +209,9 @@ enum vb_message_type {
 	/* disk, result = fd that FLUSH may fdatasync, VB_FLUSH_MISS (as after DISK_ATTACH) or VB_FLUSH_NOTHING:
 	 * acknowledged when no flush of the old fd is in flight on this thread. The threads of a disk do one fdatasync
 	 * at a time, because the kernel tells of a lost write once; so they must have the same fd, and control, before
-	 * it flushes or closes that file itself, sets MISS on all of them and waits. Once an fdatasync has failed, all
-	 * flushes of this disk go to control, whatever is set here: see vb_disk_flush_failed. */
+	 * it flushes or closes that file itself, sets MISS on all of them and waits. -EBUSY: one of them may still
+	 * flush another file; nothing has changed. Once an fdatasync has failed, all flushes of this disk go to
+	 * control, whatever is set here: see vb_disk_flush_failed. */
 	VB_FLUSH_SET,
 	/* disk, pointer = vb_extent[count]: copied; each replaces what it overlaps. A request is a hit when one extent
 	 * has all of it; extents that continue each other, also in the file, become one. -EINVAL: nothing was mapped.

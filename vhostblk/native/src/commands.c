@@ -91,8 +91,10 @@ static void run_disk_command(struct vb_thread *thread, struct attachment *a, con
 		set_memory(thread, a, command);
 		return;
 	case VB_FLUSH_SET:
-		attachment_set_flush(a, command);
-		return;
+		result = attachment_set_flush(a, command);
+		if (!result)
+			return;
+		break;
 	case VB_MAP:
 		result = map(a, command);
 		break;

@@ -55,6 +55,25 @@ uint64_t vb_disk_write_gen(const struct vb_disk *disk)
 	return load_acquire(&disk->write_gen);
 }
 
+uint64_t vb_disk_take_highest_write(struct vb_disk *disk)
+{
+	return load_relaxed(&disk->highest_write) ? __atomic_exchange_n(&disk->highest_write, 0, __ATOMIC_ACQ_REL) : 0;
+}
+
+void disk_note_write(struct vb_disk *disk, uint64_t offset, uint64_t length)
+{
+	const struct vb_dirty_map *dirty = load_acquire(&disk->dirty);
+
+	if (dirty)
+		dirty_map_mark(dirty, offset, length);
+	dirty_raise(&disk->highest_write, offset + length);
+}
+
+void vb_disk_set_dirty_map(struct vb_disk *disk, const struct vb_dirty_map *map)
+{
+	store_release(&disk->dirty, map);
+}
+
 int vb_disk_flush_failed(const struct vb_disk *disk)
 {
 	return (int)load_acquire(&disk->flush_failed);
@@ -90,6 +109,8 @@ void attachment_destroy(struct attachment *a)
 {
 	if (a->memory)
 		memory_use_destroy(a, a->memory);
+	if (a->flush_fd >= 0)
+		flush_line_leave(&a->disk->line);
 	extent_map_remove(&a->map, 0, UINT64_MAX);
 	attachment_register_files(a);
 	extent_map_deinit(&a->map);
@@ -121,6 +142,8 @@ void attachment_io_ended(struct attachment *a, struct io_track *track)
 		if (!barrier_matches(b, track) || --b->waiting)
 			continue;
 		list_remove(&b->link);
+		if (b->leaves_line)
+			flush_line_leave(&a->disk->line);
 		thread_ack_owed(a->thread, &b->command, 0, 0);
 		list_append(&a->thread->barriers.free, &b->link);
 	}
@@ -148,15 +171,17 @@ static struct barrier *barrier_take(struct barriers *barriers)
 	return container_of(node, struct barrier, link);
 }
 
-static void raise_barrier(struct attachment *a, const struct vb_message *command)
+static void raise_barrier(struct attachment *a, const struct vb_message *command, bool leaves_line)
 {
-	struct barrier candidate = {.sequence = ++a->sequence, .command = *command}, *b;
+	struct barrier candidate = {.sequence = ++a->sequence, .leaves_line = leaves_line, .command = *command}, *b;
 
 	if (candidate.command.length > UINT64_MAX - candidate.command.offset)
 		candidate.command.length = UINT64_MAX - candidate.command.offset;
 	list_for_each (node, following, &a->in_flight)
 		candidate.waiting += barrier_matches(&candidate, container_of(node, struct io_track, link));
 	if (!candidate.waiting) {
+		if (leaves_line)
+			flush_line_leave(&a->disk->line);
 		thread_ack(a->thread, command, 0, 0);
 		return;
 	}
@@ -186,13 +211,18 @@ void attachment_revoke(struct attachment *a, const struct vb_message *command)
 {
 	extent_map_remove(&a->map, command->offset, command->length);
 	attachment_register_files(a);
-	raise_barrier(a, command);
+	raise_barrier(a, command, false);
 }
 
-void attachment_set_flush(struct attachment *a, const struct vb_message *command)
+int attachment_set_flush(struct attachment *a, const struct vb_message *command)
 {
+	bool held = a->flush_fd >= 0;
+
+	if (command->result >= 0 && !flush_line_enter(&a->disk->line, command->result))
+		return -EBUSY;
 	a->flush_fd = command->result;
-	raise_barrier(a, command);
+	raise_barrier(a, command, held);
+	return 0;
 }
 
 /* What shall be registered: io_uring takes at most 1 GiB at a time. */

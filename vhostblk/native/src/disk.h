@@ -6,6 +6,7 @@
 #include "../engine.h"
 #include "aio.h"
 #include "common.h"
+#include "dirty.h"
 #include "extent_map.h"
 #include "flush.h"
 #include "memory.h"
@@ -17,10 +18,24 @@ struct vb_disk {
 	uint32_t write_through;
 	uint32_t flush_failed; /* the errno of an fdatasync: from then on control answers flushes */
 	struct flush_line line;
-	_Alignas(64) uint64_t write_gen; /* written by several threads */
+	_Alignas(64) uint64_t write_gen; /* written by several threads, as is ... */
+	uint64_t highest_write;          /* ... this */
+	const struct vb_dirty_map *dirty;
 };
 
 struct vb_disk *disk_ref(struct vb_disk *disk);
+
+/* What is not noted for every write: where it was, if there is a map, and how far it has reached. */
+void disk_note_write(struct vb_disk *disk, uint64_t offset, uint64_t length) __attribute__((cold));
+
+/* A write of the engine's has ended; part of it may be in the file even if it has failed. Before the driver can know: a
+ * flush that it sends afterwards must see this write. Pair [W1], vb_disk_write_gen. */
+static inline void disk_wrote(struct vb_disk *disk, uint64_t offset, uint64_t length)
+{
+	if (load_relaxed(&disk->dirty) || offset + length > load_relaxed(&disk->highest_write))
+		disk_note_write(disk, offset, length);
+	__atomic_fetch_add(&disk->write_gen, 1, __ATOMIC_RELEASE);
+}
 
 struct vb_thread;
 
@@ -56,6 +71,7 @@ struct barrier {
 	struct list link; /* of an attachment, or free */
 	uint64_t sequence;
 	uint32_t waiting; /* I/O in flight that it waits for */
+	bool leaves_line; /* then nobody here flushes the file any more */
 	struct vb_message command;
 };
 
@@ -102,7 +118,8 @@ void attachment_register_files(struct attachment *attachment);
 
 /* Acknowledge `command` when no I/O that has begun before touches the range, or, for flushes, none is in flight. */
 void attachment_revoke(struct attachment *attachment, const struct vb_message *command);
-void attachment_set_flush(struct attachment *attachment, const struct vb_message *command);
+/* 0, or -EBUSY: it was not done and has to be answered. */
+int attachment_set_flush(struct attachment *attachment, const struct vb_message *command);
 
 /* Use another memory map from now on; acknowledges the command when nothing uses the old one. */
 int attachment_set_memory(struct attachment *attachment, const struct vb_message *command);

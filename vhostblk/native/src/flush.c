@@ -31,6 +31,27 @@ void flush_line_deinit(struct flush_line *line)
 	pthread_mutex_destroy(&line->lock);
 }
 
+bool flush_line_enter(struct flush_line *line, int fd)
+{
+	bool enters;
+
+	pthread_mutex_lock(&line->lock);
+	enters = !line->holders || line->fd == fd;
+	if (enters) {
+		line->fd = fd;
+		line->holders++;
+	}
+	pthread_mutex_unlock(&line->lock);
+	return enters;
+}
+
+void flush_line_leave(struct flush_line *line)
+{
+	pthread_mutex_lock(&line->lock);
+	line->holders--;
+	pthread_mutex_unlock(&line->lock);
+}
+
 /* Under the lock. */
 static void watch(struct attachment *a)
 {

@@ -5,6 +5,8 @@
 
 struct flush_line {
 	pthread_mutex_t lock;
+	int32_t fd;           /* what all threads flush, while ... */
+	uint32_t holders;     /* ... there are some that may, or still do */
 	uint64_t begun;       /* fdatasyncs, ever */
 	uint64_t ended;       /* of them; at most one less */
 	struct list watchers; /* attachments with requests in the line, to be woken when one ends */
@@ -12,6 +14,11 @@ struct flush_line {
 
 void flush_line_init(struct flush_line *line);
 void flush_line_deinit(struct flush_line *line);
+
+/* One more may flush this file until it leaves. False: somebody may flush another one, and whoever shares an fdatasync
+ * would be told of the wrong file. */
+bool flush_line_enter(struct flush_line *line, int fd);
+void flush_line_leave(struct flush_line *line);
 
 struct request;
 struct vb_thread;

@@ -53,23 +53,41 @@ static void report_failure(struct request *request, int error)
 		thread_post(queue->thread, &message);
 }
 
+/* Part of a write that has failed may be in the file all the same. */
+static void note_write(struct request *request)
+{
+	disk_wrote(request->queue->attachment->disk, request->blk.offset, request->blk.length);
+}
+
+/* Not inline: reads need none of its registers. */
+__attribute__((noinline)) static void finish_write(struct request *request)
+{
+	note_write(request);
+	request_complete(request, VIRTIO_BLK_S_OK, 0);
+}
+
+__attribute__((noinline)) static void fail_io(struct request *request, int error)
+{
+	if (request->blk.op == VB_OP_WRITE)
+		note_write(request);
+	report_failure(request, error);
+	request_complete(request, VIRTIO_BLK_S_IOERR, 0);
+}
+
 static void finish_io(struct request *request, int64_t result)
 {
 	struct blk_request *blk = &request->blk;
 
-	if (result < 0 || (uint64_t)result != blk->length) {
+	if (result < 0 || (uint64_t)result != blk->length)
 		/* An extent that reaches beyond the end of its file is an error of whoever mapped it. */
-		report_failure(request, result < 0 ? (int)result : -EIO);
-		request_complete(request, VIRTIO_BLK_S_IOERR, 0);
-		return;
-	}
-	/* Before the driver can know: a flush that it sends afterwards must see this write. Pair [W1],
-	 * vb_disk_write_gen. */
-	if (blk->op == VB_OP_WRITE)
-		__atomic_fetch_add(&request->queue->attachment->disk->write_gen, 1, __ATOMIC_RELEASE);
-	request_complete(request, VIRTIO_BLK_S_OK, blk->op == VB_OP_READ ? blk->length : 0);
+		fail_io(request, result < 0 ? (int)result : -EIO);
+	else if (blk->op == VB_OP_WRITE)
+		finish_write(request);
+	else
+		request_complete(request, VIRTIO_BLK_S_OK, blk->op == VB_OP_READ ? blk->length : 0);
 }
 
+/* An acknowledgement that has waited for this is not seen before the end of the turn: what finish_io notes is there. */
 static void untrack_io(struct request *request)
 {
 	struct attachment *attachment = request->queue->attachment;
