@@ -42,6 +42,8 @@ static int aio_init(struct aio *aio, uint32_t kind, uint32_t depth, uint32_t wor
 	error = aio_pool_create(workers, &aio->pool);
 	if (!error)
 		error = watch(aio, aio_pool_fd(aio->pool));
+	if (!error)
+		error = watch(aio, aio_pool_timer_fd(aio->pool));
 	if (error || kind == VB_IO_THREADS)
 		return error;
 	error = aio_uring_create(depth, &aio->uring);

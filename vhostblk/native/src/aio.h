@@ -103,6 +103,8 @@ struct aio_pool;
 int aio_pool_create(uint32_t workers, struct aio_pool **ret);
 void aio_pool_destroy(struct aio_pool *pool);
 int aio_pool_fd(const struct aio_pool *pool);
+/* Readable when aio_pool_flush has something to do though nothing was started. */
+int aio_pool_timer_fd(const struct aio_pool *pool);
 void aio_pool_start(struct aio_pool *pool, struct aio_op *op);
 void aio_pool_flush(struct aio_pool *pool);
 bool aio_pool_pending(const struct aio_pool *pool);
