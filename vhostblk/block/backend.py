@@ -26,6 +26,7 @@ from vhostblk.block.node import (
     ExtentFlag,
     FlushTarget,
     HostExtent,
+    PastWrites,
     Req,
     Role,
 )
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Revoke = Callable[[int, int], Awaitable[None]]
 RevokeFlush = Callable[[], Awaitable[None]]
+TakeWrites = Callable[[bool], PastWrites]
 
 _FUA = int(Req.FUA)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
@@ -81,7 +83,7 @@ class BlockBackend(Quiescent):
         self._revoke: Revoke | None = None
         self._revoke_flush: RevokeFlush | None = None
         self._resized: Callable[[int], None] | None = None
-        self._external_writes: Callable[[], int] | None = None
+        self._take_writes: TakeWrites | None = None
         perm = _permissions(writable, resize)
         self._edge = Edge(self, node, "root", Role.FILTERED | Role.PRIMARY, perm, shared)
         self._edge.attach()
@@ -115,7 +117,7 @@ class BlockBackend(Quiescent):
         revoke: Revoke | None = None,
         revoke_flush: RevokeFlush | None = None,
         resized: Callable[[int], None] | None = None,
-        external_writes: Callable[[], int] | None = None,
+        take_writes: TakeWrites | None = None,
     ) -> None:
         """Say who is to be told.
 
@@ -123,13 +125,14 @@ class BlockBackend(Quiescent):
             would not see; when it returns, nobody uses an extent that touches the range.
             revoke_flush: awaited before the graph flushes `flush_target()` itself; when it returns,
             nobody else does, and `flush_failed` was called if somebody's flush has failed. resized:
-            called with the new length. external_writes: how many writes were completed through
-            extents; only grows. Without it a flush after such writes might be skipped.
+            called with the new length. take_writes: what was written through extents since this was
+            last called, with True also where. Without it a flush after such writes might be skipped,
+            and nothing is writable that has to be recorded.
         """
         self._revoke = revoke
         self._revoke_flush = revoke_flush
         self._resized = resized
-        self._external_writes = external_writes
+        self._take_writes = take_writes
 
     async def ask(self, *, writable: bool, resize: bool = False) -> None:
         """Ask for other permissions than were given so far.
@@ -271,7 +274,8 @@ class BlockBackend(Quiescent):
             if extent is None:
                 break
             position = extent.end
-            if not self.writable and extent.flags & ExtentFlag.WRITE:
+            may_write = self.writable and not (extent.record and self._take_writes is None)
+            if not may_write and extent.flags & ExtentFlag.WRITE:
                 extent = extent.without(ExtentFlag.WRITE)
             found.append(extent)
         # A driver that had to wait may have been overtaken; the next miss asks again.
@@ -356,6 +360,9 @@ class BlockBackend(Quiescent):
         self._epoch += 1
         if self._revoke is not None:
             await self._revoke(offset, length)
+            if offset == 0 and length >= self.node.length:
+                # Before the graph changes: it is the nodes that are below now that were written.
+                self.collect_writes(ranges=True)
 
     async def child_revoke_flush(self, edge: Edge) -> None:
         """Nobody else flushes the node's file once this returns."""
@@ -390,9 +397,12 @@ class BlockBackend(Quiescent):
             queued, self._queued = self._queued, []
             wake(queued)
 
-    def external_writes(self) -> int:
-        """Writes completed through extents."""
-        return self._external_writes() if self._external_writes is not None else 0
+    def collect_writes(self, *, ranges: bool) -> None:
+        """Tell the graph what was written through extents since it was last told."""
+        if self._take_writes is not None:
+            writes = self._take_writes(ranges)
+            if writes.count or writes.highest or writes.ranges:
+                self.node.wrote_past(writes)
 
     # ------------------------------------------------------------------
 

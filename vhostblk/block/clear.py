@@ -94,8 +94,7 @@ async def _aligned_zeroes(
             await node.driver_debug_event("pwritev_zero")
         return await submit.write_zeroes(node, offset, end, flags)
     finally:
-        node.write_gen += 1
-        node.highest_write = max(node.highest_write, end)
+        node.wrote(offset, end)
 
 
 async def pdiscard(node: BlockNode, offset: int, length: int) -> None:
@@ -117,7 +116,7 @@ async def pdiscard(node: BlockNode, offset: int, length: int) -> None:
             await run_before_write(node, request)
         await submit.discard(node, offset, length)
     finally:
-        node.write_gen += 1
+        node.discarded(offset, length)
         tracker.end(request)
         node.leave()
 

@@ -73,8 +73,7 @@ async def copy_range_to(
                 await pipeline.run_before_write(target, request)
             await target.driver_copy_range_to(source, source_offset, offset, length, flags)
         finally:
-            target.write_gen += 1
-            target.highest_write = max(target.highest_write, offset + length)
+            target.wrote(offset, offset + length)
         pipeline.written(target, offset + length)
     finally:
         target.tracker.end(request)

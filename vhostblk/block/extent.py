@@ -6,6 +6,7 @@ Such answers hold until they are revoked (`BlockNode.revoke`). The native engine
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -32,7 +33,8 @@ class HostExtent:
         until the extent has been revoked; None where no file is behind it (ZERO, NULL).
         host_offset: where `offset` is in the file. request_alignment: requests not aligned to it
         must go through the block layer. memory_alignment: nor those whose buffers' addresses or
-        lengths are not aligned to this.
+        lengths are not aligned to this. record: if not 0, whoever writes remembers where, in
+        granules of so many bytes (a power of two, at least 512), see `PastWrites`.
     """
 
     offset: int
@@ -42,6 +44,7 @@ class HostExtent:
     flags: ExtentFlag
     request_alignment: int = 1
     memory_alignment: int = 1
+    record: int = 0
 
     @property
     def end(self) -> int:
@@ -59,6 +62,25 @@ class HostExtent:
             return None
         host_offset = self.host_offset + start - self.offset
         return replace(self, offset=start, length=end - start, host_offset=host_offset)
+
+
+@dataclass(frozen=True, slots=True)
+class PastWrites:
+    """What somebody has written through extents, past the pipeline, since he was last asked.
+
+    Attributes: count: writes that have ended, however they ended. highest: where the one that
+        reached furthest ended, bytes. ranges: offset and length of what was written, in the
+        granules that the extents asked for; only if they were asked for.
+    """
+
+    count: int = 0
+    highest: int = 0
+    ranges: Sequence[tuple[int, int]] = ()
+
+    def shifted(self, offset: int) -> PastWrites:
+        """The same by offsets that are so much larger."""
+        ranges = [(start + offset, length) for start, length in self.ranges]
+        return PastWrites(self.count, self.highest and self.highest + offset, ranges)
 
 
 class FlushTarget(enum.Enum):

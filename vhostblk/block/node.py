@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.driver import BlockSizes, Driver, OpenContext
-from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
+from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites
 from vhostblk.block.flags import Req
 from vhostblk.block.limits import MAX_BOUNCING, BlockLimits
 from vhostblk.block.op_blockers import OpBlockers
@@ -23,6 +23,7 @@ from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.tracking import RequestTracker, TrackedRequest
 
 if TYPE_CHECKING:
+    from vhostblk.block.dirty_map import DirtyMap
     from vhostblk.block.edge import Edge
     from vhostblk.block.options import NodeOptions
 
@@ -34,6 +35,7 @@ __all__ = [
     "FlushTarget",
     "HostExtent",
     "OpenContext",
+    "PastWrites",
     "Req",
     "Role",
 ]
@@ -73,8 +75,12 @@ class EdgeParent(Protocol):
     def child_drained_end(self, edge: Edge) -> None:
         """Undo one `child_drained_begin`."""
 
-    def external_writes(self) -> int:
-        """Completed writes into the child that did not go through the pipeline; only grows."""
+    def collect_writes(self, *, ranges: bool) -> None:
+        """Tell the child, and everybody below, of the writes that did not go through the pipeline (`wrote_past`).
+
+        Args:
+            ranges: also where they were; that takes longer.
+        """
 
 
 class BlockNode(Driver, Quiescent):
@@ -116,6 +122,7 @@ class BlockNode(Driver, Quiescent):
         self.tracker = RequestTracker()
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
         self.before_write: list[BeforeWrite] = []  # see `add_before_write`
+        self.dirty_maps: list[DirtyMap] = []  # see `dirty_map.record`
         self.plugged = 0
         self.highest_write = 0  # the end of the write that reached furthest (row B24.4)
         self.write_gen = 0
@@ -178,20 +185,54 @@ class BlockNode(Driver, Quiescent):
 
     def write_generation(self) -> int:
         """Grows with every write that may have reached this node, by the pipeline or past it (row B16.12)."""
-        return self.write_gen + self.external_writes()
+        self.collect_writes(ranges=False)
+        return self.write_gen
 
-    def external_writes(self) -> int:
-        """Writes that went past the pipeline of this node, through an extent given to somebody above."""
-        total = 0
+    def highest_offset(self) -> int:
+        """The end of the write that reached furthest, by the pipeline or past it (row B24.4)."""
+        self.collect_writes(ranges=False)
+        return self.highest_write
+
+    def collect_writes(self, *, ranges: bool) -> None:
+        """Take note of what was written through extents given to somebody above; see `EdgeParent`."""
         for edge in self.parents:
-            total += edge.parent.external_writes()
-        return total
+            edge.parent.collect_writes(ranges=ranges)
 
-    def fold_external_writes(self, writes: int) -> None:
-        """Keep counting the external writes of a parent that goes away."""
-        self.write_gen += writes
+    def wrote(self, offset: int, end: int) -> None:
+        """Bookkeeping of a write that has ended: even after a failure, or a veto, a part of it may have been written
+        (rows B16.12 and B16.13)."""
+        self.write_gen += 1
+        if end > self.highest_write:
+            self.highest_write = end
+        if self.dirty_maps:
+            self.mark_dirty(offset, end - offset)
+
+    def discarded(self, offset: int, length: int) -> None:
+        """The same of a discard, which does not count as a write that reaches somewhere (row B18.7)."""
+        self.write_gen += 1
+        self.mark_dirty(offset, length)
+
+    def mark_dirty(self, offset: int, length: int) -> None:
+        """Every dirty map has this range (row B29.7)."""
+        for dirty in self.dirty_maps:
+            dirty.mark(offset, length)
+
+    def wrote_past(self, writes: PastWrites) -> None:
+        """Somebody above has written through extents of this node: the same bookkeeping, here and below."""
+        self.write_gen += writes.count
+        self.highest_write = max(self.highest_write, writes.highest)
+        if self.dirty_maps:
+            for offset, length in writes.ranges:
+                self.mark_dirty(offset, length)
         for edge in self.children.values():
-            edge.node.fold_external_writes(writes)
+            shift = self.child_range(edge, 0)
+            # Who does not know where they were at least has something to flush.
+            below = PastWrites(writes.count) if shift is None else writes.shifted(shift)
+            edge.node.wrote_past(below)
+
+    def child_range(self, edge: Edge, offset: int) -> int | None:
+        """Where in the child a byte of this node is, if all of it is there in one piece, and by its extents."""
+        return offset if edge.role & Role.FILTERED else None
 
     def mappable(self, offset: int, length: int) -> bool:
         """Whether extents may be given out for the range now."""
@@ -277,6 +318,8 @@ class BlockNode(Driver, Quiescent):
         """Change `length` and tell whoever is above."""
         if length != self.length:
             self.length = length
+            for dirty in self.dirty_maps:
+                dirty.resize(length)
             for edge in tuple(self.parents):
                 edge.parent.child_resized(edge)
 

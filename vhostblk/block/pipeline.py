@@ -21,6 +21,7 @@ import errno
 from collections.abc import Awaitable
 
 from vhostblk.block import submit
+from vhostblk.block.dirty_map import recorded
 from vhostblk.block.eager import DONE, begin, rest
 from vhostblk.block.extent import ExtentFlag, HostExtent
 from vhostblk.block.flags import Preallocation
@@ -259,7 +260,7 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
             if waits_for is not DONE:
                 await _visibly(node, RequestType.WRITE, offset, length, rest(driver, waits_for))
         finally:
-            _count_write(node, end)
+            node.wrote(offset, end)
         if end > node.length:
             written(node, end)
         return
@@ -353,16 +354,9 @@ async def _aligned_write(
             return bool(flags & ~driver_flags & _FUA)
         return await submit.write(node, offset, iov, flags)
     finally:
-        _count_write(node, end)
+        node.wrote(offset, end)
         if node.has_debug_events:
             await node.driver_debug_event("pwritev_done")
-
-
-def _count_write(node: BlockNode, end: int) -> None:
-    # Even after a failure, or a veto: part of it may have been written (rows B16.12 and B16.13).
-    node.write_gen += 1
-    if end > node.highest_write:
-        node.highest_write = end
 
 
 async def run_before_write(node: BlockNode, request: TrackedRequest) -> None:
@@ -438,4 +432,6 @@ async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent |
         return None
     if extent.flags & ExtentFlag.WRITE and not node.writes_may_pass:
         extent = extent.without(ExtentFlag.WRITE)
+    if extent.flags & ExtentFlag.WRITE and (node.dirty_maps or extent.record):
+        extent = recorded(node, extent)
     return extent.cut(*run)

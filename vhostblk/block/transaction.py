@@ -79,6 +79,8 @@ class GraphTransaction:
             ConfigError: it is frozen.
         """
         check_frozen(edge)
+        # What was written through extents is this node's, not that of whoever takes its place.
+        edge.parent.collect_writes(ranges=True)
         self._old_nodes.setdefault(edge, edge.node)
         if (children := _children(edge)) is not None and children.get(edge.name) is edge:
             self._keep_children(children)
@@ -93,6 +95,7 @@ class GraphTransaction:
         """
         check_frozen(edge)
         _check_cycle(edge, node)
+        edge.parent.collect_writes(ranges=True)
         old = edge.node
         self._old_nodes.setdefault(edge, old)
         self.assign(edge, "node", node)
@@ -223,9 +226,7 @@ def _joined(edge: Edge, node: BlockNode | None) -> None:
 
 
 def _left(edge: Edge, node: BlockNode | None) -> None:
-    """The node keeps counting the writes that went past its pipeline."""
     if node is not None:
-        node.fold_external_writes(edge.parent.external_writes())
         if edge.blocker is not None:
             node.op_blockers.unblock(edge.blocker)
         for below in parents_first([node]):

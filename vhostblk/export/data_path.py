@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from vhostblk import native
+from vhostblk.block.extent import PastWrites
 from vhostblk.errors import PeerError
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
@@ -70,8 +71,12 @@ class DataPath(Protocol):
         """Leave flushes to the block layer from now on; returns when none of ours is in flight, and it was told if one
         has failed."""
 
-    def external_writes(self) -> int:
-        """How many writes were completed past the block layer; only grows."""
+    def take_writes(self, ranges: bool) -> PastWrites:
+        """What was written past the block layer since this was last called.
+
+        Args:
+            ranges: also where.
+        """
 
     async def close(self) -> None:
         """Let go of everything. All queues are stopped."""

@@ -128,7 +128,7 @@ class Export:
             revoke=export._path.revoke,
             revoke_flush=export._path.revoke_flush,
             resized=export._resized,
-            external_writes=export._path.external_writes,
+            take_writes=export._path.take_writes,
         )
         return export
 

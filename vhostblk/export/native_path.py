@@ -17,7 +17,7 @@ from functools import partial
 
 from vhostblk import native
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.node import ExtentFlag
+from vhostblk.block.node import ExtentFlag, PastWrites
 from vhostblk.errors import BlockError, PeerError
 from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice, Outcome
@@ -25,6 +25,7 @@ from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.stats_page import StatsPage
+from vhostblk.export.write_record import WriteRecord
 from vhostblk.native import Message, MessageType
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
@@ -93,6 +94,7 @@ class NativeDataPath:
             max_segments=device.max_segments,
             serial=device.serial,
         )
+        self._record = WriteRecord(self._disk, device.capacity)
         self._queues: dict[int, _Queue] = {}  # by index, while started
         self._by_key: dict[tuple[IOThread, int], _Queue] = {}
         self._memory: native.Memory | None = None
@@ -244,7 +246,8 @@ class NativeDataPath:
 
     def set_capacity(self, capacity: int) -> None:
         """See `DataPath.set_capacity`."""
-        self._disk.set_capacity(capacity)
+        if self._record.set_length(capacity):
+            self._disk.set_capacity(capacity)
 
     async def revoke(self, offset: int, length: int) -> None:
         """See `DataPath.revoke`. A revocation of everything includes the right to flush."""
@@ -253,14 +256,16 @@ class NativeDataPath:
             thread.command(MessageType.REVOKE, disk=disk, offset=offset, length=length)
             for thread in self._threads
         ]
-        if offset == 0 and length >= self._backend.length:
+        is_everything = offset == 0 and length >= self._backend.length
+        if is_everything:
             # Until extents are installed again, see `_fault`.
             self._disk.set_write_through(self._write_through)
             commands += [
                 thread.command(MessageType.FLUSH_SET, disk=disk, result=native.FLUSH_MISS)
                 for thread in self._threads
             ]
-        await asyncio.gather(*(self._check(command) for command in commands))
+        with self._record.revocation(is_everything):
+            await asyncio.gather(*(self._check(command) for command in commands))
         self._learn_of_failed_flush()
 
     async def revoke_flush(self) -> None:
@@ -280,9 +285,9 @@ class NativeDataPath:
             )
             self._learn_of_failed_flush()
 
-    def external_writes(self) -> int:
-        """See `DataPath.external_writes`."""
-        return self._disk.write_gen
+    def take_writes(self, ranges: bool) -> PastWrites:
+        """See `DataPath.take_writes`."""
+        return self._record.take(ranges)
 
     async def close(self) -> None:
         """See `DataPath.close`."""
@@ -374,10 +379,11 @@ class NativeDataPath:
         """Install what the graph can map around a request; says whether that serves it."""
         try:
             extents = await self._backend.extents(offset, length)
+            if not offload.covers(extents, offset, length, write):
+                return False
+            self._record.prepare(extents)
         except BlockError:
             return False  # the request itself will meet the error, and tell
-        if not offload.covers(extents, offset, length, write):
-            return False
         # No wait between the backend's answer and the message: a revocation would come between them.
         if offload.flush_target(self._backend) == native.FLUSH_NOTHING:
             self._disk.set_write_through(False)  # cache.no-flush: nothing is ever made durable

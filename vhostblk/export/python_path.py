@@ -11,6 +11,7 @@ import time
 from functools import partial
 
 from vhostblk import native
+from vhostblk.block.extent import PastWrites
 from vhostblk.errors import GuestError, PeerError
 from vhostblk.export import event_fd
 from vhostblk.export.blk_device import BlkDevice, Outcome
@@ -117,9 +118,9 @@ class PythonDataPath:
     async def revoke_flush(self) -> None:
         """All go through the block layer."""
 
-    def external_writes(self) -> int:
+    def take_writes(self, ranges: bool) -> PastWrites:
         """All go through the block layer."""
-        return 0
+        return PastWrites()
 
     async def close(self) -> None:
         """See `DataPath.close`."""

@@ -24,6 +24,7 @@ from vhostblk.native.constants import (
     QueueFd,
     RequestFlag,
 )
+from vhostblk.native.dirty import DirtyMap
 from vhostblk.native.disk import Disk, Extents, extents
 from vhostblk.native.guest_memory import Memory, Region
 from vhostblk.native.host_io import HostIO, IORequest
@@ -42,6 +43,7 @@ __all__ = [
     "FLUSH_NOTHING",
     "LATENCY_BUCKETS",
     "Broken",
+    "DirtyMap",
     "Disk",
     "EngineThread",
     "ExtentFlag",

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable
 
 from vhostblk.native.binding import address_of, check, engine, ffi, lib, pointer_of
+from vhostblk.native.dirty import DirtyMap
 
 __all__ = ["Disk", "Extents", "extents"]
 
@@ -52,6 +53,7 @@ class Disk:
         ret = ffi.new("struct vb_disk **")
         check(lib.vb_disk_create(config, ret), f"disk of {capacity} bytes")
         self._disk = ret[0]
+        self._dirty: DirtyMap | None = None
         self.id = disk_id
 
     @property
@@ -61,8 +63,17 @@ class Disk:
 
     @property
     def write_gen(self) -> int:
-        """How many writes the engine has completed by itself."""
+        """How many writes of the engine's have ended, also those that failed."""
         return int(lib.vb_disk_write_gen(self._disk))
+
+    def take_highest_write(self) -> int:
+        """Where the write that reached furthest since this was last asked has ended, bytes; 0: none did."""
+        return int(lib.vb_disk_take_highest_write(self._disk))
+
+    def set_dirty_map(self, dirty: DirtyMap | None) -> None:
+        """Have writes marked from now on; the map is kept until another one is set."""
+        lib.vb_disk_set_dirty_map(self._disk, ffi.NULL if dirty is None else dirty.struct)
+        self._dirty = dirty
 
     @property
     def flush_failed(self) -> int:

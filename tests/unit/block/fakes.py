@@ -256,9 +256,9 @@ class PassNode(BlockNode):
         self.length = edge.node.length
 
 
-def put_above(child: BlockNode, name: str = "above") -> PassNode:
+def put_above(child: BlockNode, name: str = "above", kind: type[PassNode] = PassNode) -> PassNode:
     """A filter on a child, without a graph."""
-    node = PassNode(name, NodeOptions(discard="unmap"), NoOptions())
+    node = kind(name, NodeOptions(discard="unmap"), NoOptions())
     edge = Edge(node, child, "file", Role.FILTERED | Role.PRIMARY, Perm.ALL, Perm.ALL)
     edge.attach()
     node.children["file"] = edge

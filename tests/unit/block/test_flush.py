@@ -9,10 +9,13 @@ import pytest
 
 from tests.unit.block.fakes import ArrayNode, put_above, run_now, turns
 from vhostblk.block import clear, pipeline
+from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
-from vhostblk.block.node import Req
+from vhostblk.block.node import BlockNode, PastWrites, Req
 from vhostblk.block.options import NodeOptions
+from vhostblk.block.permissions import Perm
+from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError
 
 FUA = int(Req.FUA)
@@ -184,37 +187,63 @@ def test_no_flush_skips_the_disk_but_not_the_operating_system_nor_the_children()
     assert child.asked.count("flush") == 1
 
 
+def user_of(node: BlockNode, writes: list[PastWrites]) -> BlockBackend:
+    """A user that has written through extents what is in the list, which is empty once he was asked."""
+    user = BlockBackend(node, "the test", writable=True, shared=Perm.ALL)
+    user.attach(take_writes=lambda _ranges: writes.pop() if writes else PastWrites())
+    return user
+
+
 def test_writes_past_the_pipeline_count_as_writes() -> None:
     """The engine's own writes: the next flush must not be skipped."""
     node = ArrayNode()
     above = put_above(node)
-    engine = 0
-
-    class User:
-        def external_writes(self) -> int:
-            return engine
-
-    above.external_writes = User().external_writes  # type: ignore[method-assign]
+    engine: list[PastWrites] = []
+    user_of(above, engine)
     run_now(pipeline.flush(above))
     run_now(pipeline.flush(above))
     assert node.asked.count("flush") == 1
-    engine = 1
+    engine.append(PastWrites(1, 512))
     run_now(pipeline.flush(above))
+    assert node.asked.count("flush") == 2
+    run_now(pipeline.flush(above))
+    assert node.asked.count("flush") == 2
+    assert (above.highest_write, node.highest_write) == (512, 512)
+
+
+def test_flush_that_comes_from_below_sees_writes_past_the_pipeline_too() -> None:
+    """Whoever else uses the node at the bottom has to make durable what the engine wrote above."""
+    node = ArrayNode()
+    engine: list[PastWrites] = []
+    user_of(put_above(node), engine)
+    run_now(pipeline.flush(node))
+    engine.append(PastWrites(1, 512))
+    run_now(pipeline.flush(node))
     assert node.asked.count("flush") == 2
 
 
 def test_writes_past_the_pipeline_still_count_when_the_writer_has_left() -> None:
     node = ArrayNode()
-    above = put_above(node)
-    engine = 5
-
-    class User:
-        def external_writes(self) -> int:
-            return engine
-
-    above.external_writes = User().external_writes  # type: ignore[method-assign]
-    before = node.write_generation()
-    above.children["file"].detach()
-    assert node.write_generation() >= before
+    engine: list[PastWrites] = []
+    user = user_of(put_above(node), engine)
     run_now(pipeline.flush(node))
-    assert node.asked.count("flush") == 1
+    engine.append(PastWrites(5, 512))
+    user._edge.detach()
+    run_now(pipeline.flush(node))
+    assert node.asked.count("flush") == 2
+
+
+def test_writes_past_the_pipeline_are_those_of_the_node_that_was_there() -> None:
+    """Another node takes its place: that has been written by nobody."""
+    old, new = ArrayNode(), ArrayNode()
+    engine: list[PastWrites] = []
+    user = user_of(old, engine)
+    for node in (old, new):
+        run_now(pipeline.flush(node))
+    engine.append(PastWrites(1, 512))
+    with GraphTransaction() as change:
+        change.move(user._edge, new)
+    assert (old.highest_offset(), new.highest_offset()) == (512, 0)
+    for node in (old, new):
+        run_now(pipeline.flush(node))
+    assert (old.asked.count("flush"), new.asked.count("flush")) == (2, 1)

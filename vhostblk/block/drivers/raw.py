@@ -198,11 +198,21 @@ class RawNode(BlockNode):
                 extent = extent.without(ExtentFlag.WRITE).cut(0, PROBE_SIZE)
             else:
                 extent = extent.cut(PROBE_SIZE, extent.end)
+        if extent is not None and extent.record and shift:
+            # Granules begin at other places here: those that begin at the same ones have to do.
+            record = min(extent.record, shift & -shift)
+            if record < SECTOR_SIZE:
+                extent = extent.without(ExtentFlag.WRITE)
+            extent = replace(extent, record=max(record, SECTOR_SIZE))
         return extent and replace(extent, offset=extent.offset - shift)
 
     def flush_target(self) -> int | FlushTarget:
         """The child's: nothing is cached here."""
         return flush_target(self._file.node)
+
+    def child_range(self, edge: Edge, offset: int) -> int | None:
+        """Shifted."""
+        return offset + self.options.offset
 
     async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
         """The part of the child's range that shows through the window."""

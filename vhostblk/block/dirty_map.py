@@ -1,0 +1,125 @@
+"""Which parts of a node were written: the map under dirty bitmaps (block layer rows B16.12 and B29.7).
+
+Theory of operation: a map that is attached to a node (`record`) is marked by the pipeline when a write, zero-write or
+discard ends, however it ended. What somebody above writes through extents he remembers by himself: an extent of a node
+with maps says how finely (`HostExtent.record`), and `collect` brings what he has remembered into the maps.
+
+Knows nothing about names and states of bitmaps, nor about the engine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vhostblk.block.extent import ExtentFlag, HostExtent
+from vhostblk.block.limits import SECTOR_SIZE
+
+if TYPE_CHECKING:
+    from vhostblk.block.node import BlockNode
+
+_DIRTY = re.compile(rb"[^\0]+")
+
+
+class DirtyMap:
+    """Which granules of a range of bytes are dirty.
+
+    Args:
+        length: bytes that it is about; what is marked beyond is left out.
+        granularity: bytes of a granule, a power of two of at least a sector (row B29.1).
+    """
+
+    def __init__(self, length: int, granularity: int) -> None:
+        assert granularity >= SECTOR_SIZE, granularity
+        assert granularity & (granularity - 1) == 0, granularity
+        self.length = length
+        self.granularity = granularity
+        self._shift = granularity.bit_length() - 1
+        self._bits = bytearray(self._size(length))
+
+    def _size(self, length: int) -> int:
+        granules = -(-length >> self._shift) if length else 0
+        return -(-granules // 8)
+
+    def mark(self, offset: int, length: int) -> None:
+        """Every granule that the range touches is dirty."""
+        end = min(offset + length, self.length)
+        if offset >= end:
+            return
+        first, last = offset >> self._shift, (end - 1) >> self._shift
+        low, high = 0xFF << (first & 7) & 0xFF, 0xFF >> (7 - (last & 7))
+        start, stop = first >> 3, last >> 3
+        if start == stop:
+            self._bits[start] |= low & high
+            return
+        self._bits[start] |= low
+        self._bits[stop] |= high
+        self._bits[start + 1 : stop] = b"\xff" * (stop - start - 1)
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """What is dirty: offset and length in bytes, in order, as long as possible. The last may end in a granule."""
+        begin = end = 0
+        for found in _DIRTY.finditer(self._bits):
+            for index in range(found.start(), found.end()):
+                byte = self._bits[index]
+                for bit in range(8):
+                    if not byte >> bit & 1:
+                        continue
+                    at = (index * 8 + bit) << self._shift
+                    if at != end:
+                        if end > begin:
+                            yield begin, end - begin
+                        begin = at
+                    end = at + self.granularity
+        end = min(end, self.length)
+        if end > begin:
+            yield begin, end - begin
+
+    def take(self) -> list[tuple[int, int]]:
+        """What is dirty, as `ranges`; nothing is, when this returns."""
+        taken = list(self.ranges())
+        self._bits = bytearray(len(self._bits))
+        return taken
+
+    def resize(self, length: int) -> None:
+        """The node's length has changed: what is new is not dirty."""
+        self.length = length
+        size = self._size(length)
+        del self._bits[size:]
+        self._bits += bytes(size - len(self._bits))
+        unused = size * 8 - (-(-length >> self._shift) if length else 0)
+        if unused:
+            self._bits[-1] &= 0xFF >> unused
+
+
+async def record(node: BlockNode, dirty: DirtyMap) -> None:
+    """From when this returns, whatever changes the node is marked."""
+    collect(node)  # what happened before is no business of this map
+    node.dirty_maps.append(dirty)
+    await node.revoke(0, node.length)
+
+
+async def stop_recording(node: BlockNode, dirty: DirtyMap) -> None:
+    """Undo `record`: the map has everything that ended before the call."""
+    collect(node)
+    node.dirty_maps.remove(dirty)
+    await node.revoke(0, node.length)
+
+
+def collect(node: BlockNode) -> None:
+    """Bring what was written through extents into the maps of the node, and of all nodes around it."""
+    node.collect_writes(ranges=True)
+
+
+def recorded(node: BlockNode, extent: HostExtent) -> HostExtent:
+    """A writable extent of a node, with what its user has to remember; not writable if that helps nobody below."""
+    if extent.record and all(
+        node.child_range(edge, extent.offset) is None for edge in node.children.values()
+    ):
+        return extent.without(ExtentFlag.WRITE)
+    wanted = [dirty.granularity for dirty in node.dirty_maps]
+    if extent.record:
+        wanted.append(extent.record)
+    return replace(extent, record=min(wanted))
