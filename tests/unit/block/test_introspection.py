@@ -20,6 +20,7 @@ from vhostblk.block.filename import is_json
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.introspection import (
     block_graph,
+    block_stats,
     directory,
     exact_filename,
     filename,
@@ -227,18 +228,8 @@ def test_graph_dump_has_every_edge_with_its_permissions() -> None:
     ],
 )
 def test_answer_is_that_of_qemu(options: str, image: str) -> None:
-    require("qemu-storage-daemon")
     options = options.replace("{image}", image)
-    commands = ["qmp_capabilities", "query-named-block-nodes", "quit"]
-    process = subprocess.run(
-        ["qemu-storage-daemon", "--blockdev", options, "--chardev", "stdio,id=m", "--monitor", "m"],
-        input="".join(json.dumps({"execute": command}) + "\n" for command in commands),
-        stdout=subprocess.PIPE,
-        timeout=30,
-        check=True,
-        text=True,
-    )
-    theirs = json.loads(process.stdout.splitlines()[2])["return"]
+    theirs = ask_qemu(options, "query-named-block-nodes")
 
     async def scenario(graph: BlockGraph) -> None:
         await graph.add(options)
@@ -248,5 +239,55 @@ def test_answer_is_that_of_qemu(options: str, image: str) -> None:
                 if is_json(holder[key]):
                     holder[key] = json.loads(holder[key].removeprefix("json:"))
         assert ours == theirs
+
+    with_graph(scenario)
+
+
+def ask_qemu(options: str, command: str, **arguments: Any) -> Any:
+    """What qemu-storage-daemon answers when it has opened a node."""
+    require("qemu-storage-daemon")
+    commands = [
+        {"execute": "qmp_capabilities"},
+        {"execute": command, "arguments": arguments},
+        {"execute": "quit"},
+    ]
+    process = subprocess.run(
+        ["qemu-storage-daemon", "--blockdev", options, "--chardev", "stdio,id=m", "--monitor", "m"],
+        input="".join(json.dumps(command) + "\n" for command in commands),
+        stdout=subprocess.PIPE,
+        timeout=30,
+        check=True,
+        text=True,
+    )
+    return json.loads(process.stdout.splitlines()[2])["return"]
+
+
+def without_specifics(stats: dict[str, Any]) -> dict[str, Any]:
+    """Those that a driver has of its own are left out."""
+    answer = {key: value for key, value in stats.items() if key != "driver-specific"}
+    if "parent" in answer:
+        answer["parent"] = without_specifics(answer["parent"])
+    return answer
+
+
+def test_statistics_of_nodes_are_those_of_qemu(image: str) -> None:
+    options = (
+        f"driver=raw,node-name=d,offset=512,file.driver=file,file.node-name=f,file.filename={image}"
+    )
+    theirs = [
+        without_specifics(one)
+        for one in ask_qemu(options, "query-blockstats", **{"query-nodes": True})
+    ]
+
+    async def scenario(graph: BlockGraph) -> None:
+        await graph.add(options)
+        names = [one["node-name"] for one in theirs]
+        assert [block_stats(graph.find(name)) for name in names] == theirs
+        user = BlockBackend(graph.find("d"), "the test", writable=True)
+        await user.pwritev(1024, IoVec.of(bytes(512)))
+        stats = block_stats(user.node)
+        await user.close()
+        assert stats["stats"]["wr_highest_offset"] == 1536
+        assert stats["parent"]["stats"]["wr_highest_offset"] == 2048
 
     with_graph(scenario)

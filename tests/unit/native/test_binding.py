@@ -186,3 +186,15 @@ except native.binding.StateError as error:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
     assert "the C engine is not available" in done.stdout
+
+
+def test_dirty_map_that_nobody_has_marked_is_empty() -> None:
+    """What engine threads mark is tested in C, and by what the block layer gets to know."""
+    dirty = native.DirtyMap(3 * 4096 + 1, 4096)
+    assert dirty.take() == []
+    native.DirtyMap(0, 512)
+    disk = native.Disk(disk_id=1, capacity=1 << 20)
+    disk.set_dirty_map(dirty)
+    disk.set_dirty_map(None)
+    assert (disk.write_gen, disk.take_highest_write()) == (0, 0)
+    disk.close()
