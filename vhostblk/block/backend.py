@@ -74,7 +74,7 @@ class BlockBackend(Quiescent):
         shared: Perm = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
     ) -> None:
         super().__init__()
-        self.node = node
+        self._use(node)
         self.name = name
         self.writable = writable
         self.write_cache = write_cache
@@ -88,6 +88,11 @@ class BlockBackend(Quiescent):
         self._edge = Edge(self, node, "root", Role.FILTERED | Role.PRIMARY, perm, shared)
         self._edge.attach()
         self._closed = False
+
+    def _use(self, node: BlockNode) -> None:
+        self.node = node
+        self.may_map = type(node).host_extent is not Driver.host_extent
+        """Whether there can be extents at all: nothing that wants to see every request is on top."""
 
     # ------------------------------------------------------------------ what it is
 
@@ -155,7 +160,8 @@ class BlockBackend(Quiescent):
         """
         if self.quiesced:
             await self._resume()
-        self._check(offset, iov.length)
+        if offset < 0 or offset > self.node.length - iov.length:
+            self._check(offset, iov.length)
         self.in_flight += 1
         try:
             await pipeline.preadv(self.node, offset, iov)
@@ -170,8 +176,10 @@ class BlockBackend(Quiescent):
         """
         if self.quiesced:
             await self._resume()
-        self._check(offset, iov.length)
-        self._check_writable()
+        if offset < 0 or offset > self.node.length - iov.length:
+            self._check(offset, iov.length)
+        if not self.writable:
+            self._check_writable()
         self.in_flight += 1
         try:
             if not self.write_cache:
@@ -281,11 +289,6 @@ class BlockBackend(Quiescent):
         # A driver that had to wait may have been overtaken; the next miss asks again.
         return found if self._epoch == epoch and not self.quiesced else []
 
-    @property
-    def may_map(self) -> bool:
-        """Whether there can be extents at all: nothing that wants to see every request is on top."""
-        return type(self.node).host_extent is not Driver.host_extent
-
     def flush_target(self) -> int | FlushTarget:
         """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).
 
@@ -377,7 +380,7 @@ class BlockBackend(Quiescent):
     def child_changed(self, edge: Edge) -> None:
         """The graph was rebuilt below us: requests go to another node from here on."""
         before = self.node.length
-        self.node = edge.node
+        self._use(edge.node)
         if edge.node.length != before:
             self.child_resized(edge)
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from functools import partial
 
 from vhostblk import native
-from vhostblk.block.backend import BlockBackend
 from vhostblk.block.node import ExtentFlag, PastWrites
 from vhostblk.errors import BlockError, PeerError
 from vhostblk.export import offload
-from vhostblk.export.blk_device import BlkDevice, Outcome
+from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.io_thread import IOThread
@@ -82,6 +81,7 @@ class NativeDataPath:
         pin_memory: bool = False,
     ) -> None:
         self._device = device
+        self._backend = device.backend
         self._threads = tuple(threads)
         self._queue_threads = tuple(queue_threads)
         self._events = events
@@ -133,10 +133,6 @@ class NativeDataPath:
         if self._queue_threads:
             return self._threads[self._queue_threads[queue]]
         return self._threads[queue % len(self._threads)]
-
-    @property
-    def _backend(self) -> BlockBackend:
-        return self._device.backend
 
     # ------------------------------------------------------------------ DataPath
 
@@ -308,44 +304,43 @@ class NativeDataPath:
             self._plugged = True
             self._backend.plug()
             thread.at_end_of_turn(self._unplug)
-        run_eagerly(self._serve(thread, message), partial(_answer, thread, message[3]), self._tasks)
+        run_eagerly(self._serve(thread, message), self._tasks)
 
     def _unplug(self) -> None:
         self._plugged = False
         self._backend.unplug()
 
-    async def _serve(self, thread: IOThread, message: Message) -> Outcome | None:
+    async def _serve(self, thread: IOThread, message: Message) -> None:
+        _, flags, _, cookie, _, offset, length, pointer, count, _, kind = message
+        retry = not flags & _DO_NOT_MAP
         try:
-            return await self._map_or_execute(thread, message)
+            if kind in (_IN, _OUT):
+                if flags & _NEEDS_FLUSH:
+                    self._learn_of_failed_flush()
+                    retry = retry and self._allow_flush(thread)
+                elif retry:
+                    retry = self._backend.may_map and await self._fault(
+                        thread, offset, length, kind == _OUT
+                    )
+                data = native.iov_views(pointer, count)
+                request = BlkRequest(0, _NOWHERE, kind, offset, length, data)
+            elif kind == _FLUSH:
+                self._learn_of_failed_flush()
+                retry = retry and self._allow_flush(thread)
+                request = BlkRequest(0, _NOWHERE, kind)
+            else:
+                retry = False
+                segments = [Segment(*segment) for segment in native.segments(pointer, count)]
+                request = BlkRequest(0, _NOWHERE, kind, segments=segments)
+            outcome = None if retry else await self._device.execute(request)
         except Exception:
             # A request without an answer would keep its queue from ever stopping.
             log.exception("a bug: a request failed")
-            return int(Status.IOERR), 0
-
-    async def _map_or_execute(self, thread: IOThread, message: Message) -> Outcome | None:
-        _, flags, _, _, _, offset, length, pointer, count, _, kind = message
-        request = BlkRequest(head=0, status_byte=_NOWHERE, type=kind)
-        if kind in (_IN, _OUT):
-            if flags & _NEEDS_FLUSH:
-                self._learn_of_failed_flush()
-                retry = not flags & _DO_NOT_MAP and self._allow_flush(thread)
-            else:
-                retry = (
-                    not flags & _DO_NOT_MAP
-                    and self._backend.may_map
-                    and await self._fault(thread, offset, length, kind == _OUT)
-                )
-            if retry:
-                return None
-            request.offset, request.length = offset, length
-            request.data = native.iov_views(pointer, count)
-        elif kind == _FLUSH:
-            self._learn_of_failed_flush()
-            if not flags & _DO_NOT_MAP and self._allow_flush(thread):
-                return None
+            outcome = int(Status.IOERR), 0
+        if outcome is None:
+            thread.retry(cookie)
         else:
-            request.segments = [Segment(*segment) for segment in native.segments(pointer, count)]
-        return await self._device.execute(request)
+            thread.complete(cookie, *outcome)
 
     def engine_event(self, thread: IOThread, message: Message) -> None:
         """A broken queue, or a request that the engine failed."""
@@ -441,13 +436,6 @@ def _why(error: int) -> str:
 
 # The engine writes the status itself.
 _NOWHERE = memoryview(bytearray(1))
-
-
-def _answer(thread: IOThread, cookie: int, outcome: Outcome | None) -> None:
-    if outcome is None:
-        thread.retry(cookie)
-    else:
-        thread.complete(cookie, *outcome)
 
 
 def _fd(fd: int | None) -> int:

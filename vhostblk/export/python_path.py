@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from functools import partial
 
 from vhostblk import native
 from vhostblk.block.extent import PastWrites
 from vhostblk.errors import GuestError, PeerError
 from vhostblk.export import event_fd
-from vhostblk.export.blk_device import BlkDevice, Outcome
+from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.statistics import QueueCounters
@@ -308,11 +307,7 @@ class _Queue:
                 self._in_flight += 1
                 self._counters.began()
                 self._idle.clear()
-                run_eagerly(
-                    device.execute(request),
-                    partial(self._executed, request, time.monotonic_ns()),
-                    self._tasks,
-                )
+                run_eagerly(self._execute(request), self._tasks)
             pending = ring.enable_notification()
         except GuestError as exc:
             ring.break_queue(exc)
@@ -327,8 +322,9 @@ class _Queue:
         elif self._fds[VringFd.KICK] is None:
             self._poll_timer = self._loop.call_later(POLL_INTERVAL, self._process)
 
-    def _executed(self, request: BlkRequest, began: int, outcome: Outcome) -> None:
-        status, written = outcome
+    async def _execute(self, request: BlkRequest) -> None:
+        began = time.monotonic_ns()
+        status, written = await self._path.device.execute(request)
         ring = self._ring
         assert ring is not None
         ring.push(request.head, request.complete(status, written))

@@ -54,12 +54,28 @@ def with_export(
     asyncio.run(everything())
 
 
-async def flush(export: Export) -> int | None:
-    """A guest's flush that the engine has passed on; its status, or None if the engine is to do it."""
+class Answers:
+    """An engine thread whose answers are looked at instead of sent."""
+
+    def __init__(self, thread: IOThread) -> None:
+        self.given: list[int | None] = []
+        self.command = thread.command
+
+    def retry(self, cookie: int) -> None:
+        self.given.append(None)
+
+    def complete(self, cookie: int, status: int, written: int) -> None:
+        self.given.append(status)
+
+
+async def serve(export: Export, message: Message) -> int | None:
+    """What becomes of a request that the engine has passed on: its status, or None if the engine is to do it."""
     path = export._path
     assert isinstance(path, NativeDataPath)
-    outcome = await path._serve(path._threads[0], FLUSH)
-    return None if outcome is None else outcome[0]
+    answers = Answers(path._threads[0])
+    await path._serve(answers, message)  # type: ignore[arg-type]
+    (answer,) = answers.given
+    return answer
 
 
 def test_flush_that_the_engine_failed_is_known_before_its_message_comes(
@@ -69,13 +85,13 @@ def test_flush_that_the_engine_failed_is_known_before_its_message_comes(
     expect_log.expect("flush failed: ", "flush at close failed")
 
     async def scenario(export: Export) -> None:
-        assert await flush(export) is None
+        assert await serve(export, FLUSH) is None
         with monkeypatch.context() as patch:
             patch.setattr(native.Disk, "write_gen", 1)
             patch.setattr(native.Disk, "flush_failed", True)
-            assert await flush(export) == Status.IOERR
+            assert await serve(export, FLUSH) == Status.IOERR
             patch.setattr(native.Disk, "flush_failed", False)
-            assert await flush(export) == Status.IOERR
+            assert await serve(export, FLUSH) == Status.IOERR
             assert export.device.backend.flush_target() is FlushTarget.ASK
             await export.device.backend.close()
 
@@ -88,7 +104,7 @@ def test_without_a_page_cache_a_failed_flush_is_no_verdict(
     monkeypatch.setattr(native.Disk, "flush_failed", True)
 
     async def scenario(export: Export) -> None:
-        assert await flush(export) is None
+        assert await serve(export, FLUSH) is None
 
     with_export(image, ",cache.direct=on", scenario)
 
@@ -137,11 +153,7 @@ def test_request_that_nobody_can_map_is_answered_all_the_same(
             raise error
 
         export.device.backend.extents = fail  # type: ignore[method-assign]
-        path = export._path
-        assert isinstance(path, NativeDataPath)
-        outcome = await path._serve(path._threads[0], READ)
-        assert outcome is not None
-        assert outcome[0] == status
+        assert await serve(export, READ) == status
 
     with_export(image, "", scenario)
 
