@@ -88,6 +88,9 @@ class OpenContext(Protocol):
     def host_io(self, aio: str | None) -> HostIO:
         """The file I/O of this kind ("io_uring", "threads", None: the best there is)."""
 
+    def find_node(self, name: str) -> BlockNode:
+        """The node of this name, or ConfigError."""
+
     def throttle_group(self, name: str) -> ThrottleGroup:
         """The object of this id, or ConfigError."""
 

@@ -17,7 +17,7 @@ from vhostblk.block.filename import format_json
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import backing_chain
 from vhostblk.block.options import strong_options
-from vhostblk.block.permissions import PERM_NAMES, Perm
+from vhostblk.block.permissions import PERM_WORDS, Perm
 from vhostblk.block.roles import Role, primary_child
 from vhostblk.errors import BlockError, ConfigError
 
@@ -204,7 +204,7 @@ def _edge(edge: Edge, parent: int, child: int) -> dict[str, Any]:
 
 
 def _words(perm: Perm) -> list[str]:
-    return [name.replace(" ", "-") for bit, name in PERM_NAMES if perm & bit]
+    return [word for word, bit in PERM_WORDS.items() if perm & bit]
 
 
 def _depth(node: BlockNode) -> int:

@@ -217,6 +217,7 @@ class Opening:
     ) -> None:
         self.bounce = graph.bounce
         self.host_io = graph.host_io
+        self.find_node = graph.find
         self.throttle_group = graph.throttle_group
         self.drivers = graph.drivers
         self._graph = graph

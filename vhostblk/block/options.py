@@ -37,6 +37,7 @@ __all__ = [
     "to_integer",
     "to_size",
     "to_string",
+    "words_of",
 ]
 
 T = TypeVar("T")
@@ -55,7 +56,8 @@ class OptionType:
 
     read: Callable[[str, Any], Any]
     name: str
-    item: type[Any] | None = None  # the option set of each item, if this is a list: `list_of`
+    is_list: bool = False  # `read` is given what is under the name, with the numbers as keys
+    item: type[Any] | None = None  # the option set of each item of a list: `list_of`
 
 
 def to_boolean(name: str, value: Any) -> bool:
@@ -153,7 +155,23 @@ def list_of(item: type[Any]) -> OptionType:
             raise ConfigError(f"Parameter '{name}.{key}' is unexpected")
         return tuple(items)
 
-    return OptionType(read, "list", item)
+    return OptionType(read, "list", is_list=True, item=item)
+
+
+def words_of(*values: str) -> OptionType:
+    """A list of words: `name.0=word,name.1=word`, or a list in JSON."""
+    word = choice(*values)
+
+    def read(name: str, flat: Any) -> tuple[str, ...]:
+        items: list[str] = []
+        while str(len(items)) in flat:
+            number = str(len(items))
+            items.append(word.read(f"{name}.{number}", flat.pop(number)))
+        for key in flat:
+            raise ConfigError(f"Parameter '{name}.{key}' is unexpected")
+        return tuple(items)
+
+    return OptionType(read, "list", is_list=True)
 
 
 def _below(flat: dict[str, Any], name: str) -> dict[str, Any]:
@@ -202,7 +220,7 @@ def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
     for field in dataclasses.fields(options_type):  # type: ignore[arg-type]
         name = _name(field)
         kind = field.metadata["type"]
-        if kind.item is not None:
+        if kind.is_list:
             values[field.name] = kind.read(f"{where}{name}", _below(flat, name))
         elif name in flat:
             values[field.name] = kind.read(f"{where}{name}", flat.pop(name))
@@ -241,7 +259,7 @@ def leftover(
     """
     fields = dataclasses.fields(options_type)
     known = {_name(field) for field in fields}
-    lists = {_name(field) for field in fields if field.metadata["type"].item is not None}
+    lists = {_name(field) for field in fields if field.metadata["type"].is_list}
     for name in flat:
         if name not in known and name.partition(".")[0] not in lists:
             node = f" (node '{node_name}')" if node_name else ""

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from vhostblk.errors import ConfigError
@@ -41,6 +42,12 @@ PERM_NAMES: tuple[tuple[Perm, str], ...] = (
 )
 
 _CHANGES = Perm.WRITE | Perm.WRITE_UNCHANGED | Perm.RESIZE
+
+
+# What options and QMP call them.
+PERM_WORDS: Mapping[str, Perm] = MappingProxyType(
+    {name.replace(" ", "-"): bit for bit, name in PERM_NAMES}
+)
 
 
 def perm_names(perm: Perm) -> str:

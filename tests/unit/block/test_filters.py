@@ -101,6 +101,61 @@ def test_copy_on_read_filter_populates_what_is_read() -> None:
     run(scenario)
 
 
+def test_copy_on_read_with_a_bottom_copies_only_from_there_up() -> None:
+    """Layers top, mid (the bottom) and base: what base has is read, and stays there."""
+
+    async def scenario(graph: BlockGraph) -> None:
+        base = await graph.add({"driver": "plain", "node-name": "base"})
+        assert isinstance(base, ArrayNode)
+        base.data[:] = b"base" * (1 << 18)
+        mid = await graph.add({"driver": "layer", "node-name": "mid", "backing": "base"})
+        user = BlockBackend(mid, "before", writable=True)
+        await user.pwritev(4096, IoVec.of(b"mids" * 1024))
+        await user.close()
+        top = {"driver": "layer", "node-name": "top", "backing": "mid"}
+        cor = {"driver": "copy-on-read", "node-name": "cor", "bottom": "mid"}
+        above = {"driver": "blkdebug", "image": top}  # filters in between are no layers
+        user = await user_of(graph, {**cor, "file": above})
+        assert await read(user, 0, 12288) == b"base" * 1024 + b"mids" * 1024 + b"base" * 1024
+        node = graph.find("top")
+        assert isinstance(node, Layer)
+        assert node.allocated == {1}
+        # What has been copied is not asked for any more.
+        mid.driver_preadv = None  # type: ignore[assignment]
+        assert await read(user, 4096, 4096) == b"mids" * 1024
+        (edge,) = (edge for edge in mid.parents if edge.name == "backing")
+        assert edge.frozen
+        await user.close()
+        await graph.remove("cor")
+        assert list(graph.nodes) == ["base", "mid"]
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("bottom", "message"),
+    [
+        ("nobody", "Cannot find node 'nobody'"),
+        ("alone", "Node 'alone' is not in the backing chain"),
+        ("debug", "'bottom': node 'debug' is a filter"),
+    ],
+)
+def test_bottom_is_a_layer_below(bottom: str, message: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        await graph.add({"driver": "plain", "node-name": "base"})
+        await graph.add({"driver": "plain", "node-name": "alone"})
+        await graph.add({"driver": "blkdebug", "node-name": "debug", "image": "base"})
+        await graph.add({"driver": "layer", "node-name": "top", "backing": "debug"})
+        before = list(graph.nodes)
+        with pytest.raises(ConfigError, match=message):
+            await graph.add({"driver": "copy-on-read", "file": "top", "bottom": bottom})
+        assert list(graph.nodes) == before
+        top = graph.find("top")
+        assert not top.children["backing"].frozen
+
+    run(scenario)
+
+
 def test_copy_on_read_of_a_read_only_node_is_refused() -> None:
     async def scenario(graph: BlockGraph) -> None:
         with pytest.raises(ConfigError, match="node 'disk' is read-only"):
@@ -301,9 +356,34 @@ def test_blkdebug_file_of_rules_is_qemus(tmp_path: Path, expect_log: ExpectedLog
     run(scenario)
 
 
+def test_blkdebug_takes_and_unshares_permissions_as_it_is_told() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        disk = await graph.add(MEMORY)
+        other = BlockBackend(disk, "other", writable=True, shared=Perm.ALL)
+        options = blkdebug(image="disk", **{"unshare-child-perms": ["write", "resize"]})
+        with pytest.raises(
+            ConfigError, match="other cannot have permission 'write' on node 'disk'"
+        ):
+            await graph.add(options)
+        await other.close()
+        await graph.add(options)
+        with pytest.raises(ConfigError, match="node 'debug' as 'image' does not share"):
+            BlockBackend(disk, "other", writable=True, shared=Perm.ALL)
+        await graph.remove("debug")
+        await graph.add(blkdebug(image="disk", **{"take-child-perms.0": "write-unchanged"}))
+        assert disk.parents[0].perm == Perm.WRITE_UNCHANGED
+        with pytest.raises(ConfigError, match="node 'debug' as 'image'"):
+            BlockBackend(disk, "other", writable=False, shared=Perm.CONSISTENT_READ)
+        await graph.remove("debug")
+
+    run(scenario)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"take-child-perms.0": "wrote"}, "'take-child-perms.0' does not accept value 'wrote'"),
+        ({"unshare-child-perms.1": "write"}, "'unshare-child-perms.1' is unexpected"),
         ({"inject-error.0.event": "pwritev", "inject-error.0.typo": 1}, "inject-error.0.typo"),
         ({"inject-error.0.event": "nothing"}, "'inject-error.0.event' does not accept"),
         ({"inject-error.1.event": "pwritev"}, "inject-error.1.event"),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.driver import OpenContext
+from vhostblk.block.edge import Edge
 from vhostblk.block.filters.blkdebug_config import read_config
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.iov import IoVec
@@ -27,7 +28,9 @@ from vhostblk.block.options import (
     consume_all,
     list_of,
     option,
+    words_of,
 )
+from vhostblk.block.permissions import PERM_WORDS, Perm
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
@@ -50,6 +53,7 @@ EVENTS = (
     *("pwritev", "pwritev_zero", "pwritev_done"),
 )
 _EVENT = choice(*EVENTS)
+_PERMS = ", ".join(PERM_WORDS)
 _TYPES = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
 
 
@@ -95,6 +99,16 @@ class BlkdebugOptions:
     max_write_zero: int = option(SIZE, 0, about="bytes of the largest zero-write; 0: the image's")
     opt_discard: int = option(SIZE, 0, about="alignment of discards; 0: the image's")
     max_discard: int = option(SIZE, 0, about="bytes of the largest discard; 0: the image's")
+    take_child_perms: tuple[str, ...] = option(
+        words_of(*PERM_WORDS),
+        (),
+        about="permissions to have on the image, needed or not: " + _PERMS,
+    )
+    unshare_child_perms: tuple[str, ...] = option(
+        words_of(*PERM_WORDS),
+        (),
+        about="permissions that nobody else may have on the image: " + _PERMS,
+    )
     config: str | None = option(STRING, None, about="a file of rules, in QEMU's format")
 
 
@@ -172,6 +186,14 @@ class BlkdebugNode(FilterNode):
         ):
             if value % unit or value > 0x7FFF_FFFF:
                 raise ConfigError(f"Cannot meet constraints with {name} {value}")
+
+    def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """As demanded, besides what is needed."""
+        for word in self.options.take_child_perms:
+            perm |= PERM_WORDS[word]
+        for word in self.options.unshare_child_perms:
+            shared &= ~PERM_WORDS[word]
+        return perm, shared
 
     # ------------------------------------------------------------------ requests
 
