@@ -7,7 +7,7 @@ import re
 from tests.docs.documents import ROOT, read, table
 
 FOLDERS = (
-    *("tests/unit/block", "tests/unit/block/drivers", "tests/unit/export"),
+    *("tests/unit/block", "tests/unit/block/drivers", "tests/unit/cli", "tests/unit/export"),
     *("tests/integration", "tests/contract"),
 )
 

@@ -51,6 +51,22 @@ CACHE_MODES: Mapping[str, CacheMode] = MappingProxyType(
     }
 )
 
+_DISCARD_MODES: Mapping[str, OpenFlag] = MappingProxyType(
+    {
+        "ignore": OpenFlag(0),
+        "off": OpenFlag(0),
+        "unmap": OpenFlag.UNMAP,
+        "on": OpenFlag.UNMAP,
+    }
+)
+_AIO_MODES: Mapping[str, OpenFlag] = MappingProxyType(
+    {
+        "threads": OpenFlag(0),
+        "native": OpenFlag.NATIVE_AIO,
+        "io_uring": OpenFlag.IO_URING,
+    }
+)
+
 
 def parse_cache_mode(name: str) -> CacheMode:
     """The meaning of `-t none` and the like (row B06.1).
@@ -61,6 +77,30 @@ def parse_cache_mode(name: str) -> CacheMode:
     if name not in CACHE_MODES:
         raise ConfigError(f"Invalid cache option: '{name}' (allowed: {', '.join(CACHE_MODES)})")
     return CACHE_MODES[name]
+
+
+def parse_discard_mode(name: str) -> OpenFlag:
+    """UNMAP or nothing, for `discard=unmap` and the like (row B06.2).
+
+    Raises:
+        ConfigError: there is no such mode.
+    """
+    return _look_up(_DISCARD_MODES, name, "discard")
+
+
+def parse_aio_mode(name: str) -> OpenFlag:
+    """What `aio=io_uring` and the like ask for (row B06.3); nothing is a pool of threads.
+
+    Raises:
+        ConfigError: there is no such mode.
+    """
+    return _look_up(_AIO_MODES, name, "aio")
+
+
+def _look_up(modes: Mapping[str, OpenFlag], name: str, what: str) -> OpenFlag:
+    if name not in modes:
+        raise ConfigError(f"Invalid {what} option: '{name}' (allowed: {', '.join(modes)})")
+    return modes[name]
 
 
 def inherited_modes(parent: NodeOptions, role: Role, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import parse_keyval
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.block.registry import DriverRegistry
@@ -10,8 +9,11 @@ from vhostblk.block.registry import DriverRegistry
 _HELP = ("help", "?")
 
 
-def blockdev_help(text: str) -> str | None:
+def blockdev_help(text: str, drivers: DriverRegistry) -> str | None:
     """What to print for this value of `--blockdev`; None if it does not ask for help.
+
+    Args:
+        drivers: which there are; those that may not be used are not listed.
 
     Raises:
         ConfigError: it asks about a driver that does not exist.
@@ -20,11 +22,10 @@ def blockdev_help(text: str) -> str | None:
     rest = [word for word in words if word not in _HELP]
     if len(rest) == len(words):
         return None
-    registry = DriverRegistry(DRIVERS)
     name = parse_keyval(",".join(rest), "driver").get("driver")
     if name is None:
-        return "\n".join(["Block drivers (--blockdev driver=NAME,help):", *registry.names()])
-    driver = registry.find(name)
+        return "\n".join(["Block drivers (--blockdev driver=NAME,help):", *drivers.names()])
+    driver = drivers.find(name)
     lines = [f"{name} options:"]
     for key in driver.child_keys:
         lines.append(f"  {key}=<node>  a node's name, or {key}.driver=... and its options")

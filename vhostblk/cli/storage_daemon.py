@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.options import IDENTIFIER, INTEGER, consume, consume_all, option
+from vhostblk.block.registry import DriverRegistry
 from vhostblk.cli.blockdev_help import blockdev_help
 from vhostblk.cli.run import run_daemon
 from vhostblk.cli.serve import add_data_path_option
@@ -78,6 +80,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="iothread,id=…[,poll-max-ns=…][,poll-grow=…][,poll-shrink=…] or "
         "throttle-group,id=…[,limits.iops-total=…][,limits.…]; repeatable",
     )
+    for access, use in (("rw", "any"), ("ro", "read-only")):
+        parser.add_argument(
+            f"--block-drv-{access}-whitelist",
+            action="extend",
+            type=_names,
+            default=[],
+            metavar="DRIVERS",
+            help=f"comma-separated drivers that {use} nodes may use; with either of the two "
+            "options no others may be used",
+        )
     parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
     parser.add_argument(
         "--daemonize", action="store_true", help="go to the background when all exports listen"
@@ -106,8 +118,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ConfigError, BlockError, OSError: one line explains it.
     """
+    drivers = _drivers(args.block_drv_rw_whitelist, args.block_drv_ro_whitelist)
     for text in args.blockdev:
-        if (help_text := blockdev_help(text)) is not None:
+        if (help_text := blockdev_help(text, drivers)) is not None:
             print(help_text)
             return
     objects = [_parse_object(text) for text in args.object]
@@ -118,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
         exports=[_parse_export(text) for text in args.export],
         pid_file=args.pidfile,
         data_path=args.data_path,
+        drivers=drivers,
         blockdev_option="--blockdev",
         export_option="--export",
     )
@@ -127,6 +141,19 @@ def run(args: argparse.Namespace) -> None:
             kind = "iothread" if isinstance(thing, IOThreadConfig) else "throttle-group"
             raise ConfigError(f"--object {kind},id={thing.name}: this id is in use")
     run_daemon(config, detach=args.daemonize)
+
+
+def _names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _drivers(read_write: list[str], read_only: list[str]) -> DriverRegistry:
+    """All there are, and which of them may be used."""
+    drivers = DriverRegistry(DRIVERS, read_write=read_write, read_only=read_only)
+    for access, names in (("rw", read_write), ("ro", read_only)):
+        for name in names:
+            drivers.find(name, f"--block-drv-{access}-whitelist")
+    return drivers
 
 
 def _parse(option: str, text: str, implied_key: str) -> dict[str, Any]:

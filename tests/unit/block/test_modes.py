@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,13 @@ from tests.unit.block.fakes import ArrayNode, NoOptions
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.graph import BlockGraph
-from vhostblk.block.modes import inherited_modes, open_flags, parse_cache_mode
+from vhostblk.block.modes import (
+    inherited_modes,
+    open_flags,
+    parse_aio_mode,
+    parse_cache_mode,
+    parse_discard_mode,
+)
 from vhostblk.block.node import BlockNode, OpenContext
 from vhostblk.block.options import NodeOptions, consume
 from vhostblk.block.roles import Role
@@ -39,6 +46,37 @@ def test_six_cache_modes(name: str, direct: bool, no_flush: bool, writethrough: 
 def test_seventh_cache_mode_is_refused() -> None:
     with pytest.raises(ConfigError, match="Invalid cache option: 'fast'"):
         parse_cache_mode("fast")
+
+
+@pytest.mark.parametrize(
+    ("parse", "words"),
+    [
+        (
+            parse_discard_mode,
+            {
+                "ignore": OpenFlag(0),
+                "off": OpenFlag(0),
+                "unmap": OpenFlag.UNMAP,
+                "on": OpenFlag.UNMAP,
+            },
+        ),
+        (
+            parse_aio_mode,
+            {
+                "threads": OpenFlag(0),
+                "native": OpenFlag.NATIVE_AIO,
+                "io_uring": OpenFlag.IO_URING,
+            },
+        ),
+    ],
+)
+def test_words_of_discard_and_aio(
+    parse: Callable[[str], OpenFlag], words: dict[str, OpenFlag]
+) -> None:
+    assert {word: parse(word) for word in words} == words
+    for wrong in ("", "true", "ON", "posix"):
+        with pytest.raises(ConfigError, match=f"option: '{wrong}'"):
+            parse(wrong)
 
 
 class Overlay(BlockNode):

@@ -6,26 +6,35 @@ import pytest
 
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
+from vhostblk.block.registry import DriverRegistry
 from vhostblk.cli.blockdev_help import blockdev_help
 from vhostblk.cli.main import main
 from vhostblk.errors import ConfigError
 
+ALL = DriverRegistry(DRIVERS)
+
 
 def test_other_values_do_not_ask_for_help() -> None:
-    assert blockdev_help("driver=file,filename=help.img") is None
-    assert blockdev_help('{"driver": "file"}') is None
+    assert blockdev_help("driver=file,filename=help.img", ALL) is None
+    assert blockdev_help('{"driver": "file"}', ALL) is None
 
 
 def test_all_drivers_are_listed() -> None:
-    text = blockdev_help("help")
+    text = blockdev_help("help", ALL)
     assert text is not None
     assert set(text.splitlines()[1:]) == set(DRIVERS)
+
+
+def test_drivers_that_may_not_be_used_are_not_listed() -> None:
+    text = blockdev_help("help", DriverRegistry(DRIVERS, read_write=["raw"], read_only=["file"]))
+    assert text is not None
+    assert text.splitlines()[1:] == ["file", "raw"]
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_every_option_of_a_driver_is_explained(driver: str) -> None:
     for text in (f"driver={driver},help", f"{driver},?"):
-        lines = blockdev_help(text)
+        lines = blockdev_help(text, ALL)
         assert lines is not None
         for options in (NodeOptions, DRIVERS[driver].options_type):
             for name, values, about in describe_options(options):
@@ -34,7 +43,7 @@ def test_every_option_of_a_driver_is_explained(driver: str) -> None:
 
 def test_unknown_driver_is_named() -> None:
     with pytest.raises(ConfigError, match="Unknown driver 'nope'"):
-        blockdev_help("nope,help")
+        blockdev_help("nope,help", ALL)
 
 
 def test_help_is_printed_and_nothing_is_served(capsys: pytest.CaptureFixture[str]) -> None:

@@ -272,6 +272,34 @@ def test_one_export_that_cannot_listen_is_the_end_of_all(
     assert set(os.listdir(folder)) == before
 
 
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (("--block-drv-rw-whitelist", "raw"), "Driver 'file' is not whitelisted"),
+        (("--block-drv-ro-whitelist", "raw,file"), "'file' can only be used for read-only devices"),
+        (
+            ("--block-drv-rw-whitelist=raw", "--block-drv-ro-whitelist=file,raw,file"),
+            "'file' can only be used for read-only devices",
+        ),
+        (
+            ("--block-drv-ro-whitelist", "file,fiel"),
+            "Unknown driver 'fiel' for '--block-drv-ro-whitelist'",
+        ),
+    ],
+)
+def test_drivers_that_are_not_on_the_list_are_refused(
+    lists: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], log: list[str]
+) -> None:
+    """Row B03.4: a read-only node may use what a writable one may not, and children count too."""
+    assert message in complain(cli.storage_daemon_main, (*lists, *BLOCKDEV, *EXPORT), capsys)
+    # What the lists allow comes as far as the next mistake.
+    raw = ("--blockdev", "raw,node-name=d,file.driver=file,file.filename=disk.img,read-only=on")
+    more = ("--block-drv-rw-whitelist", "null-co", "--block-drv-ro-whitelist", "raw,file")
+    lost = ("--export", GOOD.replace("node-name=d", "node-name=x"))
+    said = complain(cli.storage_daemon_main, (*more, *raw, *lost), capsys)
+    assert "Cannot find node 'x'" in said
+
+
 def test_a_failure_says_one_line_on_stderr_and_nothing_on_stdout(folder: Path) -> None:
     """A process of its own, without the test's logging."""
     words = [sys.executable, "-m", "vhostblk", "storage-daemon", *BLOCKDEV, *EXPORT]
