@@ -36,6 +36,8 @@ SEG_MAX = 126
 # The largest request of the block layer (B02) in sectors: bounds one segment.
 _MAX_SECTORS = 4194303
 
+_EVERY_PAGE = slice(None, None, mmap.PAGESIZE)
+
 # status, data bytes written to the guest
 Outcome = tuple[int, int]
 _IOERR: Outcome = (int(Status.IOERR), 0)
@@ -234,8 +236,7 @@ class BlkDevice:
     async def _write(self, request: BlkRequest) -> Outcome:
         # Memory that was truncated reads as zeroes once it was touched: touch it before it is copied to the disk.
         for view in request.data:
-            for at in range(0, len(view), mmap.PAGESIZE):
-                view[at]
+            view[_EVERY_PAGE].tobytes()
             view[-1]
         if self.memory_faulted():
             raise BlockError(errno.EFAULT)

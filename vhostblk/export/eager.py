@@ -20,10 +20,10 @@ def run_eagerly(coro: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]])
     """
     waits_for = begin(coro)
     if waits_for is not DONE:
-
-        async def finish() -> None:
-            await rest(coro, waits_for)
-
-        task = asyncio.get_running_loop().create_task(finish())
+        task = asyncio.get_running_loop().create_task(_finish(coro, waits_for))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+
+
+async def _finish(coro: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    await rest(coro, waits_for)

@@ -116,16 +116,17 @@ class PosixNode(BlockNode):
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
         """Read; zeroes behind the end of the content, EIO if the content ends early."""
-        expected = min(length, self._size - offset)
         got = 0
         if self._inline:
             got = self._read_at_once(offset, iov)
-        else:
-            if self._nowait:
-                got = self._read_cached(offset, iov)
-            if got < expected:
-                rest = iov.slice(got, length - got)
-                got += await self._io.preadv(self._fd, offset + got, rest)
+        elif self._nowait:
+            got = self._read_cached(offset, iov)
+        if got == length:
+            return
+        expected = min(length, self._size - offset)
+        if got < expected and not self._inline:
+            rest = iov.slice(got, length - got)
+            got += await self._io.preadv(self._fd, offset + got, rest)
         if got < expected:
             raise BlockError(
                 errno.EIO, f"{self.node_name}: the file ends at {offset + got}, not at {self._size}"
