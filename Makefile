@@ -11,6 +11,7 @@
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
 #   make bench-scaling  queues, threads, sizes of requests, depths, idle guests
+#   make bench-python   a disk made of Python, against nbdkit's Python plugin
 #   make qtest       QEMU's own vhost-user-blk tests against the storage daemon
 #   make build       the virtual environment in .venv, and the engine
 #   make clean       remove what was built (not .venv)
@@ -29,7 +30,7 @@ native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostb
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
 c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz hunt verify sanitize qtest bench bench-scaling clean
+.PHONY: all setup build test test-quick lint format demo fuzz hunt verify sanitize qtest bench bench-scaling bench-python clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -94,6 +95,9 @@ bench: $(stamps)/system-test build
 
 bench-scaling: $(stamps)/system-test build
 	@$(python) -m tests.bench --scaling $(if $(QUICK),--quick) $(ARGS)
+
+bench-python: $(stamps)/system-test build
+	@$(python) -m tests.bench --python $(if $(QUICK),--quick) $(ARGS)
 
 clean:
 	rm -rf build dist *.egg-info vhostblk/native/*.so vhostblk/native/_engine.c vhostblk/native/_load.c

@@ -1,4 +1,4 @@
-"""`make bench`: vhostblk against qemu-storage-daemon and fio; see README.md beside this file."""
+"""`make bench`: vhostblk against qemu-storage-daemon, fio and nbdkit; see README.md beside this file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.bench.measure import Measure, Metrics, Settings, become_realtime
 from tests.bench.profile import PROFILED, measure_profiles, need_perf
+from tests.bench.python_path import PYTHON_ROWS, measure_python_path
 from tests.bench.scaling import SECTIONS, measure_section
 from tests.bench.servers import BOTH, Files, command_of, give_up, qemu_version
 from tests.bench.tables import Table, as_csv, markdown, replace_part, text
@@ -22,7 +23,12 @@ from vhostblk import __version__
 from vhostblk.errors import VhostBlkError
 
 _DOCUMENT = Path("docs/benchmarks.md")
-_NAMES = {"targets": TARGET_ROWS, "scaling": SECTIONS, "profile": tuple(PROFILED)}
+_NAMES = {
+    "targets": TARGET_ROWS,
+    "scaling": SECTIONS,
+    "profile": tuple(PROFILED),
+    "python": PYTHON_ROWS,
+}
 """Reports, and what each consists of."""
 
 
@@ -33,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--targets", action="store_true", help="the table with targets, as without options")
     add("--scaling", action="store_true", help="instead: queues, threads, sizes, depths, idle")
     add("--profile", action="store_true", help="instead: where daemons spend their time (perf)")
+    add("--python", action="store_true", help="instead: a disk made of Python, against nbdkit's")
     add("--quick", action="store_true", help="shorter runs, smaller files")
     add("--runs", type=int, help="on each side (default: 5, quick scaling 3)")
     add("--duration", type=float, help="seconds of a run (default: 3, scaling 1.5)")
@@ -54,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def reports_of(args: argparse.Namespace) -> list[str]:
     """Which reports are wanted: those that are named; with none, the table with targets, or for the document all."""
-    named = [name for name in ("targets", "scaling", "profile") if getattr(args, name)]
+    named = [name for name in _NAMES if getattr(args, name)]
     return named or (list(_NAMES) if args.write_docs else ["targets"])
 
 
@@ -92,6 +99,8 @@ def _tables(report: str, measure: Measure, is_wanted: Callable[[str], bool]) -> 
             yield measure_section(measure, name)
     elif report == "profile":
         yield measure_profiles(measure, is_wanted)
+    elif report == "python":
+        yield measure_python_path(measure, is_wanted)
     else:
         yield measure_targets(measure, is_wanted)
 

@@ -30,6 +30,7 @@ __all__ = [
     "fs_type",
     "give_up",
     "qemu_version",
+    "run_daemon",
     "serving",
     "warm",
 ]
@@ -177,13 +178,13 @@ def serving(
         for who, server in servers.items():
             socket = Path(place) / f"{who}.sock"
             command = command_of(server, disk, files, socket, aio=aio)
-            daemons[who] = Daemon(socket, stack.enter_context(_daemon(command, socket)))
+            daemons[who] = Daemon(socket, stack.enter_context(run_daemon(command, socket)))
         yield daemons
 
 
 @contextmanager
-def _daemon(command: list[str], socket: Path) -> Iterator[int]:
-    """Run one; gives its process."""
+def run_daemon(command: list[str], socket: Path) -> Iterator[int]:
+    """Run a program that writes SOCKET.pid when it is ready; gives its process."""
     process = subprocess.Popen(command)
     try:
         deadline = time.monotonic() + 20

@@ -68,3 +68,21 @@ def test_table_has_ratios_against_qemu_storage_daemon(tmp_path: Path) -> None:
     runs = json.loads((tmp_path / "runs.json").read_text())
     assert runs["latency"]["ours"][0]["iops"] > 0
     assert runs["latency"]["qemu"][0]["iops"] > 0
+
+
+@pytest.mark.skipif(not load.available(), reason="the generator is not built")
+def test_disk_made_of_python_is_measured_in_turn_with_that_of_nbdkit() -> None:
+    require("nbdkit", "fio")
+    words = ["--python", "--quick", "--runs", "1", "--duration", "0.1", "--only", "python-write"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.bench", *words],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    iops, cpu = [line for line in done.stdout.splitlines() if line.startswith("random write")]
+    assert "n/a" not in iops + cpu
+    assert iops.rstrip().endswith(("met", "MISSED"))
