@@ -85,6 +85,11 @@ class OpenContext(Protocol):
     async def open_optional_child(self, parent: BlockNode, key: str, role: Role) -> Edge | None:
         """The same, where there may be none."""
 
+    async def open_implied(
+        self, parent: BlockNode, key: str, role: Role, name: str, driver: str = ""
+    ) -> Edge | None:
+        """The same, where an image names the child (and its driver) that it has if the options do not (row B32.1)."""
+
     def host_io(self, aio: str | None) -> HostIO:
         """The file I/O of this kind ("io_uring", "threads", None: the best there is)."""
 

@@ -10,12 +10,14 @@ Knows nothing about requests, except for reading that beginning.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
-from vhostblk.block.filename import is_json, parse_json
+from vhostblk.block.filename import backing_name, is_json, parse_json
+from vhostblk.block.introspection import exact_filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
 from vhostblk.block.modes import inherited_modes
@@ -23,7 +25,7 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.options import NodeOptions, consume, leftover
 from vhostblk.block.permissions import Perm
 from vhostblk.block.registry import PROBE_SIZE
-from vhostblk.block.roles import Role, check_children
+from vhostblk.block.roles import Role, check_children, primary_child
 from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError, ConfigError
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
 
 Parent = tuple[NodeOptions, Role]
+# Of images that name one another. Each takes some frames of Python's stack while they open.
+_MAX_DEPTH = 128
 
 
 async def open_node(
@@ -236,8 +240,9 @@ class Opening:
     async def open_optional_child(self, parent: BlockNode, key: str, role: Role) -> Edge | None:
         """The same, where there may be none, or `null` says so."""
         node = await self._find_or_open(parent, key, role)
-        if node is None:
-            return None
+        return await self._attach(parent, node, key, role) if node is not None else None
+
+    async def _attach(self, parent: BlockNode, node: BlockNode, key: str, role: Role) -> Edge:
         if node.read_only and parent.common.auto_read_only and not role & Role.COW:
             parent.read_only = True
         edge = Edge(parent, node, key, role, Perm.NONE, Perm.ALL)
@@ -249,6 +254,40 @@ class Opening:
             await self._graph.collect(node)
             raise
         return edge
+
+    async def open_implied(
+        self, parent: BlockNode, key: str, role: Role, name: str, driver: str = ""
+    ) -> Edge | None:
+        """The child that the options give under `key`, or else the one that the image names (row B32.1)."""
+        given = self._inline(key)
+        if not name or key in self._children or "file" in given or "file.filename" in given:
+            return await self.open_optional_child(parent, key, role)
+        where = f"{self._where}{key}."
+        if where.count(".") > _MAX_DEPTH:
+            raise ConfigError(f"The chain of images is longer than {_MAX_DEPTH}", errno.ELOOP)
+        try:
+            implied = self._by_image(parent, name, role)
+            if driver:
+                implied["driver"] = driver
+            node = await _open_or_probe(
+                self._graph, {**implied, **given}, where, (parent.common, role)
+            )
+        except ConfigError as error:
+            what = "backing file" if role & Role.COW else f"'{key}'"
+            raise ConfigError(f"Could not open {what}: {error}", error.errno) from None
+        node.inherits_from, node.inherits_as = parent, role
+        return await self._attach(parent, node, key, role)
+
+    def _by_image(self, parent: BlockNode, name: str, role: Role) -> dict[str, Any]:
+        """The options of a child that an image names: a backing file relative to where the image is, others not."""
+        if not role & Role.COW:
+            return self.drivers.options_of(name)
+        edge = primary_child(parent)
+        full = backing_name(exact_filename(edge.node) if edge else "", name)
+        if is_json(full):
+            return parse_json(full)
+        # A backing file is an image again: what is named is what that is in.
+        return {f"file.{option}": value for option, value in self.drivers.options_of(full).items()}
 
     async def _find_or_open(self, parent: BlockNode, key: str, role: Role) -> BlockNode | None:
         name = f"{self._where}{key}"
@@ -262,17 +301,21 @@ class Opening:
             if not isinstance(reference, str):
                 raise ConfigError(f"Parameter '{name}' expects a node name, not '{reference}'")
             return self._graph.find(reference)
-        prefix = f"{key}."
-        flat = {
-            option.removeprefix(prefix): value
-            for option, value in self._children.items()
-            if option.startswith(prefix)
-        }
+        flat = self._inline(key)
         if not flat:
             return None
         node = await self._open_inline(parent, flat, f"{name}.", role)
         node.inherits_from, node.inherits_as = parent, role
         return node
+
+    def _inline(self, key: str) -> dict[str, Any]:
+        """The options under `key.`, flat."""
+        prefix = f"{key}."
+        return {
+            option.removeprefix(prefix): value
+            for option, value in self._children.items()
+            if option.startswith(prefix)
+        }
 
     async def _open_inline(
         self, parent: BlockNode, flat: dict[str, Any], where: str, role: Role

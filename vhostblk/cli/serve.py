@@ -210,7 +210,7 @@ def _refuse_other_formats(path: str) -> None:
     for magic, name in _MAGIC.items():
         if start.startswith(magic):
             raise ConfigError(
-                f"{path}: looks like a {name} image, which this version cannot open; "
+                f"{path}: looks like a {name} image, which this command cannot serve; "
                 "--format raw serves its bytes as they are"
             )
 

@@ -27,7 +27,8 @@ BLOCKDEVS = [
     ("", "Parameter 'driver' is missing"),
     ("filename=disk.img", "Parameter 'driver' is missing"),
     ("driver=ftp,node-name=d", "Unknown driver 'ftp'"),
-    ("qcow2,node-name=d,file=x", "Unknown driver 'qcow2'"),
+    ("vmdk,node-name=d,file=x", "Unknown driver 'vmdk'"),
+    ("qcow2,node-name=d,file=x", "can only be opened read-only by this version"),
     ("[]", "Unknown driver '[]'"),
     (
         "driver=file,node-name=d,filename=disk.img,typo=1",

@@ -1,0 +1,151 @@
+"""L2 entries against a reading of the specification that looks at one byte at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vhostblk.block.drivers.qcow2.entries import COMPRESSED, COPIED, EntryReader, Kind
+from vhostblk.block.drivers.qcow2.header import Header, Incompatible
+from vhostblk.errors import ImageError
+
+CLUSTER = 1 << 16
+PLAIN = Header(
+    version=3,
+    cluster_bits=16,
+    size=1 << 30,
+    l1_entries=2,
+    l1_offset=0x30000,
+    refcount_table_offset=0x10000,
+    refcount_table_clusters=1,
+)
+EXTENDED = dataclasses.replace(PLAIN, incompatible=Incompatible.EXTENDED_L2)
+EXTERNAL = dataclasses.replace(PLAIN, incompatible=Incompatible.DATA_FILE)
+OLD = dataclasses.replace(PLAIN, version=2)
+BASE = 7 * CLUSTER
+
+
+def byte_of(header: Header, table: array[int], offset: int) -> tuple[Kind, int]:
+    """What the specification says of one byte, and where it is (-1: nowhere)."""
+    cluster, within = divmod(offset - BASE, CLUSTER)
+    entry = table[2 * cluster] if header.has_subclusters else table[cluster]
+    if entry & COMPRESSED:
+        return Kind.COMPRESSED, -1
+    host = entry & 0xFFFFFFFFFFFE00 & ~1
+    place = host + within if host else -1
+    if header.has_subclusters:
+        bit = within // (CLUSTER // 32)
+        bitmap = table[2 * cluster + 1]
+        if bitmap >> bit & 1:
+            return Kind.NORMAL, place
+        return (Kind.ZERO if bitmap >> bit + 32 & 1 else Kind.UNALLOCATED), place
+    if entry & 1:
+        return Kind.ZERO, place
+    return (Kind.NORMAL if host else Kind.UNALLOCATED), place
+
+
+hosts = st.integers(0, 6).map(lambda number: number * CLUSTER)
+plain_entries = st.one_of(
+    st.just(0), st.just(1), hosts, hosts.map(lambda host: host | 1), hosts.map(lambda host: host | COPIED),
+    st.integers(0, 1 << 50).map(lambda low: COMPRESSED | low),
+)  # fmt: skip
+
+
+@st.composite
+def extended_entries(draw: st.DrawFn) -> tuple[int, int]:
+    if draw(st.integers(0, 5)) == 0:
+        return COMPRESSED | draw(st.integers(0, 1 << 50)), 0
+    host = draw(hosts)
+    allocated = draw(st.sampled_from([0, 0xFFFFFFFF, 0xFF, 0x0F0F0F0F])) if host else 0
+    zero = draw(st.sampled_from([0, 0xFFFFFFFF, 0xFF00, 0xF0000000])) & ~allocated
+    return host, allocated | zero << 32
+
+
+def check(header: Header, table: array[int], clusters: int, offset: int) -> None:
+    run = EntryReader(header).run_at(table, BASE, offset, BASE + clusters * CLUSTER)
+    assert run.start <= offset < run.end
+    kind, _ = byte_of(header, table, offset)
+    assert run.kind is kind
+    step = header.subcluster_size
+    for at in range(run.start, run.end, step):
+        expected = -1 if not run.has_host or kind is Kind.COMPRESSED else run.host + at - run.start
+        assert byte_of(header, table, at) == (kind, expected)
+    if kind is Kind.COMPRESSED:
+        return
+    # It is the longest one.
+    for outside in (run.start - step, run.end):
+        if BASE <= outside < BASE + clusters * CLUSTER:
+            neighbour, where = byte_of(header, table, outside)
+            continues = run.host + outside - run.start if run.has_host else -1
+            assert neighbour is not kind or where != continues
+
+
+@given(st.lists(plain_entries, min_size=1, max_size=12), st.data())
+def test_longest_run_of_plain_entries(entries: list[int], data: st.DataObject) -> None:
+    offset = BASE + data.draw(st.integers(0, len(entries) * CLUSTER - 1))
+    check(PLAIN, array("Q", entries), len(entries), offset)
+
+
+@given(st.lists(extended_entries(), min_size=1, max_size=8), st.data())
+def test_longest_run_of_subclusters(entries: list[tuple[int, int]], data: st.DataObject) -> None:
+    offset = BASE + data.draw(st.integers(0, len(entries) * CLUSTER - 1))
+    check(EXTENDED, array("Q", [word for pair in entries for word in pair]), len(entries), offset)
+
+
+def test_run_may_end_where_nobody_looks() -> None:
+    table = array("Q", [0] * 100)
+    run = EntryReader(PLAIN).run_at(table, 0, 0, CLUSTER)
+    assert (run.start, run.end) == (0, CLUSTER)
+
+
+def test_compressed_cluster_says_where_it_is_and_how_long_at_most() -> None:
+    # cluster_bits 16: 54 bits of offset, then the number of further sectors.
+    table = array("Q", [COMPRESSED | 3 << 54 | 1000])
+    run = EntryReader(PLAIN).run_at(table, 0, 5, CLUSTER)
+    assert (run.kind, run.host, run.compressed) == (Kind.COMPRESSED, 1000, 4 * 512 - 488)
+
+
+@pytest.mark.parametrize(
+    ("header", "entries", "message"),
+    [
+        (PLAIN, [0x10200], "unaligned"),
+        (OLD, [1], "version 2"),
+        (EXTENDED, [0x10000, 1 << 32 | 1], "bitmap"),
+        (EXTENDED, [0, 1], "without a host cluster"),
+        (EXTERNAL, [0x10000 | COPIED], "does not match guest cluster offset"),
+        (EXTERNAL, [COMPRESSED], "external data file"),
+    ],
+)
+def test_wrong_entries_are_errors(header: Header, entries: list[int], message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        EntryReader(header).run_at(array("Q", entries), 0, 0, CLUSTER)
+
+
+def test_wrong_entry_does_not_spoil_its_neighbours() -> None:
+    table = array("Q", [0x10200, 0x20000, 0x30000, 0x40200])
+    run = EntryReader(PLAIN).run_at(table, 0, CLUSTER, 4 * CLUSTER)
+    assert (run.start, run.end) == (CLUSTER, 3 * CLUSTER)
+
+
+def test_first_cluster_of_an_external_data_file_is_at_0() -> None:
+    run = EntryReader(EXTERNAL).run_at(array("Q", [COPIED, CLUSTER | COPIED, 0]), 0, 0, 3 * CLUSTER)
+    assert (run.kind, run.host, run.end) == (Kind.NORMAL, 0, 2 * CLUSTER)
+
+
+@given(st.lists(st.integers(0, (1 << 64) - 1), min_size=2, max_size=8), st.booleans())
+def test_hostile_tables_give_a_run_or_an_error(words: list[int], extended: bool) -> None:
+    table = array("Q", words[: len(words) // 2 * 2])
+    header = EXTENDED if extended else PLAIN
+    clusters = len(table) // (2 if extended else 1)
+    for offset in range(0, clusters * CLUSTER, header.subcluster_size):
+        try:
+            run = EntryReader(header).run_at(table, 0, offset, clusters * CLUSTER)
+        except ImageError:
+            continue
+        assert 0 <= run.start <= offset < run.end <= clusters * CLUSTER
+        assert 0 <= run.host < 1 << 62
+        assert run.compressed <= 2 * CLUSTER + 512
