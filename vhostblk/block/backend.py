@@ -13,6 +13,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 
 from vhostblk.block import clear, pipeline
 from vhostblk.block.driver import Driver
@@ -145,7 +146,10 @@ class BlockBackend(Quiescent):
         Raises:
             ConfigError: they are not to be had; nothing has changed.
         """
-        async with drained(self.node):
+        async with AsyncExitStack() as stack:
+            if self.writable and not writable:
+                # Extents that allow writing come back.
+                await stack.enter_async_context(drained(self.node))
             with GraphTransaction() as change:
                 change.ask(self._edge, _permissions(writable, resize), self._edge.shared)
             self.writable = writable

@@ -68,6 +68,21 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
     return result
 
 
+def parse_flat(text: str) -> dict[str, str]:
+    """Parse `key=value,...` as image tools take it: dotted keys stay as they are, `key` alone is `key=on`.
+
+    Raises:
+        ConfigError: bad syntax.
+    """
+    result: dict[str, str] = {}
+    for item in filter(None, _split(text)):
+        key, separator, value = item.partition("=")
+        if not _KEY.match(key) or key.count(".") > _MAX_DEPTH:
+            raise ConfigError(f"Invalid parameter '{key}'")
+        result[key] = value if separator else "on"
+    return result
+
+
 def _split(text: str) -> list[str]:
     """Cut at single commas; two of them are one literal comma."""
     items = [""]

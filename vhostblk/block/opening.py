@@ -322,7 +322,7 @@ class Opening:
     ) -> BlockNode:
         modes = (parent.common, role)
         if self._by_name and "driver" not in flat:
-            # What is below a format is no format; what is below a filter may be any (row B06.7).
+            # What is below a format is no format; what is below a filter may be any (row B06.6).
             if parent.is_filter or role & Role.COW:
                 return await _open_probed(self._graph, flat, where, modes)
             flat["driver"] = _protocol_by_name(self._graph, flat)

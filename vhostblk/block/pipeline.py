@@ -392,7 +392,7 @@ async def truncate(
     if length > MAX_LENGTH:
         raise BlockError(errno.EFBIG, f"{node.node_name}: length {length} is too large")
     if preallocation is not Preallocation.OFF and length < node.length:
-        raise BlockError(errno.ENOTSUP, f"{node.node_name}: preallocation is for growing")
+        raise BlockError(errno.ENOTSUP, "Cannot use preallocation for shrinking files")
     low, high = sorted((node.length, length))
     node.in_flight += 1
     request = node.tracker.begin(RequestType.TRUNCATE, low, high - low)

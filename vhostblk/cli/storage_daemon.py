@@ -13,10 +13,10 @@ from typing import Any
 
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import flatten, parse_options
-from vhostblk.block.leaky_bucket import ThrottleLimits
-from vhostblk.block.options import IDENTIFIER, INTEGER, consume, consume_all, option
+from vhostblk.block.options import IDENTIFIER, INTEGER, consume_all, option
 from vhostblk.block.registry import DriverRegistry
 from vhostblk.cli.blockdev_help import blockdev_help
+from vhostblk.cli.objects import throttle_group
 from vhostblk.cli.run import run_daemon
 from vhostblk.cli.serve import add_data_path_option
 from vhostblk.daemon import (
@@ -183,13 +183,6 @@ class _IOThreadOptions:
     aio_max_batch: int = option(INTEGER, 0, about="accepted; QEMU's aio=native has a use for it")
 
 
-@dataclass(frozen=True, slots=True)
-class _ThrottleGroupOptions:
-    """`--object throttle-group`, besides its limits."""
-
-    id: str = option(IDENTIFIER, about="name of the group")
-
-
 def _parse_object(text: str) -> IOThreadConfig | ThrottleGroupConfig:
     options = flatten(_parse("--object", text, "qom-type"))
     kind = options.pop("qom-type", None)
@@ -199,20 +192,8 @@ def _parse_object(text: str) -> IOThreadConfig | ThrottleGroupConfig:
         )
     try:
         if kind == "throttle-group":
-            group = consume(_ThrottleGroupOptions, options)
-            return ThrottleGroupConfig(group.id, _throttle_limits(options))
+            return ThrottleGroupConfig(*throttle_group(options))
         parsed = consume_all(_IOThreadOptions, options)
     except ConfigError as exc:
         raise ConfigError(f"--object {kind}: {exc}") from None
     return IOThreadConfig(parsed.id, parsed.poll_max_ns, parsed.poll_grow, parsed.poll_shrink)
-
-
-def _throttle_limits(options: dict[str, Any]) -> ThrottleLimits:
-    """The limits of a throttle group: `limits.iops-total`, or `x-iops-total` as in older command lines."""
-    limits: dict[str, Any] = {}
-    for name, value in options.items():
-        bare = name.removeprefix("limits.") if name.startswith("limits.") else name[2:]
-        if not name.startswith(("limits.", "x-")) or bare in limits:
-            raise ConfigError(f"Parameter '{name}' is unexpected")
-        limits[bare] = value
-    return consume_all(ThrottleLimits, limits, "limits.")

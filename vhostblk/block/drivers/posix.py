@@ -307,10 +307,14 @@ class PosixNode(BlockNode):
         if self._file.is_device:
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: a device cannot be resized")
         if preallocation is Preallocation.METADATA:
-            raise BlockError(errno.ENOTSUP, f"{self.node_name}: a file has no metadata to allocate")
+            raise BlockError(errno.ENOTSUP, "Unsupported preallocation mode: metadata")
         before = self._size
         if preallocation is Preallocation.OFF or length <= before:
-            await self._truncate_file(length)
+            try:
+                await self._truncate_file(length)
+            except BlockError as error:
+                what = f"Could not resize file: {error.strerror}"
+                raise BlockError(error.errno or errno.EIO, what) from None
             return
         try:
             if preallocation is Preallocation.FALLOC:

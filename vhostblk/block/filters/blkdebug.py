@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,8 @@ from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.registry import DriverRegistry
+
+log = logging.getLogger(__name__)
 
 # What the pipeline and today's drivers report; formats add theirs.
 EVENTS = (
@@ -251,8 +254,11 @@ class BlkdebugNode(FilterNode):
         for breakpoint_ in [point for point in self._breakpoints if point[0] == event]:
             self._breakpoints.remove(breakpoint_)
             waiter = asyncio.get_running_loop().create_future()
-            self._suspended.setdefault(breakpoint_[1], []).append(waiter)
+            tag = breakpoint_[1]
+            self._suspended.setdefault(tag, []).append(waiter)
+            log.info("blkdebug: Suspended request '%s'", tag)
             await waiter
+            log.info("blkdebug: Resuming request '%s'", tag)
 
     def _apply(self, event: str) -> None:
         fresh = [

@@ -1,0 +1,157 @@
+"""`vhostblk io`, also installed as `vhostblk-io`: the options of qemu-io's command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vhostblk import __version__
+from vhostblk.block.keyval import flatten, parse_options
+from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.cli.io.command import RefusedError
+from vhostblk.cli.io.image import aio_mode, cache_mode, discard_mode, image_options, modes_of
+from vhostblk.cli.io.session import Modes, Session
+from vhostblk.cli.io.shell import run_commands
+from vhostblk.cli.objects import throttle_group
+from vhostblk.cli.program import Parser, build_program, run_program
+from vhostblk.errors import ConfigError
+
+NAME = "io"
+SUMMARY = "try the block layer by hand, with qemu-io's commands"
+DESCRIPTION = """\
+Open an image and make single requests: read, write, discard, flush, and look at what they did. Takes
+qemu-io's options and commands. Without -c, commands are read from standard input, one a line."""
+EXAMPLES = """\
+Example: write a pattern, look whether it is there, and what is allocated:
+
+  vhostblk-io -f raw -c 'write -P 0xab 4k 64k' -c 'read -P 0xab 4k 64k' -c map disk.img
+
+'-c help' lists the commands, '-c "help read"' explains one. See docs/vhostblk-io.md.
+"""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the command."""
+    add = parser.add_argument
+    add("file", nargs="?", metavar="FILE", help="the image; none: `open` opens one")
+    add(
+        "-c",
+        "--cmd",
+        action="append",
+        default=[],
+        metavar="COMMAND",
+        help="a command with its arguments; repeatable, in order",
+    )
+    add("-f", "--format", metavar="DRIVER", help="the image's format; found out if absent")
+    add("--image-opts", action="store_true", help="FILE is a list of options: driver=raw,…")
+    add(
+        "--object",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="throttle-group,id=…[,limits.…]; repeatable",
+    )
+    add("-r", "--read-only", action="store_true", help="open it read-only")
+    add("-n", "--nocache", dest="no_cache", action="store_true", help="as -t none")
+    add("-C", "--copy-on-read", action="store_true", help="write what is read to the top layer")
+    add("-m", "--misalign", action="store_true", help="use buffers that are not aligned")
+    add("-i", "--aio", metavar="MODE", help="how to do I/O: threads or io_uring")
+    add(
+        "-t",
+        "--cache",
+        metavar="MODE",
+        help="none, off, directsync, writeback, unsafe or writethrough; writeback if absent",
+    )
+    add("-d", "--discard", metavar="MODE", help="unmap or ignore; unmap if absent")
+    add("-U", "--force-share", action="store_true", help="share the image; needs --read-only")
+    add("-V", action="version", version=f"vhostblk {__version__}", help=argparse.SUPPRESS)
+    # What qemu-io has besides; refused by name.
+    add("-s", "--snapshot", action="store_true", help=argparse.SUPPRESS)
+    add("-k", "--native-aio", action="store_true", help=argparse.SUPPRESS)
+    add("-T", "--trace", help=argparse.SUPPRESS)
+    parser.set_defaults(program="vhostblk-io")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the commands; the exit status is 1 if one has failed.
+
+    Raises:
+        ConfigError: the options are wrong, or the image cannot be opened.
+    """
+    if args.trace is not None:
+        raise ConfigError("--trace is not supported by this version of vhostblk")
+    if args.format is not None and args.image_opts:
+        raise ConfigError("--image-opts and -f are mutually exclusive")
+    try:
+        args.cache = cache_mode(args.cache) if args.cache is not None else None
+        args.discard = discard_mode(args.discard) if args.discard is not None else None
+        args.aio = aio_mode(args.aio) if args.aio is not None else None
+        modes = modes_of(args)
+        given = image_options(args.file) if args.image_opts and args.file is not None else {}
+        if args.format is not None:
+            given["driver"] = args.format
+        good = asyncio.run(_run(args, given, modes, dict(map(_parse_object, args.object))))
+    except RefusedError as error:
+        raise ConfigError(str(error)) from None
+    return 0 if good else 1
+
+
+def _parse_object(text: str) -> tuple[str, ThrottleLimits]:
+    try:
+        options = flatten(parse_options(text, "qom-type"))
+        kind = options.pop("qom-type", None)
+        if kind != "throttle-group":
+            raise ConfigError(f"type '{kind}' is not supported (allowed: throttle-group)")
+        return throttle_group(options)
+    except ConfigError as error:
+        raise ConfigError(f"--object: {error}") from None
+
+
+async def _run(
+    args: argparse.Namespace,
+    given: dict[str, str],
+    modes: Modes,
+    groups: dict[str, ThrottleLimits],
+) -> bool:
+    session = Session(args.program, groups, misalign=args.misalign)
+    notices = Notices(session)
+    logger = logging.getLogger("vhostblk.block.filters.blkdebug")
+    logger.addHandler(notices)
+    logger.propagate = False
+    try:
+        if args.file is not None:
+            await session.open(None if args.image_opts else args.file, given, modes)
+        return await run_commands(session, args.cmd)
+    finally:
+        await session.close()
+        logger.removeHandler(notices)
+        logger.propagate = True
+        sys.stdout.flush()
+
+
+class Notices(logging.Handler):
+    """Prints what blkdebug has to say about suspended requests, as a part of the output."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(logging.INFO)
+        self._session = session
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print it."""
+        self._session.out(record.getMessage())
+
+
+def build_io_parser(name: str = "vhostblk-io") -> Parser:
+    """`vhostblk-io`; scripts that call it by another name find that in its messages."""
+    parser = build_program(name, sys.modules[__name__])
+    parser.set_defaults(program=name)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `vhostblk-io`; returns its exit code."""
+    return run_program(build_io_parser(Path(sys.argv[0]).name), argv)

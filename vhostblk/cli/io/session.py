@@ -1,0 +1,221 @@
+"""What the commands of one run share: the open image, what runs in the background, where text goes.
+
+Knows nothing about single commands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.filters import blkdebug
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.block.modes import CACHE_MODES, CacheMode
+from vhostblk.block.node import BlockNode
+from vhostblk.block.permissions import Perm
+from vhostblk.block.roles import primary_child
+from vhostblk.block.throttle_group import ThrottleGroup
+from vhostblk.cli.io.command import RefusedError
+from vhostblk.errors import BlockError, ConfigError
+
+
+@dataclass(frozen=True)
+class Modes:
+    """How an image is opened, as far as its own options do not say otherwise.
+
+    Attributes: discard: "unmap" or "ignore". aio: "threads", "io_uring", None: the fastest. copy_on_read: what is read
+        is written to the top layer.
+    """
+
+    read_only: bool = False
+    cache: CacheMode = CACHE_MODES["writeback"]
+    discard: str = "unmap"
+    aio: str | None = None
+    force_share: bool = False
+    copy_on_read: bool = False
+
+    def options(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """The options to open a node with.
+
+        Args:
+            given: the image's own.
+
+        Raises:
+            RefusedError: they contradict `force_share`.
+        """
+        options = {
+            "read-only": self.read_only,
+            **self.cache.options,
+            "discard": self.discard,
+            **given,
+        }
+        if self.force_share:
+            if given.get("force-share", "on") != "on":
+                raise RefusedError("-U conflicts with image options")
+            options["force-share"] = True
+        return options
+
+
+@dataclass
+class Image:
+    """An open image.
+
+    Attributes:
+        node: its top layer.
+        backend: where requests go; there may be a copy-on-read filter between the two.
+        cache: its mode now.
+        resizes: we may change its length.
+        tags: of all breakpoints that were set.
+    """
+
+    graph: BlockGraph
+    node: BlockNode
+    backend: BlockBackend
+    cache: CacheMode
+    resizes: bool = False
+    tags: list[str] = field(default_factory=list)
+
+    def debugger(self) -> blkdebug.BlkdebugNode | None:
+        """The node below which has breakpoints."""
+        node: BlockNode | None = self.node
+        while node is not None and not isinstance(node, blkdebug.BlkdebugNode):
+            edge = primary_child(node)
+            node = edge.node if edge is not None else None
+        return node
+
+    async def close(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Let go what is suspended, wait for what runs, flush, close."""
+        debugger = self.debugger()
+        for tag in self.tags:
+            with suppress(BlockError):
+                assert debugger is not None
+                debugger.remove_breakpoint(tag)
+        await finish(tasks)
+        await self.backend.close()
+        await self.graph.close_all()
+
+
+async def finish(tasks: set[asyncio.Task[None]]) -> None:
+    """Wait until nothing runs in the background."""
+    while tasks:
+        await asyncio.wait(tasks)
+
+
+class Session:
+    """One run.
+
+    Args:
+        program: its name, for messages.
+        groups: throttle groups that images may use.
+        misalign: buffers are not aligned.
+
+    Attributes:
+        image: None: none is open.
+        tasks: requests in the background that wait for something.
+        done: no more commands.
+
+    Context: the control loop.
+    Owns: the image.
+    """
+
+    def __init__(
+        self, program: str, groups: Mapping[str, ThrottleLimits], *, misalign: bool = False
+    ) -> None:
+        self.program = program
+        self.misalign = misalign
+        self.image: Image | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.done = False
+        self._groups = {name: ThrottleGroup(name, limits) for name, limits in groups.items()}
+
+    def out(self, text: str) -> None:
+        """Print a line."""
+        sys.stdout.write(f"{text}\n")
+
+    def complain(self, text: str, *, named: bool = False) -> None:
+        """Print a line to standard error.
+
+        Args:
+            named: with the program's name.
+        """
+        sys.stderr.write(f"{self.program}: {text}\n" if named else f"{text}\n")
+
+    @property
+    def opened(self) -> Image:
+        """The image, for commands that have `needs_image`."""
+        assert self.image is not None
+        return self.image
+
+    async def open(self, filename: str | None, given: Mapping[str, str], modes: Modes) -> None:
+        """Open an image.
+
+        Args:
+            filename: None: the options say which.
+            given: options, with dotted keys.
+
+        Raises:
+            RefusedError: there is one already, or it cannot be opened.
+        """
+        if self.image is not None:
+            raise RefusedError("file open already, try 'help close'")
+        options = modes.options(given)
+        graph = BlockGraph(aio=modes.aio)
+        graph.throttle_groups.update(self._groups)
+        try:
+            if modes.force_share and not modes.read_only:
+                raise ConfigError("force-share=on can only be used with read-only images")
+            node = await graph.open_image(filename, options)
+            if node.read_only and not modes.read_only:
+                raise ConfigError("Block node is read-only")
+            top = await _copy_on_read(graph, node) if modes.copy_on_read else node
+            backend = BlockBackend(
+                top,
+                self.program,
+                writable=not modes.read_only,
+                write_cache=not modes.cache.writethrough,
+                shared=Perm.ALL,
+            )
+        except (ConfigError, BlockError) as error:
+            await graph.close_all()
+            what = "" if filename is None else f" device {filename}"
+            text = error.strerror if isinstance(error, BlockError) else error
+            raise RefusedError(f"can't open{what}: {text}") from None
+        self.image = Image(graph, node, backend, modes.cache)
+
+    async def close(self) -> None:
+        """Close the image, if there is one; what runs in the background comes to its end first."""
+        image, self.image = self.image, None
+        if image is not None:
+            await image.close(self.tasks)
+
+    async def need(self, perm: Perm) -> None:
+        """Ask for permissions that a command needs, on top of those there are.
+
+        Raises:
+            RefusedError: they are not to be had.
+        """
+        if not perm:
+            return
+        image = self.opened
+        if image.node.read_only:
+            raise RefusedError("Block node is read-only")
+        resize = bool(perm & Perm.RESIZE) or image.resizes
+        if image.backend.writable and image.resizes == resize:
+            return
+        try:
+            await image.backend.ask(writable=True, resize=resize)
+        except ConfigError as error:
+            raise RefusedError(str(error)) from None
+        image.resizes = resize
+
+
+async def _copy_on_read(graph: BlockGraph, node: BlockNode) -> BlockNode:
+    if node.read_only:
+        raise ConfigError("Can't use copy-on-read on read-only device")
+    return await graph.add({"driver": "copy-on-read", "file": node.node_name})

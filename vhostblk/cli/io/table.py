@@ -1,0 +1,318 @@
+"""The commands: one row each; and one line of a script carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from vhostblk.block.permissions import Perm
+from vhostblk.cli.io import background, control, image, inspection, requests
+from vhostblk.cli.io.command import (
+    Arguments,
+    Command,
+    CommandError,
+    ComplaintError,
+    RefusedError,
+    UsageError,
+    operands,
+    parse,
+)
+from vhostblk.cli.io.session import Session
+
+_ANY = (0, None)
+
+_QUIET = """
+ -C  one line for machines: bytes, requests, time, bytes per second, requests per second
+ -q  say nothing about how long it took"""
+_READ = f"""
+ -P BYTE  fail unless all bytes are this one
+ -v  dump what was read{_QUIET}"""
+_WRITE = f"""
+ -f  durable when it completes (FUA)
+ -P BYTE  the byte to write (default: 0xcd){_QUIET}"""
+_ZEROES = """
+ -z  write zeroes without data
+ -u  with -z: the range may lose its allocation"""
+_IGNORED = """
+ -p  accepted, no effect"""
+_INVALID = """
+ -i  make no request, count it as invalid"""
+_MODES = """
+ -r  read-only
+ -s  changes go to a temporary overlay (not supported yet)
+ -C  copy on read
+ -n  no host cache, as -t none
+ -k  as -i native (not supported)
+ -U  share the image with whoever else uses it; needs -r
+ -i MODE  I/O by threads or io_uring
+ -t MODE  cache: none, off, directsync, writeback, unsafe, writethrough
+ -d MODE  discard: unmap (default) or ignore
+ -o OPTIONS  options of the node: driver=raw,offset=512"""
+
+
+@dataclass
+class Help(Arguments):
+    """`help`."""
+
+    names: tuple[str, ...] = operands(0, 1)
+
+
+async def help_(session: Session, args: Help) -> None:
+    """Say what a command does, or what there is."""
+    if not args.names:
+        for command in sorted(_ROWS, key=lambda row: row.name):
+            session.out(command.usage)
+        session.out("\nUse 'help COMMAND' to know more.")
+        return
+    found = COMMANDS.get(args.names[0])
+    if found is None:
+        raise CommandError(f"command {args.names[0]} not found")
+    session.out(found.usage)
+    if found.details:
+        session.out(f"{found.details}\n")
+
+
+_ROWS = (
+    Command(
+        "read",
+        requests.read,
+        "[-abCqv] [-P pattern [-s off] [-l len]] off len",
+        "reads a range and says how long that took",
+        words=(2, None),
+        takes=requests.Read,
+        alias="r",
+        details=f"""
+ read -P 0xcd -l 512 4k 64k: of 64 KiB at 4 KiB, the first 512 bytes have to be 0xcd
+ -b  the guest's saved state instead of the disk
+ -s OFF  -P begins there, counted from the first byte read
+ -l LEN  -P is for so many bytes{_READ}{_IGNORED}""",
+    ),
+    Command(
+        "readv",
+        requests.readv,
+        "[-Cqv] [-P pattern] off len [len..]",
+        "reads a range into several buffers",
+        words=(2, None),
+        takes=requests.ReadVector,
+        details=f"""
+ readv 0 512 4k: one request for 4608 bytes, into two buffers{_READ}""",
+    ),
+    Command(
+        "write",
+        requests.write,
+        "[-bcCfnquz] [-P pattern | -s source_file] off len",
+        "writes a pattern, a file's content or zeroes",
+        words=(2, None),
+        takes=requests.Write,
+        alias="w",
+        perm=Perm.WRITE,
+        details=f"""
+ write -zu 1M 64k: 64 KiB at 1 MiB read as zeroes, and may take no room any more
+ -b  the guest's saved state instead of the disk
+ -c  compressed
+ -s FILE  repeat what this file begins with
+ -n  with -z: fail rather than write data{_ZEROES}{_WRITE}{_IGNORED}""",
+    ),
+    Command(
+        "writev",
+        requests.writev,
+        "[-Cfq] [-P pattern] off len [len..]",
+        "writes a pattern from several buffers",
+        words=(2, None),
+        takes=requests.WriteVector,
+        perm=Perm.WRITE,
+        details=_WRITE,
+    ),
+    Command(
+        "aio_read",
+        background.aio_read,
+        "[-Ciqv] [-P pattern] off len [len..]",
+        "begins a readv and does not wait for it",
+        words=(2, None),
+        takes=background.BackgroundRead,
+        details=f"""
+ What came of it is printed when it is over; the command itself has succeeded.{_READ}{_INVALID}""",
+    ),
+    Command(
+        "aio_write",
+        background.aio_write,
+        "[-Cfiquz] [-P pattern] off len [len..]",
+        "begins a writev and does not wait for it",
+        words=(2, None),
+        takes=background.BackgroundWrite,
+        perm=Perm.WRITE,
+        details=f"""
+ What came of it is printed when it is over; the command itself has succeeded.{_ZEROES}{_WRITE}{_INVALID}""",
+    ),
+    Command("aio_flush", background.aio_flush, None, "waits until all aio requests are over"),
+    Command(
+        "discard",
+        requests.discard,
+        "[-Cq] off len",
+        "gives a range up",
+        words=(2, None),
+        takes=requests.Discard,
+        alias="d",
+        perm=Perm.WRITE,
+        details=_QUIET,
+    ),
+    Command("flush", requests.flush, None, "makes all completed writes durable", alias="f"),
+    Command("length", inspection.length, None, "prints the image's length", alias="l"),
+    Command("info", inspection.info, None, "prints what is known about the image", alias="i"),
+    Command("map", inspection.map_, "", "prints what is allocated in the top layer", alias="m"),
+    Command(
+        "alloc",
+        inspection.alloc,
+        "offset [count]",
+        "counts the bytes of a range (default: 512) that the top layer has",
+        words=(1, 2),
+        takes=inspection.Alloc,
+        alias="a",
+    ),
+    Command(
+        "truncate",
+        inspection.truncate,
+        "[-m prealloc_mode] off",
+        "changes the image's length",
+        words=(1, 3),
+        takes=inspection.Truncate,
+        alias="t",
+        perm=Perm.WRITE | Perm.RESIZE,
+        details="""
+ -m MODE  what to do about the new part: off, metadata, falloc or full""",
+    ),
+    Command(
+        "open",
+        image.open_,
+        "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]",
+        "opens an image",
+        words=(1, None),
+        takes=image.Open,
+        alias="o",
+        needs_image=False,
+        details=_MODES,
+    ),
+    Command("close", image.close, None, "closes the image", alias="c"),
+    Command(
+        "reopen",
+        image.reopen,
+        "[(-r|-w)] [-c cache] [-o options]",
+        "changes how the image is open",
+        words=_ANY,
+        takes=image.Reopen,
+        details="""
+ -r, -w  read-only, writable
+ -c MODE  the cache mode
+ -o OPTIONS  options of the node that may change""",
+    ),
+    Command(
+        "break",
+        control.break_,
+        "event tag",
+        "suspends the next request that comes to an event of blkdebug",
+        words=(2, 2),
+        takes=control.Break,
+    ),
+    Command(
+        "remove_break",
+        control.remove_break,
+        "tag",
+        "forgets a breakpoint",
+        words=(1, 1),
+        takes=control.Tag,
+    ),
+    Command(
+        "resume",
+        control.resume,
+        "tag",
+        "lets a suspended request go on",
+        words=(1, 1),
+        takes=control.Tag,
+    ),
+    Command(
+        "wait_break",
+        control.wait_break,
+        "tag",
+        "waits until a request is suspended",
+        words=(1, 1),
+        takes=control.Tag,
+    ),
+    Command(
+        "sleep",
+        control.sleep,
+        None,
+        "waits for so many milliseconds",
+        words=(1, 1),
+        takes=control.Sleep,
+        needs_image=False,
+    ),
+    Command("abort", control.abort, None, "crashes with SIGABRT", needs_image=False),
+    Command(
+        "sigraise",
+        control.sigraise,
+        "signal",
+        "sends this program a signal",
+        words=(1, 1),
+        takes=control.SigRaise,
+        needs_image=False,
+    ),
+    Command(
+        "quit",
+        control.quit_,
+        None,
+        "ends the program",
+        words=_ANY,
+        takes=control.Quit,
+        alias="q",
+        needs_image=False,
+    ),
+    Command(
+        "help",
+        help_,
+        "[command]",
+        "explains one command, or lists all",
+        words=(0, 1),
+        takes=Help,
+        alias="?",
+        needs_image=False,
+    ),
+)
+
+COMMANDS: Mapping[str, Command] = MappingProxyType(
+    {name: row for row in _ROWS for name in (row.name, row.alias) if name}
+)
+
+
+async def run_line(session: Session, line: str) -> bool:
+    """Carry out one line: a command and its words, with spaces in between; an empty one is none.
+
+    Returns:
+        False if it has failed, and has said so.
+    """
+    words = line.split(" ")
+    name, *words = [word for word in words if word] or [""]
+    if not name:
+        return True
+    command = COMMANDS.get(name)
+    try:
+        if command is None:
+            raise ComplaintError(f'command "{name}" not found')
+        if command.needs_image and session.image is None:
+            raise ComplaintError("no file open, try 'help open'")
+        command.check_words(name, len(words))
+        await session.need(command.perm)
+        await command.run(session, parse(command.takes, name, words))
+    except UsageError as error:
+        if str(error):
+            session.complain(str(error))
+        assert command is not None
+        session.out(command.usage)
+    except ComplaintError as error:
+        session.complain(str(error), named=isinstance(error, RefusedError))
+    except CommandError as error:
+        if str(error):
+            session.out(str(error))
+    else:
+        return True
+    return False
