@@ -97,7 +97,7 @@ def modes_of(args: Any) -> Modes:
         raise RefusedError("-s is not supported by this version of vhostblk")
     if args.native_aio:
         aio_mode("native")
-    cache = args.cache or CACHE_MODES["none" if args.no_cache else "writeback"]
+    cache = args.cache or CACHE_MODES["none" if args.no_cache else "writethrough"]
     return Modes(
         read_only=args.read_only,
         cache=cache,

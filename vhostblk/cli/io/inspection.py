@@ -50,9 +50,9 @@ async def map_(session: Session, args: Arguments) -> None:
             allocated, count = await _run(node, offset, end)
         except BlockError as error:
             reason = os.strerror(error.errno or 0)
-            raise CommandError(f"Failed to get allocation status: {reason}") from None
+            raise RefusedError(f"Failed to get allocation status: {reason}") from None
         if not count:
-            raise CommandError("Unexpected end of image")
+            raise RefusedError("Unexpected end of image")
         word = "    allocated" if allocated else "not allocated"
         session.out(
             f"{human(count)} ({count:#x}) bytes {word} at offset {human(offset)} ({offset:#x})"

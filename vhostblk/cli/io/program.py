@@ -64,7 +64,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "-t",
         "--cache",
         metavar="MODE",
-        help="none, off, directsync, writeback, unsafe or writethrough; writeback if absent",
+        help="none, off, directsync, writeback, unsafe or writethrough; writethrough if absent",
     )
     add("-d", "--discard", metavar="MODE", help="unmap or ignore; unmap if absent")
     add("-U", "--force-share", action="store_true", help="share the image; needs --read-only")

@@ -34,7 +34,7 @@ class Modes:
     """
 
     read_only: bool = False
-    cache: CacheMode = CACHE_MODES["writeback"]
+    cache: CacheMode = CACHE_MODES["writethrough"]
     discard: str = "unmap"
     aio: str | None = None
     force_share: bool = False
