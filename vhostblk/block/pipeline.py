@@ -309,13 +309,18 @@ async def padded_write(
     head, tail = offset - start, end - offset - iov.length
     scratch = node.bounce.acquire(2 * align, limits.opt_mem_alignment)
     try:
-        first, last = scratch[:align], scratch[align : 2 * align]
-        if end - start == align:
-            last = first
-        if head or last is first:
-            await _read_block(node, start, first, "head")
-        if tail and last is not first:
-            await _read_block(node, end - align, last, "tail")
+        size = end - start
+        if size == align or (size == 2 * align and head and tail):
+            # All of it in one read.
+            which = [name for name, part in (("head", head), ("tail", tail)) if part]
+            await _read_blocks(node, start, scratch[:size], *which)
+            first, last = scratch[:align], scratch[size - align : size]
+        else:
+            first, last = scratch[:align], scratch[align : 2 * align]
+            if head:
+                await _read_blocks(node, start, first, "head")
+            if tail:
+                await _read_blocks(node, end - align, last, "tail")
         padded = concat((IoVec([first[:head]]), iov, IoVec([last[align - tail :]])))
         must_flush = await _aligned_write(node, request, start, padded, flags & ~_REGISTERED_BUF)
     finally:
@@ -326,12 +331,14 @@ async def padded_write(
     return must_flush
 
 
-async def _read_block(node: BlockNode, offset: int, block: memoryview, which: str) -> None:
+async def _read_blocks(node: BlockNode, offset: int, blocks: memoryview, *which: str) -> None:
     if node.has_debug_events:
-        await node.driver_debug_event(f"pwritev_rmw_{which}")
-    await submit.read(node, offset, IoVec([block]))
+        for name in which:
+            await node.driver_debug_event(f"pwritev_rmw_{name}")
+    await submit.read(node, offset, IoVec([blocks]))
     if node.has_debug_events:
-        await node.driver_debug_event(f"pwritev_rmw_after_{which}")
+        for name in which:
+            await node.driver_debug_event(f"pwritev_rmw_after_{name}")
 
 
 async def _aligned_write(

@@ -5,7 +5,6 @@ Such a command succeeds once its request was made; what comes of it is printed, 
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Callable, Coroutine
@@ -37,20 +36,15 @@ def _start(
     """
     began = time.perf_counter()
 
-    async def run() -> int:
+    async def run() -> None:
         try:
             await request
         except BlockError as error:
-            return error.errno or errno.EIO
-        return 0
-
-    def done(error: int) -> None:
-        if error:
-            session.out(f"{failed} failed: {os.strerror(error)}")
+            session.out(f"{failed} failed: {os.strerror(error.errno or 0)}")
         else:
             over(time.perf_counter() - began)
 
-    run_eagerly(run(), done, session.tasks)
+    run_eagerly(run(), session.tasks)
 
 
 @dataclass
