@@ -16,6 +16,21 @@ def rows() -> list[dict[str, str]]:
     return list(table(read("docs/block-layer.md"), "The block layer, row by row"))
 
 
+def test_every_file_of_the_block_layer_is_named_where_one_looks_for_it() -> None:
+    """In the package's docstring those of the folder itself, in ARCHITECTURE.md all; and none that is not there."""
+    block = ROOT / "vhostblk" / "block"
+    top = {path.name for path in block.glob("*.py")} - {"__init__.py"}
+    below = {path.name for path in block.glob("*/*.py")} - {"__init__.py"}
+    folders = {f"{path.parent.name}/" for path in block.glob("*/*/__init__.py")}
+    named = set(re.findall(r"`(\w+\.py)`", (block / "__init__.py").read_text()))
+    assert named == top
+    cells = [
+        row["files in vhostblk/block/"] for row in table(read("ARCHITECTURE.md"), "The block layer")
+    ]
+    named = set(re.findall(r"\w+(?:\.py|/)", " ".join(cells)))
+    assert named == top | below | folders | {"drivers/", "filters/"}
+
+
 def test_rows_are_sorted_and_there_is_one_of_each() -> None:
     numbers = [row["row"] for row in rows()]
     assert numbers == sorted(set(numbers))

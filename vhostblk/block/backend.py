@@ -33,6 +33,7 @@ from vhostblk.block.node import (
 )
 from vhostblk.block.permissions import Perm
 from vhostblk.block.quiesce import Quiescent, drained, wake
+from vhostblk.block.registered_buf import RegisteredBuffers, register, unregister
 from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError
 
@@ -79,6 +80,7 @@ class BlockBackend(Quiescent):
         self.name = name
         self.writable = writable
         self.write_cache = write_cache
+        self.buffers = RegisteredBuffers()
         self._epoch = 0  # counts revocations
         self._queued: list[asyncio.Future[None]] = []
         self._revoke: Revoke | None = None
@@ -313,11 +315,13 @@ class BlockBackend(Quiescent):
 
     def register_buf(self, host: int, size: int) -> None:
         """Announce memory that requests come from: address in this process and bytes."""
-        self.node.register_buf(host, size)
+        if self.buffers.add(host, size):
+            register(self.node, host, size)
 
     def unregister_buf(self, host: int) -> None:
         """Undo `register_buf`."""
-        self.node.unregister_buf(host)
+        if self.buffers.remove(host) and self._edge in self.node.parents:
+            unregister(self.node, host)
 
     # ------------------------------------------------------------------ life
 

@@ -22,7 +22,7 @@ from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, default_child_permissions
 from vhostblk.block.status import BlockStatus
-from vhostblk.errors import BlockError
+from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.edge import Edge
@@ -311,15 +311,11 @@ class Driver:
         for edge in self.children.values():
             edge.node.flush_failed(error)
 
-    def register_buf(self, host: int, size: int) -> None:
-        """Memory that requests will come from: address in this process and bytes (row B13.3)."""
-        for edge in self.children.values():
-            edge.node.register_buf(host, size)
+    def driver_register_buf(self, host: int, size: int) -> None:
+        """Requests will come from this memory: address in this process and bytes (`registered_buf.py`)."""
 
-    def unregister_buf(self, host: int) -> None:
-        """Undo `register_buf` of this address."""
-        for edge in self.children.values():
-            edge.node.unregister_buf(host)
+    def driver_unregister_buf(self, host: int) -> None:
+        """None will any more."""
 
     def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What this node needs of a child, and shares, when its parents ask for this (row B09.5)."""
@@ -330,6 +326,28 @@ class Driver:
             writable=not self.read_only and not self.inactive,
             inactive=self.inactive,
         )
+
+    def driver_add_child(self, child: BlockNode) -> tuple[str, Role]:
+        """Name and role that a further child would have (row B08.11); most drivers have the children they have.
+
+        Raises:
+            ConfigError: ENOTSUP; or why not this one.
+        """
+        raise ConfigError(f"Node '{self.node_name}' does not support adding a child", errno.ENOTSUP)
+
+    def driver_del_child(self, edge: Edge) -> None:
+        """Whether a child may go.
+
+        Raises:
+            ConfigError: ENOTSUP; or why not this one.
+        """
+        raise ConfigError(
+            f"Node '{self.node_name}' does not support removing a child", errno.ENOTSUP
+        )
+
+    async def driver_change_backing(self, filename: str, driver: str) -> None:
+        """Write into the image what it is backed by (rows B08.10 and B32.6)."""
+        raise BlockError(errno.ENOTSUP, f"{self.node_name}: no backing file can be recorded")
 
     def check_perm(self, perm: Perm, shared: Perm) -> None:
         """Take what the change needs, locks for instance; raises ConfigError (row B09.4)."""

@@ -19,6 +19,7 @@ from vhostblk.block.flags import Req
 from vhostblk.block.limits import MAX_BOUNCING, BlockLimits
 from vhostblk.block.op_blockers import OpBlockers
 from vhostblk.block.quiesce import Quiescent
+from vhostblk.block.registered_buf import RegisteredBuffers
 from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.tracking import RequestTracker, TrackedRequest
 
@@ -65,6 +66,7 @@ class EdgeParent(Protocol):
         """The child is another node now, or has other limits."""
 
     subtree_quiesced: int
+    buffers: RegisteredBuffers
 
     def child_drained_begin(self, edge: Edge) -> None:
         """Send the child nothing new until `child_drained_end`. Must not change the graph (row B26.5)."""
@@ -103,6 +105,7 @@ class BlockNode(Driver, Quiescent):
         self.block_sizes = BlockSizes()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
+        self.buffers = RegisteredBuffers()
         self.set_modes(common)
         self.set_options(options)
         # Where it comes from (row B07.13).

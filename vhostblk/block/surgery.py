@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening
 from vhostblk.block.edge import Edge
+from vhostblk.block.introspection import filename
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_frozen, check_op
@@ -121,6 +122,59 @@ async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:
             if isinstance(edge.parent, BlockNode):
                 change.refresh(edge.parent)
         await graph.collect(old)
+
+
+async def add_child(graph: BlockGraph, parent: BlockNode, child: BlockNode) -> Edge:
+    """Give a node one more child, if its driver has a use for it (row B08.11).
+
+    Raises:
+        ConfigError: ENOTSUP: it has not; EBUSY: the child has a parent already; or the outcome is not allowed.
+    """
+    if child.parents:
+        user = child.parents[0].describe()
+        raise ConfigError(f"Node '{child.node_name}' already has a parent: {user}", errno.EBUSY)
+    async with graph.changing(parent, child):
+        name, role = parent.driver_add_child(child)
+        edge = Edge(parent, child, name, role, Perm.NONE, Perm.ALL)
+        with GraphTransaction() as change:
+            change.attach(edge)
+            change.refresh(parent)
+        parent.child_changed(edge)
+    return edge
+
+
+async def del_child(graph: BlockGraph, parent: BlockNode, name: str) -> None:
+    """Take a child from a node; it is closed if nobody else needs it (row B08.11).
+
+    Raises:
+        ConfigError: there is no such child, the driver cannot do without it (ENOTSUP), or the edge is frozen.
+    """
+    if name not in parent.children:
+        raise ConfigError(f"Node '{parent.node_name}' has no child named '{name}'", errno.ENOENT)
+    edge = parent.children[name]
+    async with graph.changing(parent, edge.node):
+        parent.driver_del_child(edge)
+        with GraphTransaction() as change:
+            change.detach(edge)
+            change.refresh(parent)
+        parent.compute_limits()
+        await graph.collect(edge.node)
+
+
+async def record_backing(node: BlockNode) -> None:
+    """Have every overlay of a node say in its image that this is what it is backed by (row B08.10).
+
+    To be called when the layer that was in between has left the chain, or is about to.
+
+    Raises:
+        BlockError: ENOTSUP where a format has no place for it, or an errno of the driver.
+    """
+    for edge in tuple(node.parents):
+        if edge.role & Role.COW and isinstance(edge.parent, BlockNode):
+            shown = node
+            while shown.is_filter and (below := filtered_child(shown)) is not None:
+                shown = below.node
+            await edge.parent.driver_change_backing(filename(shown), shown.driver_name)
 
 
 def check_replaceable(graph: BlockGraph, parent: BlockNode, name: str) -> BlockNode:

@@ -19,6 +19,7 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, Reason, check_frozen
 from vhostblk.block.permissions import Perm, PermissionChange, parents_first
 from vhostblk.block.quiesce import join, part
+from vhostblk.block.registered_buf import follow
 from vhostblk.block.roles import Role, check_children, check_role
 from vhostblk.errors import ConfigError
 
@@ -152,11 +153,14 @@ class GraphTransaction:
             except BaseException:
                 self.abort()
                 raise
+        moves = []
         for edge, old in self._old_nodes.items():
             new = edge.node if edge in edge.node.parents else None
             if old is not new:
                 _left(edge, old)
                 _joined(edge, new)
+                moves.append((edge, old, new))
+        follow(moves)
         self._permissions.commit()
         for edge, old in self._old_nodes.items():
             if old is not None and edge in edge.node.parents:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +15,16 @@ from tests.unit.block.fakes import NoOptions, PassNode
 from vhostblk.block import surgery
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.edge import Edge
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.node import BlockNode, HostExtent, OpenContext
 from vhostblk.block.op_blockers import OpType, Reason, freeze_backing_chain, unfreeze_backing_chain
 from vhostblk.block.permissions import Perm
 from vhostblk.block.pipeline import host_extent
-from vhostblk.errors import ConfigError
+from vhostblk.block.quiesce import drained
+from vhostblk.block.roles import Role
+from vhostblk.errors import BlockError, ConfigError
 
 KIB = 1024
 
@@ -124,6 +128,110 @@ def test_overlay_is_appended_below_everybody_who_used_the_top_except_edges_that_
             await surgery.append(graph, overlay, base)
         await guest.close()
         await job.close()
+
+    with_graph(scenario)
+
+
+class Quorum(BlockNode):
+    """Any number of children, at least one."""
+
+    driver_name = "quorum"
+    options_type = NoOptions
+    child_keys = ("children",)
+
+    async def open(self, context: OpenContext) -> None:
+        self.length = 64 * KIB
+
+    def driver_add_child(self, child: BlockNode) -> tuple[str, Role]:
+        return f"children.{len(self.children)}", Role.DATA
+
+    def driver_del_child(self, edge: Edge) -> None:
+        if len(self.children) == 1:
+            raise ConfigError("at least one child has to stay", errno.EBUSY)
+
+
+def test_children_come_and_go_where_the_driver_lets_them() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        graph.drivers.register(Quorum)
+        quorum = await graph.add("quorum,node-name=q")
+        plain = await graph.add("memory,node-name=plain,size=64k")
+        nodes = [await graph.add(f"memory,node-name=c{number},size=64k") for number in range(2)]
+        user = BlockBackend(quorum, "user", writable=True)
+        for number, node in enumerate(nodes):
+            edge = await surgery.add_child(graph, quorum, node)
+            assert edge.name == f"children.{number}"
+            assert quorum.children[edge.name] is edge
+            assert edge.perm & Perm.WRITE
+            assert [parent.parent for parent in node.parents] == [quorum]
+        before = picture(graph)
+        for refused, code, message in (
+            (surgery.add_child(graph, plain, await graph.add("null-co")), 95, "support adding"),
+            (
+                surgery.add_child(graph, quorum, nodes[0]),
+                errno.EBUSY,
+                "already has a parent: node 'q'",
+            ),
+            (
+                surgery.del_child(graph, quorum, "children.7"),
+                errno.ENOENT,
+                "no child named 'children.7'",
+            ),
+        ):
+            with pytest.raises(ConfigError, match=message) as caught:
+                await refused
+            assert caught.value.errno == code
+        assert picture(graph)[: len(before)] == before
+        async with drained(quorum):
+            pass
+        await surgery.del_child(graph, quorum, "children.0")
+        assert not nodes[0].parents
+        with pytest.raises(ConfigError, match="at least one"):
+            await surgery.del_child(graph, quorum, "children.1")
+        assert nodes[1].parents
+        await user.close()
+
+    with_graph(scenario)
+
+
+def test_driver_that_has_the_children_it_has_lets_none_go() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        raw = await graph.add("raw,file.driver=memory,file.size=64k")
+        before = picture(graph)
+        with pytest.raises(ConfigError, match="does not support removing a child") as caught:
+            await surgery.del_child(graph, raw, "file")
+        assert caught.value.errno == errno.ENOTSUP
+        assert picture(graph) == before
+
+    with_graph(scenario)
+
+
+def test_overlays_record_what_they_are_backed_by_when_a_layer_has_left(tmp_path: Path) -> None:
+    recorded: list[tuple[str, str, str]] = []
+
+    class Recording(Overlay):
+        driver_name = "recording"
+
+        async def driver_change_backing(self, filename: str, driver: str) -> None:
+            recorded.append((self.node_name, filename, driver))
+
+    (tmp_path / "base").write_bytes(bytes(64 * KIB))
+
+    async def scenario(graph: BlockGraph) -> None:
+        graph.drivers.register(Recording)
+        file = {"driver": "file", "filename": str(tmp_path / "base")}
+        base = await graph.add({"driver": "raw", "node-name": "base", "file": file})
+        overlay = await graph.add("recording,node-name=o")
+        await surgery.append(graph, overlay, base)
+        await surgery.record_backing(base)
+        assert recorded.pop() == ("o", str(tmp_path / "base"), "raw")
+        # A filter is none of the image's business.
+        above = await surgery.insert_filter(graph, base, {"driver": "pass"})
+        await surgery.record_backing(above)
+        assert recorded.pop() == ("o", str(tmp_path / "base"), "raw")
+        second = await graph.add("overlay,node-name=second")
+        await surgery.append(graph, second, overlay)
+        with pytest.raises(BlockError, match="no backing file can be recorded"):
+            await surgery.record_backing(overlay)
 
     with_graph(scenario)
 

@@ -99,11 +99,11 @@ class Buffers(ArrayNode):
         self.announced: list[int] = []
         self.most = 0
 
-    def register_buf(self, host: int, size: int) -> None:
+    def driver_register_buf(self, host: int, size: int) -> None:
         self.announced.append(host)
         self.most = max(self.most, len(self.announced))
 
-    def unregister_buf(self, host: int) -> None:
+    def driver_unregister_buf(self, host: int) -> None:
         self.announced.remove(host)
 
 
