@@ -78,7 +78,8 @@ class Edge:
 
     def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
         """Write `iov`; see `pipeline.pwritev`."""
-        self._check_write(offset, iov.length)
+        if not _and(self.perm, _WRITES) or offset + iov.length > self.node.length:
+            self._check_write(offset, iov.length)
         return pipeline.pwritev(self.node, offset, iov, flags)
 
     def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> Coroutine[Any, Any, None]:

@@ -22,7 +22,7 @@ from collections.abc import Awaitable
 
 from vhostblk.block import submit
 from vhostblk.block.dirty_map import recorded
-from vhostblk.block.eager import DONE, begin, rest
+from vhostblk.block.eager import DONE, rest
 from vhostblk.block.extent import ExtentFlag, HostExtent
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush, flush_target
@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 _COPY_ON_READ = int(Req.COPY_ON_READ)
-_FUA = int(Req.FUA)
 _REGISTERED_BUF = int(Req.REGISTERED_BUF)
 _SERIALISING = int(Req.SERIALISING)
 _NO_WAIT = int(Req.NO_WAIT)
@@ -102,22 +101,20 @@ async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> No
     Raises:
         BlockError: with the driver's errno; the content of `iov` is then undefined.
     """
-    length = iov.length
-    if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
-        check_range(node, offset, length, MAX_REQUEST)
-    tracker = node.tracker
+    length, tracker = iov.length, node.tracker
     if (
         not flags
         and not tracker.serialising
-        and offset + length <= node.length
+        and 0 <= offset <= node.length - length
         and submit.takes(node.limits, offset, iov)
     ):
-        # As most requests are.
+        # Nothing to do but to hand it over, as with most requests.
         driver = node.driver_preadv(offset, length, iov)
-        waits_for = begin(driver)
+        waits_for = next(driver.__await__(), DONE)  # `begin`, at the price of no call
         if waits_for is not DONE:
             await _visibly(node, RequestType.READ, offset, length, rest(driver, waits_for))
         return
+    check_range(node, offset, length, MAX_REQUEST)
     node.in_flight += 1
     request = tracker.begin(RequestType.READ, offset, length)
     try:
@@ -242,28 +239,24 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
     """
     if node.read_only or node.inactive:
         check_writable(node)
-    length = iov.length
-    if offset < 0 or length > MAX_REQUEST or offset > MAX_LENGTH - length:
-        check_range(node, offset, length, MAX_REQUEST)
-    assert not flags & ~_MASK, f"unknown request flags {flags:#x}"
-    tracker = node.tracker
+    length, tracker = iov.length, node.tracker
     if (
         not flags & ~node.supported_write_flags
-        and not tracker.serialising
         and not (node.before_write or node.has_debug_events or node.detect_zeroes)
+        and not tracker.serialising
+        and 0 <= offset <= node.length - length
         and submit.takes(node.limits, offset, iov)
     ):
-        end = offset + length
         try:
             driver = node.driver_pwritev(offset, length, iov, flags)
-            waits_for = begin(driver)
+            waits_for = next(driver.__await__(), DONE)
             if waits_for is not DONE:
                 await _visibly(node, RequestType.WRITE, offset, length, rest(driver, waits_for))
         finally:
-            node.wrote(offset, end)
-        if end > node.length:
-            written(node, end)
+            node.wrote(offset, offset + length)
         return
+    check_range(node, offset, length, MAX_REQUEST)
+    assert not flags & ~_MASK, f"unknown request flags {flags:#x}"
     node.in_flight += 1
     request = tracker.begin(RequestType.WRITE, offset, length)
     try:
@@ -355,10 +348,6 @@ async def _aligned_write(
             if node.detect_zeroes == "unmap":
                 flags |= _MAY_UNMAP
             return await submit.write_zeroes(node, offset, end, flags & ~_REGISTERED_BUF)
-        if submit.takes(node.limits, offset, iov):
-            driver_flags = flags & node.supported_write_flags
-            await node.driver_pwritev(offset, end - offset, iov, driver_flags)
-            return bool(flags & ~driver_flags & _FUA)
         return await submit.write(node, offset, iov, flags)
     finally:
         node.wrote(offset, end)

@@ -17,6 +17,7 @@ from vhostblk.block.bounce import zeroes
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import (
     MAX_BOUNCE,
+    MAX_REQUEST,
     MAX_ZEROES_BOUNCE,
     BlockLimits,
     align_down,
@@ -75,13 +76,12 @@ async def write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
 
 def takes(limits: BlockLimits, offset: int, iov: IoVec) -> bool:
     """Whether a driver can be handed this request as it is."""
-    length, largest = iov.length, limits.max_transfer
+    length = iov.length
     return (
-        length != 0
+        0 < length <= (limits.max_transfer or MAX_REQUEST)
         and not (offset | length) & (limits.request_alignment - 1)
-        and (not largest or length <= largest)
         and len(iov.views) <= limits.max_iov
-        and (limits.min_mem_alignment <= 1 or iov.is_aligned(limits.min_mem_alignment))
+        and (limits.min_mem_alignment == 1 or iov.is_aligned(limits.min_mem_alignment))
     )
 
 
