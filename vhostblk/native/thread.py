@@ -50,7 +50,7 @@ class EngineThread:
     Context: the control thread. Owns: the thread, its eventfd.
     """
 
-    BATCH = 8
+    BATCH = 16
     """Messages one `receive` returns at most: so few that the engine has something to do while they are looked at."""
 
     def __init__(
