@@ -30,6 +30,7 @@ from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.node import BlockNode
 from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError, StateError
+from vhostblk.export.events import OnEvent
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.options import ExportConfig
@@ -84,11 +85,18 @@ class Daemon:
     Args:
         config: what to serve.
         on_ready: called once when every export listens.
+        on_event: hears of what happens to the disks of exports; called from the loop, must not raise.
     """
 
-    def __init__(self, config: DaemonConfig, on_ready: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: DaemonConfig,
+        on_ready: Callable[[], None] | None = None,
+        on_event: OnEvent = lambda _event: None,
+    ) -> None:
         self._config = config
         self._on_ready = on_ready
+        self._on_event = on_event
         self._stop = asyncio.Event()
         self._threads: dict[str, IOThread] = {}
         self._own: list[IOThreadConfig] = []  # for those that name none
@@ -161,10 +169,11 @@ class Daemon:
             )
         return native.available and wanted != "python"
 
-    def refresh_sizes(self) -> None:
-        """Look at the size of every disk again; guests are told of those that changed."""
+    def look_again(self) -> None:
+        """Look at the disks again: guests are told of sizes that changed; what has paused on an error is resumed."""
         for export in self.exports.values():
             export.refresh_size()
+            export.resume()
 
     async def _open_export(
         self, config: ExportConfig, stack: AsyncExitStack, use_native: bool
@@ -176,7 +185,7 @@ class Daemon:
                 raise ConfigError(f"fd {config.fd} is used by export '{other.config.id}'")
         threads = self._threads_for(config) if use_native else []
         node = self.graph.find(config.node_name)
-        export = await Export.open(config, node, threads, self._pages)
+        export = await Export.open(config, node, threads, self._pages, self._on_event)
         stack.push_async_callback(self._close_export, export)
         self.exports[config.id] = export
 

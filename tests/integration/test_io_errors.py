@@ -1,4 +1,5 @@
-"""A disk that fails: the request fails with IOERR, is logged once per kind with a count at the end, and nothing else.
+"""A disk that fails, with `werror=report`: the request fails with IOERR, is logged once per kind with a count at the
+end, and nothing else.
 
 Real failures of the kernel, without tricks in between: files that are cut behind the daemon's back, file systems that
 are full or turn read-only, block devices whose own storage is gone. Where it must be one certain call that fails,
@@ -114,7 +115,7 @@ def serve(
             words += [
                 "--export",
                 f"vhost-user-blk,id={name},node-name={name},addr.type=unix,"
-                f"addr.path={socket_directory / name},writable=on,iothread=io{more}",
+                f"addr.path={socket_directory / name},writable=on,werror=report,iothread=io{more}",
             ]
         process = storage_daemon(
             *words,

@@ -548,3 +548,62 @@ TEST(a_chain_of_thousands_of_pieces)
 		close(fd);
 	}
 }
+
+TEST(request_whose_io_failed_is_control_s_to_decide_about_if_it_says_so)
+{
+	static const uint32_t types[] = {VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_IN};
+
+	rig_up(VB_IO_AUTO,
+		&(struct vb_disk_config){
+			.id = 77, .capacity = SIZE, .max_extents = 16, .ask_after_errors = 1 << VB_OP_WRITE});
+	for (int inlined = 0; inlined < 2; inlined++) {
+		int fd = open("/proc/self/exe", O_RDONLY), before = rig.requests; /* neither long enough nor writable */
+
+		CHECK_EQUAL(ftruncate(rig.fd, 0), 0);
+		disk_map(
+			rig.engine, rig.disk, whole_file(fd, SIZE, VB_EXTENT_WRITE | (inlined ? VB_EXTENT_INLINE : 0)));
+		driver_add(&rig.driver, 3, types[0], 8, 4096);
+		driver_publish(&rig.driver);
+		engine_until(rig.engine, rig.requests == before + 1);
+		CHECK_EQUAL(rig.request.flags, VB_REQUEST_FAILED);
+		CHECK_EQUAL(rig.request.result, -EBADF);
+		CHECK_EQUAL(rig.request.offset, 4096);
+		CHECK_EQUAL(rig.request.length, 4096);
+		CHECK_EQUAL(driver_reap(&rig.driver, NULL), -1); /* nobody has told the driver */
+		engine_tell(rig.engine, (struct vb_message){.type = VB_COMPLETE, .cookie = rig.request.cookie});
+		engine_until(rig.engine, driver_reap(&rig.driver, NULL) == 3);
+		CHECK_EQUAL(*driver_status(&rig.driver, 3), VIRTIO_BLK_S_OK);
+		disk_map(rig.engine, rig.disk,
+			whole_file(rig.fd, SIZE, VB_EXTENT_READ | (inlined ? VB_EXTENT_INLINE : 0)));
+		expect(types[1], 8, 4096, VIRTIO_BLK_S_IOERR, 1);
+		CHECK_EQUAL(rig.requests, before + 1);
+		close(fd);
+	}
+	engine_until(rig.engine, rig.io_errors == 2);
+	CHECK_EQUAL(rig.driver.stats->op[VB_OP_WRITE].errors, 0);
+	CHECK_EQUAL(rig.driver.stats->misses, 2);
+	rig_down();
+}
+
+TEST(flush_that_failed_is_control_s_to_decide_about_if_it_says_so)
+{
+	int fds[2];
+
+	rig_up(VB_IO_AUTO, &(struct vb_disk_config){.id = 77, .capacity = SIZE, .ask_after_errors = 1 << VB_OP_FLUSH});
+	CHECK_EQUAL(pipe(fds), 0); /* fdatasync of a pipe: EINVAL */
+	set_flush(fds[1]);
+	driver_add(&rig.driver, 1, VIRTIO_BLK_T_FLUSH, 0, 0);
+	driver_publish(&rig.driver);
+	engine_until(rig.engine, rig.requests == 1);
+	CHECK_EQUAL(rig.request.flags, VB_REQUEST_FAILED);
+	CHECK_EQUAL(rig.request.result, -EINVAL);
+	CHECK_EQUAL(vb_disk_flush_failed(rig.disk), EINVAL); /* known before anybody is told */
+	engine_tell(rig.engine,
+		(struct vb_message){.type = VB_COMPLETE, .cookie = rig.request.cookie, .result = VIRTIO_BLK_S_IOERR});
+	engine_until(rig.engine, driver_reap(&rig.driver, NULL) == 1);
+	CHECK_EQUAL(*driver_status(&rig.driver, 1), VIRTIO_BLK_S_IOERR);
+	CHECK_EQUAL(rig.io_errors, 0);
+	rig_down();
+	close(fds[0]);
+	close(fds[1]);
+}

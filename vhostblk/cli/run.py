@@ -14,7 +14,8 @@ from vhostblk.daemon import Daemon, DaemonConfig
 
 
 def run_daemon(config: DaemonConfig, *, detach: bool = False) -> None:
-    """Serve until SIGTERM or SIGINT; SIGHUP looks at the sizes of the disks again.
+    """Serve until SIGTERM or SIGINT; SIGHUP looks at the disks again: their sizes, and what has paused on an
+    error.
 
     Args:
         detach: go to the background once everything listens; the caller's process ends with 0 then, with 1 (and the
@@ -31,7 +32,7 @@ def run_daemon(config: DaemonConfig, *, detach: bool = False) -> None:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, daemon.stop)
         loop.add_signal_handler(signal.SIGINT, daemon.stop)
-        loop.add_signal_handler(signal.SIGHUP, daemon.refresh_sizes)
+        loop.add_signal_handler(signal.SIGHUP, daemon.look_again)
         await daemon.run()
 
     asyncio.run(serve())

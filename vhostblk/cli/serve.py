@@ -11,7 +11,13 @@ from typing import Any
 from vhostblk.cli.run import run_daemon
 from vhostblk.daemon import DaemonConfig
 from vhostblk.errors import ConfigError
-from vhostblk.export.options import DEFAULT_QUEUES, DEFAULT_SERIAL, ExportConfig
+from vhostblk.export.error_policy import ErrorPolicy, OnError
+from vhostblk.export.options import (
+    DEFAULT_QUEUES,
+    DEFAULT_SERIAL,
+    ERROR_POLICIES,
+    ExportConfig,
+)
 from vhostblk.vhost.session import MAX_QUEUES
 from vhostblk.virtio.blk import ID_BYTES
 
@@ -19,7 +25,8 @@ NAME = "serve"
 SUMMARY = "serve one disk image or block device"
 DESCRIPTION = """\
 Serve a raw disk image or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
-SIGHUP looks at the image's size again and tells the guest."""
+SIGHUP looks at the image again: tells the guest if its size has changed, and tries again what has
+failed and waits for that (--werror)."""
 EXAMPLES = """\
 Example: a disk for QEMU, which must share the guest's memory:
 
@@ -110,6 +117,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="with O_DIRECT, keep guest memory pinned: faster, and wrong for guests that give memory "
         "back (a balloon, free page reporting, virtio-mem, postcopy)",
     )
+    for option, what, default in (
+        ("--rerror", "a read", "report"),
+        ("--werror", "a write, flush, discard or zero-write", "enospc"),
+    ):
+        parser.add_argument(
+            option,
+            choices=ERROR_POLICIES,
+            default="auto",
+            help=f"what to do when the image fails {what}, as QEMU's: tell the guest, ignore it, or stop taking "
+            f"requests until SIGHUP, always or (enospc) when there is no room (auto: {default})",
+        )
     parser.add_argument(
         "--format",
         choices=("raw",),
@@ -161,6 +179,7 @@ def run(args: argparse.Namespace) -> None:
         serial=args.serial,
         num_queues=args.queues,
         pin_memory=args.pin_memory,
+        errors=ErrorPolicy(OnError(args.rerror), OnError(args.werror)),
         own_threads=args.iothreads,
     )
     run_daemon(

@@ -70,7 +70,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix|fd,addr.path=…|addr.str=…"
         "[,writable=on|off][,writethrough=on|off][,iothread=…|,iothread-vq-mapping.…]"
         "[,logical-block-size=…]"
-        "[,num-queues=…][,max-segments=…][,pin-memory=on|off][,serial=…]; repeatable",
+        "[,num-queues=…][,max-segments=…][,pin-memory=on|off][,serial=…]"
+        "[,rerror=report|ignore|enospc|stop][,werror=…]; repeatable",
     )
     parser.add_argument(
         "--object",

@@ -1,7 +1,7 @@
 """The virtio-blk device in front of a block backend: what it offers, its configuration space, its requests.
 
 VIRTIO 1.2 §5.2. Knows neither rings nor sessions: a `BlkRequest` comes in, a status and the number of bytes
-written to the guest come out.
+written to the guest come out. In between it may have failed, waited and been tried again: see error_policy.py.
 
 The write cache is the one the guest is told of: `writeback` starts as the backend's mode and follows what the driver
 sets; without VIRTIO_BLK_F_FLUSH every write is durable when it completes (§5.2.6.2). What the driver set outlives the
@@ -14,6 +14,7 @@ field before. So it is always taken, and has an effect while the feature is nego
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import logging
@@ -26,6 +27,8 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.export.error_log import ErrorLog
+from vhostblk.export.error_policy import Action, ErrorPolicy
+from vhostblk.export.parking import Parking
 from vhostblk.virtio.blk import ID_BYTES, SECTOR, BlkConfig, RequestType, Status
 from vhostblk.virtio.blk_request import BlkRequest
 from vhostblk.virtio.chain import copy_to
@@ -42,6 +45,7 @@ _EVERY_PAGE = slice(None, None, mmap.PAGESIZE)
 Outcome = tuple[int, int]
 _IOERR: Outcome = (int(Status.IOERR), 0)
 _OK: Outcome = (int(Status.OK), 0)
+_POLICY = ErrorPolicy()
 
 
 class BlkDevice:
@@ -54,6 +58,7 @@ class BlkDevice:
         max_segments: segments of a DISCARD or WRITE_ZEROES request.
         logical_block_size: bytes; None: the disk's own.
         errors: where failed requests are counted.
+        policy: what becomes of requests that the disk fails.
 
     Raises:
         ConfigError: the serial is too long, or the logical block size is smaller than the disk's.
@@ -70,6 +75,7 @@ class BlkDevice:
         max_segments: int,
         logical_block_size: int | None,
         errors: ErrorLog,
+        policy: ErrorPolicy = _POLICY,
     ) -> None:
         self.backend = backend
         self.serial = os.fsencode(serial)  # a command line may hold any bytes
@@ -91,6 +97,13 @@ class BlkDevice:
         self._writeback = backend.write_cache
         self.offered_features = self._offer()
         self.features = 0
+        self.policy = policy
+        self.parking = Parking()
+        """Whoever waits for requests to end must close it meanwhile."""
+        self.on_io_error: Callable[[bool, Action, int], None] = lambda _is_read, _action, _error: (
+            None
+        )
+        """Told of each request that the disk has failed: whether it was a read, what is done about it, errno."""
         self.memory_faulted: Callable[[], bool] = lambda: False
         """Whether the front-end has truncated memory that was used since; the data path knows."""
 
@@ -196,11 +209,12 @@ class BlkDevice:
         self._writeback = bool(self.config().write(offset, contents).writeback)
         self.backend.write_cache = not self.write_through
 
-    async def execute(self, request: BlkRequest) -> Outcome:
+    async def execute(self, request: BlkRequest, error: int = 0) -> Outcome:
         """Do what a request asks; never raises.
 
         Args:
             request: one that was not refused; its data is live guest memory.
+            error: errno with which somebody has failed it already; 0: nobody has tried.
 
         Returns:
             The VIRTIO_BLK_S_* status and the data bytes written to the guest.
@@ -210,23 +224,73 @@ class BlkDevice:
                 self.record_io_error(request.type, errno.EINVAL, request.offset, request.length)
             return int(request.status), 0
         try:
-            return await self._HANDLERS[request.type](self, request)
-        except BlockError as exc:
-            self.record_io_error(request.type, exc.errno or 0, request.offset, request.length)
+            while True:
+                if not error:
+                    try:
+                        return await self._HANDLERS[request.type](self, request)
+                    except BlockError as exc:
+                        error = exc.errno or errno.EIO
+                outcome = await self._failed(request, error)
+                if outcome is not None:
+                    return outcome
+                error = 0
+        except asyncio.CancelledError:
+            # Row B25: nothing uses its memory any more, so it has to be answered, once, like any other.
+            self.record_io_error(request.type, errno.ECANCELED, request.offset, request.length)
         except Exception:
             self._log.exception("a bug: request %s failed", RequestType(request.type).name)
         return _IOERR
 
-    def record_io_error(self, kind: int, error: int, offset: int, length: int) -> None:
-        """Count a request that ended with IOERR.
+    async def _failed(self, request: BlkRequest, error: int) -> Outcome | None:
+        """What becomes of a request that the disk has failed; None: try again."""
+        is_read = request.type == RequestType.IN
+        action = self.policy.action(error, is_read=is_read)
+        if action is Action.STOP and not (self.parking.is_open and self._is_inside(request)):
+            action = Action.REPORT
+        if action is Action.STOP:
+            self.parking.note(error)
+        else:
+            self.record_io_error(
+                request.type,
+                error,
+                request.offset,
+                request.length,
+                is_ignored=action is Action.IGNORE,
+            )
+        self.on_io_error(is_read, action, error)
+        if action is Action.STOP and await self.parking.park():
+            return None
+        return _OK if action is Action.IGNORE else _IOERR
+
+    def _is_inside(self, request: BlkRequest) -> bool:
+        """Whether there is such a place on the disk; it may have shrunk since the request was checked."""
+        ends = [segment.offset + segment.length for segment in request.segments]
+        return max(ends, default=request.offset + request.length) <= self.capacity
+
+    def engine_failed(self, kind: int, error: int, offset: int, length: int) -> None:
+        """The engine has failed a request by itself: it was refused, or it is a matter of course to report it.
+
+        Args: see `record_io_error`.
+        """
+        self.record_io_error(kind, error, offset, length)
+        if error != errno.EINVAL:
+            self.on_io_error(kind == RequestType.IN, Action.REPORT, error)
+
+    def record_io_error(
+        self, kind: int, error: int, offset: int, length: int, *, is_ignored: bool = False
+    ) -> None:
+        """Count a request that has failed.
 
         Args:
             kind: `RequestType`, or anything else where there was no header to say it.
             error: positive errno; EINVAL if it broke a rule of `blk_request`.
             offset, length: bytes on the disk.
+            is_ignored: the guest is told that it succeeded.
         """
         known = kind in self._HANDLERS
         name = RequestType(kind).name.lower() if known else "a request without a header"
+        if is_ignored:
+            name += " (ignored)"
         self._errors.record_io_error(name, error, offset, length)
 
     async def _read(self, request: BlkRequest) -> Outcome:

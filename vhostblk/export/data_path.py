@@ -50,6 +50,9 @@ class DataPath(Protocol):
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """Whether a started queue takes requests."""
 
+    def pause(self, paused: bool) -> None:
+        """Whether queues take requests at all; those that have been taken are still served."""
+
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
         """Exchange a running queue's fd; returns when the old one is out of use.
 

@@ -8,7 +8,9 @@ log line; a client that comes while its predecessor is still being drained waits
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +21,13 @@ from vhostblk.errors import BlockError, StateError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPath
 from vhostblk.export.error_log import ErrorLog
+from vhostblk.export.error_policy import Action, IoStatus
+from vhostblk.export.events import (
+    BlockIOError,
+    OnEvent,
+    QueuesPaused,
+    QueuesResumed,
+)
 from vhostblk.export.front_end import FrontEnd
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.native_path import NativeDataPath
@@ -52,6 +61,7 @@ class Export:
         backend: BlockBackend,
         threads: Sequence[IOThread],
         page: StatsPage,
+        on_event: OnEvent,
     ) -> None:
         self.config = config
         self.log = _Prefix(logging.getLogger(__name__), {"export": config.id})
@@ -67,7 +77,11 @@ class Export:
             max_segments=config.max_segments,
             logical_block_size=config.logical_block_size,
             errors=self._errors,
+            policy=config.errors,
         )
+        self.device.on_io_error = self._io_failed
+        self.device.parking.paused = self._paused
+        self._on_event = on_event
         self._path: DataPath = (
             NativeDataPath(
                 self.device,
@@ -94,12 +108,14 @@ class Export:
         node: BlockNode,
         threads: Sequence[IOThread],
         pages: StatsPages | None = None,
+        on_event: OnEvent = lambda _event: None,
     ) -> Export:
         """Take the node's permissions and get ready, without a socket yet.
 
         Args:
             threads: the engine threads that serve it; none: the Python data path does.
             pages: makes the statistics page; None: nobody outside can look.
+            on_event: hears of what happens to the disk; called from the loop, must not raise.
 
         Raises:
             ConfigError: the permissions are taken, or an option does not fit the disk.
@@ -118,7 +134,7 @@ class Export:
             else pages.create(config.id, config.num_queues, is_native=bool(threads))
         )
         try:
-            export = cls(config, backend, threads, page)
+            export = cls(config, backend, threads, page, on_event)
             await export._path.open()
         except BaseException:
             await backend.close()
@@ -214,6 +230,42 @@ class Export:
         self._path.set_capacity(self.device.capacity)
         if self._front_end is not None:
             self._front_end.config_changed()
+
+    # ------------------------------------------------------------------ errors of the disk
+
+    @property
+    def io_status(self) -> IoStatus:
+        """Why the queues are paused; `OK` while they are not."""
+        return self.device.parking.status
+
+    def resume(self) -> int:
+        """Try again what the disk has failed, and take requests again; returns how many were waiting.
+
+        Does nothing unless an error has paused the queues.
+        """
+        return self.device.parking.resume()
+
+    def _io_failed(self, is_read: bool, action: Action, error: int) -> None:
+        operation, reason = "read" if is_read else "write", os.strerror(error)
+        has_status = self.config.errors.has_status
+        self._on_event(
+            BlockIOError(
+                self.config.id,
+                self._backend.node.node_name,
+                operation,
+                action,
+                error == errno.ENOSPC if has_status else None,
+                reason,
+            )
+        )
+        if action is Action.STOP and not self.device.parking.is_paused:
+            self.log.warning("a %s failed: %s: its queues are paused", operation, reason)
+
+    def _paused(self, paused: bool) -> None:
+        self._path.pause(paused)
+        self._on_event(QueuesPaused(self.config.id) if paused else QueuesResumed(self.config.id))
+        if not paused:
+            self.log.info("its queues go on")
 
     # ------------------------------------------------------------------ front-ends
 

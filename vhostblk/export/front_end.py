@@ -168,7 +168,8 @@ class FrontEnd:
         for region in _beyond(memory, old):
             backend.register_buf(region.hva, region.size)
         try:
-            await self._path.set_memory(memory if memory.regions else None)
+            with self._device.parking.closed():
+                await self._path.set_memory(memory if memory.regions else None)
         except BaseException:
             self._forget_memory(memory, but=old)
             raise
@@ -187,7 +188,8 @@ class FrontEnd:
 
     async def _stop_vring(self, step: action.StopVring) -> int:
         self._running.discard(step.index)
-        base = await self._path.stop_queue(step.index)
+        with self._device.parking.closed():
+            base = await self._path.stop_queue(step.index)
         self._log.debug("queue %d: stopped at %d", step.index, base)
         return base
 
@@ -230,8 +232,9 @@ class FrontEnd:
         self._channel = channel
 
     async def _reset_device(self, _step: action.ResetDevice) -> None:
-        for index in sorted(self._running):
-            await self._path.stop_queue(index)
+        with self._device.parking.closed():
+            for index in sorted(self._running):
+                await self._path.stop_queue(index)
         self._running.clear()
         self._device.reset()
         await self._path.set_write_through(self._device.write_through)

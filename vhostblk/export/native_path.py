@@ -22,10 +22,11 @@ from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
+from vhostblk.export.error_policy import ErrorPolicy, OnError
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.export.write_record import WriteRecord
-from vhostblk.native import Message, MessageType
+from vhostblk.native import Message, MessageType, Op
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 from vhostblk.virtio.blk import RequestType, Status
@@ -35,8 +36,9 @@ from vhostblk.virtio.features import Feature
 log = logging.getLogger(__name__)
 
 _IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
-# It was retried already, or the map has its range but the request is not aligned enough for it.
-_DO_NOT_MAP = int(native.RequestFlag.RETRIED | native.RequestFlag.UNALIGNED)
+_FAILED = int(native.RequestFlag.FAILED)
+# It was retried already, or the map has its range but the request is not aligned enough for it, or cannot serve it.
+_DO_NOT_MAP = int(native.RequestFlag.RETRIED | native.RequestFlag.UNALIGNED | _FAILED)
 _NEEDS_FLUSH = int(native.RequestFlag.NEEDS_FLUSH)
 _EVERYTHING = 2**63
 _QUEUE_FD = {
@@ -51,6 +53,7 @@ class _Queue:
     index: int
     thread: IOThread
     key: int
+    enabled: bool
 
 
 class NativeDataPath:
@@ -93,11 +96,13 @@ class NativeDataPath:
             read_only=device.read_only,
             max_segments=device.max_segments,
             serial=device.serial,
+            ask_after_errors=_asked_about(device.policy),
         )
         self._record = WriteRecord(self._disk, device.capacity)
         self._queues: dict[int, _Queue] = {}  # by index, while started
         self._by_key: dict[tuple[IOThread, int], _Queue] = {}
         self._memory: native.Memory | None = None
+        self._paused = False
         self._write_through = False
         self._flush_failed = False  # of the engine, and the block layer knows
         self._has_flushed = False  # the engine had the right to flush a file, and may have it now
@@ -179,7 +184,7 @@ class NativeDataPath:
     async def start_queue(self, vring: VringSnapshot, features: int) -> None:
         """See `DataPath.start_queue`."""
         thread = self._thread_of(vring.index)
-        queue = _Queue(vring.index, thread, thread.new_queue_key())
+        queue = _Queue(vring.index, thread, thread.new_queue_key(), vring.enabled)
         config = native.queue_config(
             disk=self._disk,
             stats=native.QueueStats(self._page.queue(vring.index)),
@@ -189,7 +194,7 @@ class NativeDataPath:
             size=vring.size,
             index=vring.index,
             base=vring.base,
-            enabled=vring.enabled,
+            enabled=vring.enabled and not self._paused,
             event_idx=bool(features & Feature.VIRTIO_F_EVENT_IDX),
             indirect=bool(features & Feature.VIRTIO_F_INDIRECT_DESC),
             kick_fd=_fd(vring.kick_fd),
@@ -219,9 +224,18 @@ class NativeDataPath:
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """See `DataPath.enable_queue`."""
         queue = self._queues[index]
-        await self._check(
-            queue.thread.command(MessageType.QUEUE_ENABLE, queue=queue.key, flags=int(enabled))
-        )
+        queue.enabled = enabled
+        await self._check(self._tell_enabled(queue))
+
+    def pause(self, paused: bool) -> None:
+        """See `DataPath.pause`."""
+        self._paused = paused
+        for queue in self._by_key.values():  # also those that are just being started
+            self._tell_enabled(queue)
+
+    def _tell_enabled(self, queue: _Queue) -> asyncio.Future[Message]:
+        flags = int(queue.enabled and not self._paused)
+        return queue.thread.command(MessageType.QUEUE_ENABLE, queue=queue.key, flags=flags)
 
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
         """See `DataPath.set_queue_fd`."""
@@ -311,13 +325,15 @@ class NativeDataPath:
         self._backend.unplug()
 
     async def _serve(self, thread: IOThread, message: Message) -> None:
-        _, flags, _, cookie, _, offset, length, pointer, count, _, kind = message
+        _, flags, _, cookie, _, offset, length, pointer, count, error, kind = message
         retry = not flags & _DO_NOT_MAP
         try:
             if kind in (_IN, _OUT):
                 if flags & _NEEDS_FLUSH:
                     self._learn_of_failed_flush()
                     retry = retry and self._allow_flush(thread)
+                elif flags & _FAILED:
+                    self._learn_of_failed_flush()  # of a durable write
                 elif retry:
                     retry = self._backend.may_map and await self._fault(
                         thread, offset, length, kind == _OUT
@@ -332,7 +348,9 @@ class NativeDataPath:
                 retry = False
                 segments = [Segment(*segment) for segment in native.segments(pointer, count)]
                 request = BlkRequest(0, _NOWHERE, kind, segments=segments)
-            outcome = None if retry else await self._device.execute(request)
+            outcome = None if retry else await self._device.execute(request, -error)
+        except asyncio.CancelledError:
+            outcome = int(Status.IOERR), 0  # before it was executed; from there on that is the device's
         except Exception:
             # A request without an answer would keep its queue from ever stopping.
             log.exception("a bug: a request failed")
@@ -352,7 +370,7 @@ class NativeDataPath:
             elif queue is not None:
                 self._events.queue_broken(queue.index, native.Broken(result).name.lower())
         elif kind == MessageType.IO_ERROR:
-            self._device.record_io_error(aux, -result, offset, length)
+            self._device.engine_failed(aux, -result, offset, length)
             if aux == _FLUSH:
                 # The kernel reports a lost write once: from here on the block layer answers flushes.
                 self._flush_failed = True
@@ -410,6 +428,16 @@ class NativeDataPath:
     async def _check(self, command: asyncio.Future[Message]) -> Message:
         """Await a command that only a bug of ours can make fail."""
         return _insist(await command)
+
+
+def _asked_about(policy: ErrorPolicy) -> list[Op]:
+    """Which errors the engine does not report by itself. Policies see all of them then, also those they report."""
+    asked: list[Op] = []
+    if policy.of(is_read=True) is not OnError.REPORT:
+        asked += [Op.READ]
+    if policy.of(is_read=False) is not OnError.REPORT:
+        asked += [Op.WRITE, Op.FLUSH]
+    return asked
 
 
 def _insist(answer: Message) -> Message:

@@ -22,6 +22,7 @@ from vhostblk.block.options import (
 )
 from vhostblk.errors import ConfigError
 from vhostblk.export import vq_mapping
+from vhostblk.export.error_policy import ErrorPolicy, OnError
 from vhostblk.vhost.session import MAX_QUEUES
 
 # QEMU asks for one queue per vCPU unless told otherwise.
@@ -33,6 +34,8 @@ DEFAULT_SEGMENTS = 32
 QEMU_SEGMENTS = 1
 # What the engine can hold without allocating.
 _MAX_SEGMENTS = 64
+_POLICY = ErrorPolicy()
+ERROR_POLICIES = tuple(policy.value for policy in OnError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class ExportConfig:
         max_segments: of one DISCARD or WRITE_ZEROES request.
         logical_block_size: bytes; None: the disk's own.
         pin_memory: with O_DIRECT, keep guest memory pinned. Only for guests that never give memory back.
+        errors: what becomes of requests that the disk fails.
     """
 
     id: str
@@ -59,6 +63,7 @@ class ExportConfig:
     max_segments: int = DEFAULT_SEGMENTS
     logical_block_size: int | None = None
     pin_memory: bool = False
+    errors: ErrorPolicy = _POLICY
     io_threads: tuple[str, ...] = ()
     queue_threads: tuple[int, ...] = ()
     own_threads: int = 1
@@ -79,7 +84,8 @@ class ExportConfig:
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    """`--export`, as qemu-storage-daemon spells it; `serial`, `max-segments` and `pin-memory` are ours."""
+    """`--export`, as qemu-storage-daemon spells it; `serial`, `rerror` and `werror` as QEMU's devices do;
+    `max-segments` and `pin-memory` are ours."""
 
     type: str = option(choice("vhost-user-blk"), about="the protocol")
     id: str = option(IDENTIFIER, about="name of the export")
@@ -103,6 +109,14 @@ class _Options:
         BOOLEAN, False, about="pin guest memory for O_DIRECT; never with ballooning"
     )
     serial: str = option(STRING, DEFAULT_SERIAL, about="at most 20 bytes")
+    rerror: str = option(
+        choice(*ERROR_POLICIES), "auto", about="what to do when the disk fails a read; auto: report"
+    )
+    werror: str = option(
+        choice(*ERROR_POLICIES),
+        "auto",
+        about="what to do when the disk fails a write, flush, discard or zero-write; auto: enospc",
+    )
 
 
 def parse_export(options: Mapping[str, Any]) -> ExportConfig:
@@ -155,6 +169,7 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         max_segments=parsed.max_segments,
         logical_block_size=parsed.logical_block_size,
         pin_memory=parsed.pin_memory,
+        errors=ErrorPolicy(OnError(parsed.rerror), OnError(parsed.werror)),
         io_threads=io_threads,
         queue_threads=queue_threads,
     )

@@ -63,6 +63,8 @@ class PythonDataPath:
         self._memory: MemTable | None = None
         self._guard: native.Memory | None = None
         self._queues: dict[int, _Queue] = {}
+        self.paused = False
+        """No queue takes requests."""
         device.memory_faulted = self.memory_faulted
 
     async def open(self) -> None:
@@ -97,16 +99,20 @@ class PythonDataPath:
         """See `DataPath.enable_queue`."""
         self._queues[index].enable(enabled)
 
+    def pause(self, paused: bool) -> None:
+        """See `DataPath.pause`."""
+        self.paused = paused
+        if not paused:
+            for queue in self._queues.values():
+                queue.process_soon()
+
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
         """See `DataPath.set_queue_fd`."""
         self._queues[index].set_fd(which, fd)
 
     async def set_write_through(self, write_through: bool) -> None:
         """See `DataPath.set_write_through`: the backend's own requests know their rule when they begin."""
-        for queue in self._queues.values():
-            await queue.pause()
-        for queue in self._queues.values():
-            queue.resume_with(self._memory)
+        await self._device.backend.settle()
 
     def set_capacity(self, capacity: int) -> None:
         """Every request asks the device."""
@@ -229,7 +235,7 @@ class _Queue:
         """Whether requests are taken."""
         self._enabled = enabled
         if enabled:
-            self._process_soon()
+            self.process_soon()
 
     def set_fd(self, which: VringFd, fd: int | None) -> None:
         """Exchange an fd."""
@@ -254,7 +260,7 @@ class _Queue:
                 index = self._vring.index
                 raise PeerError(f"queue {index}: nobody can wait for this kick fd: {exc}") from None
             self._watched = kick
-        self._process_soon()
+        self.process_soon()
 
     def _unwatch(self) -> None:
         if self._watched is not None:
@@ -267,7 +273,8 @@ class _Queue:
 
     # ------------------------------------------------------------------ requests
 
-    def _process_soon(self) -> None:
+    def process_soon(self) -> None:
+        """Look at the ring."""
         if self._again is None:
             self._again = self._loop.call_soon(self._process)
 
@@ -288,14 +295,14 @@ class _Queue:
             self._poll_timer.cancel()  # one is enough, whoever called
             self._poll_timer = None
         ring = self._ring
-        if ring is None or self._is_broken or not self._enabled:
+        if ring is None or self._is_broken or not self._enabled or self._path.paused:
             return
         device = self._path.device
         ring.disable_notification()
         device.backend.plug()
         try:
             for _ in range(self._vring.size):
-                chain = ring.pop()
+                chain = None if self._path.paused else ring.pop()
                 if chain is None:
                     break
                 request = blk_request.parse(
@@ -318,7 +325,7 @@ class _Queue:
         if self._path.memory_faulted():
             self._unwatch()
         elif pending:
-            self._process_soon()
+            self.process_soon()
         elif self._fds[VringFd.KICK] is None:
             self._poll_timer = self._loop.call_later(POLL_INTERVAL, self._process)
 

@@ -21,6 +21,7 @@ from vhostblk.native.constants import (
     ExtentFlag,
     IOOp,
     MessageType,
+    Op,
     QueueFd,
     RequestFlag,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "Memory",
     "Message",
     "MessageType",
+    "Op",
     "QueueConfig",
     "QueueFd",
     "QueueStats",

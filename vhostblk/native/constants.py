@@ -16,6 +16,7 @@ __all__ = [
     "ExtentFlag",
     "IOOp",
     "MessageType",
+    "Op",
     "QueueFd",
     "RequestFlag",
 ]
@@ -27,6 +28,18 @@ FLUSH_NOTHING = -2
 
 LATENCY_BUCKETS = 160
 """Length of a latency histogram."""
+
+
+class Op(enum.IntEnum):
+    """`enum vb_op`: kinds of requests."""
+
+    READ = 0
+    WRITE = 1
+    FLUSH = 2
+    DISCARD = 3
+    WRITE_ZEROES = 4
+    GET_ID = 5
+    OTHER = 6
 
 
 class MessageType(enum.IntEnum):
@@ -101,3 +114,4 @@ class RequestFlag(enum.IntFlag):
     RETRIED = 1
     UNALIGNED = 2
     NEEDS_FLUSH = 4
+    FAILED = 8

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable
 
 from vhostblk.native.binding import address_of, check, engine, ffi, lib, pointer_of
+from vhostblk.native.constants import Op
 from vhostblk.native.dirty import DirtyMap
 
 __all__ = ["Disk", "Extents", "extents"]
@@ -26,6 +27,7 @@ class Disk:
         max_segments: of a DISCARD or WRITE_ZEROES.
         serial: at most 20 bytes, for GET_ID.
         max_extents: bound of each thread's extent map (48 bytes an entry).
+        ask_after_errors: requests that control decides about (`RequestFlag.FAILED`) when their I/O has failed.
 
     Context: the control thread. Owns: one reference; threads it is attached to hold others.
     """
@@ -39,6 +41,7 @@ class Disk:
         max_segments: int = 1,
         serial: bytes = b"",
         max_extents: int = 65536,
+        ask_after_errors: Iterable[Op] = (),
     ) -> None:
         lib = engine()
         if len(serial) > 20:
@@ -49,6 +52,7 @@ class Disk:
         config.read_only = read_only
         config.max_segments = max_segments
         config.max_extents = max_extents
+        config.ask_after_errors = sum(1 << op for op in set(ask_after_errors))
         ffi.memmove(config.serial, serial, len(serial))
         ret = ffi.new("struct vb_disk **")
         check(lib.vb_disk_create(config, ret), f"disk of {capacity} bytes")

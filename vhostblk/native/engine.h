@@ -50,6 +50,9 @@ struct vb_disk_config {
 	uint32_t max_segments; /* DISCARD and WRITE_ZEROES: more segments than this fail with UNSUPP */
 	uint8_t serial[20];    /* VIRTIO_BLK_T_GET_ID, NUL-padded */
 	uint32_t max_extents;  /* bound of each thread's extent map; older entries are evicted */
+	uint32_t
+		ask_after_errors; /* 1 << enum vb_op: when the I/O of such a request fails, control decides what becomes of
+				    * it (VB_REQUEST_FAILED); of others, it ends with IOERR */
 };
 
 struct vb_disk;
@@ -242,7 +245,7 @@ enum vb_message_type {
 	VB_ACK = 64,
 	/* A request the engine cannot serve. queue, disk, cookie, aux = VIRTIO_BLK_T_*, offset and length in bytes,
 	 * pointer = vb_iov[count] (IN, OUT) or vb_segment[count] (DISCARD, WRITE_ZEROES; offset is 0 then), valid until
-	 * VB_COMPLETE or VB_RETRY. flags: enum vb_request_flag. */
+	 * VB_COMPLETE or VB_RETRY. flags: enum vb_request_flag; result = -errno with VB_REQUEST_FAILED. */
 	VB_REQUEST,
 	/* queue, disk, result = enum vb_broken: the err_fd is signalled, the queue waits for a stop. What was popped
 	 * before is still completed, unless the rings are gone (RING_ADDRESS, MEMORY_FAULT). */
@@ -254,9 +257,10 @@ enum vb_message_type {
 
 enum { VB_FLUSH_MISS = -1, VB_FLUSH_NOTHING = -2 };
 enum vb_request_flag {
-	VB_REQUEST_RETRIED = 1,    /* it was given back by VB_RETRY once already */
-	VB_REQUEST_UNALIGNED = 2,  /* an extent has its range, but it is not aligned enough: do not map, serve */
-	VB_REQUEST_NEEDS_FLUSH = 4 /* an extent has its range, but it must be durable: VB_FLUSH_SET, or serve */
+	VB_REQUEST_RETRIED = 1,     /* it was given back by VB_RETRY once already */
+	VB_REQUEST_UNALIGNED = 2,   /* an extent has its range, but it is not aligned enough: do not map, serve */
+	VB_REQUEST_NEEDS_FLUSH = 4, /* an extent has its range, but it must be durable: VB_FLUSH_SET, or serve */
+	VB_REQUEST_FAILED = 8       /* the engine has tried, and failed: vb_disk_config.ask_after_errors */
 };
 enum vb_queue_fd { VB_QUEUE_KICK, VB_QUEUE_CALL, VB_QUEUE_ERR };
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from vhostblk.block.options import NodeOptions
 from vhostblk.errors import BlockError, ConfigError, GuestError
 from vhostblk.export.blk_device import SEG_MAX, BlkDevice
 from vhostblk.export.error_log import ErrorLog
+from vhostblk.export.error_policy import Action, ErrorPolicy, OnError
 from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.virtio.blk import CONFIG_SIZE, WRITEBACK_OFFSET, BlkConfig, RequestType, Status
 from vhostblk.virtio.blk_request import BlkRequest, Segment
@@ -317,12 +319,12 @@ def test_segments_are_done_one_by_one() -> None:
 
 
 def test_a_failing_segment_ends_the_request(expect_log: ExpectedLog) -> None:
-    expect_log.expect("write_zeroes failed: No space left on device")
+    expect_log.expect("write_zeroes failed: Input/output error")
     node = ArrayNode(64 * KIB)
 
     def fail(kind: str, offset: int, length: int) -> None:
         if offset == 4096:
-            raise BlockError(errno.ENOSPC)
+            raise BlockError(errno.EIO)
 
     node.fail = fail
     segments = [Segment(offset, 512, False) for offset in (0, 4096, 8192)]
@@ -416,3 +418,152 @@ def test_bug_of_a_driver_costs_the_request(expect_log: ExpectedLog) -> None:
     assert execute(device, RequestType.IN, 0, [view(512)]) == (IOERR, 0)
     node.fail = None
     assert execute(device, RequestType.IN, 0, [view(512)]) == (OK, 512)
+
+
+# ---------------------------------------------------------------- rerror, werror (row B39), cancelling (row B25)
+
+STOP = ErrorPolicy(OnError.STOP, OnError.STOP)
+EVERYTHING: dict[str, tuple[Any, ...]] = {
+    "read": (RequestType.IN, 512, [view(512)]),
+    "write": (RequestType.OUT, 512, [view(512)]),
+    "flush": (RequestType.FLUSH,),
+    "discard": (RequestType.DISCARD, 0, (), [Segment(512, 512, False)]),
+    "write-zeroes": (RequestType.WRITE_ZEROES, 0, (), [Segment(512, 512, False)]),
+}
+each_kind = pytest.mark.parametrize("what", EVERYTHING.values(), ids=EVERYTHING)
+
+
+class FailingNode(ArrayNode):
+    """Fails with this error, until it has none; takes a turn of the loop for everything."""
+
+    error = errno.EIO
+
+    def __init__(self) -> None:
+        super().__init__(64 * KIB)
+        self.pause = self._wait
+        self.fail = self._fail
+
+    async def _wait(self) -> None:
+        await asyncio.sleep(0)
+
+    def _fail(self, kind: str, offset: int, length: int) -> None:
+        if self.error:
+            raise BlockError(self.error)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(100):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("it does not happen")
+
+
+@each_kind
+def test_parked_request_is_tried_again_and_its_guest_never_knows(what: tuple[Any, ...]) -> None:
+    async def everything() -> None:
+        node = FailingNode()
+        device = make(node, policy=STOP)
+        paused: list[bool] = []
+        device.parking.paused = paused.append
+        told: list[tuple[bool, Action, int]] = []
+        device.on_io_error = lambda *what: told.append(what)
+        task = asyncio.create_task(device.execute(request(*what)))
+        for times in (1, 2):
+            await until(lambda times=times: len(paused) == 2 * times - 1)  # type: ignore[misc]
+            assert not task.done()
+            is_read = what[0] == RequestType.IN
+            assert told == [(is_read, Action.STOP, errno.EIO)] * times
+            # A drain must not wait for people.
+            await device.backend.drain()
+            if times == 2:
+                node.error = 0
+            device.parking.resume()
+        assert (await task)[0] == OK
+        assert paused == [True, False] * 2
+        await device.backend.close()
+
+    asyncio.run(everything())
+
+
+def test_ignored_error_is_a_success_for_the_guest(expect_log: ExpectedLog) -> None:
+    expect_log.expect(r"out \(ignored\) failed: ", r"in \(ignored\) failed: ")
+
+    async def everything() -> None:
+        device = make(FailingNode(), policy=ErrorPolicy(OnError.IGNORE, OnError.IGNORE))
+        assert await device.execute(request(*EVERYTHING["write"])) == (OK, 0)
+        # Of data that was not read none is vouched for.
+        assert await device.execute(request(*EVERYTHING["read"])) == (OK, 0)
+
+    asyncio.run(everything())
+
+
+def test_request_behind_the_end_of_a_disk_that_shrank_is_reported(expect_log: ExpectedLog) -> None:
+    expect_log.expect("in failed: ")
+
+    async def everything() -> None:
+        node = FailingNode()
+        device = make(node, policy=STOP)
+        pending = asyncio.create_task(device.execute(request(*EVERYTHING["read"])))
+        await until(lambda: device.parking.is_paused)
+        node.set_length(512)
+        device.parking.resume()
+        assert (await pending)[0] == IOERR
+
+    asyncio.run(everything())
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_error_of_somebody_else_is_not_tried_before_the_policy_has_seen_it(
+    error: int, expect_log: ExpectedLog
+) -> None:
+    async def everything() -> None:
+        node = FailingNode()
+        node.error = 0
+        device = make(node)
+        task = asyncio.create_task(device.execute(request(*EVERYTHING["write"]), error))
+        await asyncio.sleep(0)
+        assert not node.asked.calls
+        if error == errno.ENOSPC:
+            device.parking.resume()
+            assert await task == (OK, 0)
+            assert node.asked.count("write") == 1
+        else:
+            assert await task == (IOERR, 0)
+            assert not node.asked.calls
+
+    if error == errno.EIO:
+        expect_log.expect("out failed: ")
+    asyncio.run(everything())
+
+
+@each_kind
+@pytest.mark.parametrize("where", ["in the driver", "parked", "held by a drain"])
+def test_cancelled_request_is_answered_once_and_leaves_nothing(
+    what: tuple[Any, ...], where: str, expect_log: ExpectedLog
+) -> None:
+    expect_log.expect("Operation canceled")
+
+    async def everything() -> None:
+        node = FailingNode()
+        device = make(node, policy=STOP)
+        if where == "held by a drain":
+            await node.drained_begin()
+        task = asyncio.create_task(device.execute(request(*what)))
+        await asyncio.sleep(0)
+        if where == "parked":
+            await until(lambda: device.parking.is_paused)
+        task.cancel()
+        assert await task == (IOERR, 0)
+        if where == "held by a drain":
+            node.drained_end()
+        assert not device.parking.is_paused
+        assert device.backend.in_flight == node.in_flight == 0
+        node.error = 0
+        assert await device.execute(request(*what)) == (
+            OK,
+            512 if what[0] == RequestType.IN else 0,
+        )
+        await device.backend.close()
+
+    asyncio.run(everything())

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from vhostblk.block.host_io import Completion
 from vhostblk.export.eager import run_eagerly
 
 
@@ -70,5 +71,44 @@ def test_a_cancelled_task_cancels_the_coroutine() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         assert seen == ["cancelled"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("waits_for", ["a future", "what cannot be cancelled", "a turn"])
+@pytest.mark.parametrize("when", ["before its first turn", "later"])
+def test_a_cancelled_coroutine_has_a_result_and_not_before_its_wait_is_over(
+    waits_for: str, when: str
+) -> None:
+    """The kernel may be using its memory until then."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = (
+            Completion(loop=loop) if "cannot" in waits_for else loop.create_future()
+        )
+        tasks: set[asyncio.Task[None]] = set()
+        results: list[str] = []
+
+        async def request() -> str:
+            try:
+                await (asyncio.sleep(0) if waits_for == "a turn" else future)
+            except asyncio.CancelledError:
+                return f"cancelled, {future.done()}"
+            return "done"
+
+        run_eagerly(request(), results.append, tasks)
+        (task,) = tasks
+        if when == "later" and waits_for != "a turn":
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        if waits_for == "what cannot be cancelled":
+            assert not results
+            future.set_result(None)
+            await asyncio.wait([task])
+        assert results == [f"cancelled, {waits_for != 'a turn'}"]
+        assert not tasks
 
     asyncio.run(main())

@@ -21,6 +21,7 @@ ENUMS = {
     "VB_EXTENT_": (constants.ExtentFlag,),
     "VB_BROKEN_": (constants.Broken,),
     "VB_IO_": (constants.IOOp,),
+    "VB_OP_": (constants.Op,),
     "VB_REQUEST_": (constants.RequestFlag,),
 }
 

@@ -287,8 +287,8 @@ class PosixNode(BlockNode):
         try:
             await self.revoke_flush()
             if self._flush_error:
-                raise BlockError(
-                    self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
+                raise BlockError(  # whatever it was: not even more room would bring it back
+                    errno.EIO, f"{self.node_name}: an earlier flush has lost data already"
                 )
             await self._io.fdatasync(self._fd)
         except BlockError as error:

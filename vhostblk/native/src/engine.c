@@ -143,6 +143,7 @@ bool thread_turn(struct vb_thread *thread)
 		else if (!lingers(thread, queue))
 			queue_rest(queue);
 	}
+	any |= requests_ask_control(thread);
 	aio_flush(thread->aio);
 	if (thread->faults != sigbus_faults())
 		thread_check_faults(thread);
@@ -298,6 +299,7 @@ int thread_open(const struct vb_thread_options *options, struct vb_thread **ret)
 	strncpy(thread->name, options->name ? options->name : "vhostblk", sizeof(thread->name) - 1);
 	list_init(&thread->attachments);
 	list_init(&thread->awake);
+	list_init(&thread->failed);
 	error = barriers_init(&thread->barriers, MESSAGE_RING_SIZE);
 	if (!error)
 		error = open_fds(thread);

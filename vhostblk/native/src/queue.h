@@ -54,7 +54,7 @@ struct request {
 	struct aio_op op;         /* while an I/O is in flight */
 	struct io_track track;    /* the same */
 	struct extent_file *file; /* whose number the I/O uses, or NULL */
-	struct list in_line;      /* while it waits for an fdatasync: see flush.c */
+	struct list in_line;      /* while it waits for an fdatasync (flush.c), or in thread->failed */
 	uint64_t ticket;
 	void *spilled; /* what did not fit below, or NULL */
 	uint32_t spilled_pieces;
@@ -131,5 +131,7 @@ void request_complete(struct request *request, int status, uint64_t written);
 void request_serve(struct request *request);
 /* Its I/O has ended. */
 void request_io_done(struct aio_op *op);
+/* Hand over what has failed and is control's to decide about, as far as there is room. Whether there was any. */
+bool requests_ask_control(struct vb_thread *thread);
 /* All that the file had when the request joined the line of flushes is durable; or -errno. */
 void request_flushed(struct request *request, int error);

@@ -10,8 +10,8 @@
 /* So many reads at most are not looked for in the page cache because others were not there. */
 #define COLD_MAX 63
 
-/* `flags`: what VB_REQUEST says beyond VB_REQUEST_RETRIED. */
-static void hand_to_control(struct request *request, uint16_t flags)
+/* `flags`: what VB_REQUEST says beyond VB_REQUEST_RETRIED; `error`: with which errno it has failed, negative. */
+static void hand_with_error(struct request *request, uint16_t flags, int error)
 {
 	struct queue *queue = request->queue;
 	struct blk_request *blk = &request->blk;
@@ -25,6 +25,7 @@ static void hand_to_control(struct request *request, uint16_t flags)
 		.length = blk->length,
 		.pointer = (uint64_t)blk->data,
 		.count = blk->pieces,
+		.result = error,
 		.aux = blk->type,
 	};
 
@@ -33,6 +34,11 @@ static void hand_to_control(struct request *request, uint16_t flags)
 	request->missed = true;
 	request->state = REQUEST_CONTROL;
 	thread_post(queue->thread, &message);
+}
+
+static void hand_to_control(struct request *request, uint16_t flags)
+{
+	hand_with_error(request, flags, 0);
 }
 
 static void report_failure(struct request *request, int error)
@@ -70,8 +76,28 @@ __attribute__((noinline)) static void fail_io(struct request *request, int error
 {
 	if (request->blk.op == VB_OP_WRITE)
 		note_write(request);
+	if (request->queue->attachment->disk->config.ask_after_errors >> request->blk.op & 1) {
+		/* Many may fail at a time, and nobody has put room in the ring up aside for that. */
+		request->op.result = error;
+		list_append(&request->queue->thread->failed, &request->in_line);
+		return;
+	}
 	report_failure(request, error);
 	request_complete(request, VIRTIO_BLK_S_IOERR, 0);
+}
+
+bool requests_ask_control(struct vb_thread *thread)
+{
+	bool any = false;
+
+	while (!list_empty(&thread->failed) && thread_room(thread) > ROOM_RESERVE) {
+		struct request *request = container_of(thread->failed.next, struct request, in_line);
+
+		list_remove(&request->in_line);
+		hand_with_error(request, VB_REQUEST_FAILED, (int)request->op.result);
+		any = true;
+	}
+	return any;
 }
 
 static void finish_io(struct request *request, int64_t result)

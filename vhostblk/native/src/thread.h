@@ -38,11 +38,12 @@ struct vb_thread {
 	struct barriers barriers;
 	struct queue **queues; /* by slot; holes are NULL */
 	uint32_t slots;
-	struct list awake; /* queues whose rings are looked at every turn */
-	uint32_t resting;  /* queues that are not among them, because they wait for a kick */
-	uint32_t pollers;  /* queues without a kick fd */
-	uint32_t owed;     /* messages for which room in `up` is put aside */
-	uint32_t faults;   /* sigbus_faults() when we last looked */
+	struct list awake;  /* queues whose rings are looked at every turn */
+	struct list failed; /* requests that control is to decide about, when there is room in `up` */
+	uint32_t resting;   /* queues that are not among them, because they wait for a kick */
+	uint32_t pollers;   /* queues without a kick fd */
+	uint32_t owed;      /* messages for which room in `up` is put aside */
+	uint32_t faults;    /* sigbus_faults() when we last looked */
 	uint64_t poll_max_ns;
 	uint64_t poll_grow;   /* never 0 */
 	uint64_t poll_shrink; /* 0: to nothing */
