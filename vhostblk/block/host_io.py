@@ -153,6 +153,7 @@ class NativeHostIO(HostIO):
         self._waiting: dict[int, Completion] = {}
         self._queue: list[IORequest] = []  # plugged, or the engine was full
         self._plugged = 0
+        self._is_full = False
         self._loop.add_reader(self._io.fd, self._reap)
 
     async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
@@ -212,13 +213,17 @@ class NativeHostIO(HostIO):
             self._submit_queue()
 
     def _submit_queue(self) -> None:
-        if self._queue:
-            taken = self._io.submit(self._queue)
+        # In bursts, and not before there is room again: there may be thousands, and most of them would come back.
+        while self._queue and not self._is_full:
+            burst = self._queue[:_BURST]
+            taken = self._io.submit(burst)
             del self._queue[:taken]
+            self._is_full = taken < len(burst)
 
     def _reap(self) -> None:
         for cookie, result in self._io.reap():
             self._waiting.pop(cookie).set_result(result)
+            self._is_full = False
         self._submit_queue()
 
 

@@ -287,8 +287,8 @@ class PosixNode(BlockNode):
         try:
             await self.revoke_flush()
             if self._flush_error:
-                raise BlockError(  # whatever it was: not even more room would bring it back
-                    errno.EIO, f"{self.node_name}: an earlier flush has lost data already"
+                raise BlockError(
+                    self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
                 )
             await self._io.fdatasync(self._fd)
         except BlockError as error:
@@ -300,7 +300,8 @@ class PosixNode(BlockNode):
     def flush_failed(self, error: int) -> None:
         """Somebody's fdatasync failed: see `_flush_error`."""
         if not self._direct:
-            self._flush_error = error
+            # More room would not bring back what was lost for the want of it.
+            self._flush_error = errno.EIO if error == errno.ENOSPC else error
 
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """Change the size of the file; devices have the size they have (row B31.4)."""
