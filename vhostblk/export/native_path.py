@@ -350,7 +350,10 @@ class NativeDataPath:
                 request = BlkRequest(0, _NOWHERE, kind, segments=segments)
             outcome = None if retry else await self._device.execute(request, -error)
         except asyncio.CancelledError:
-            outcome = int(Status.IOERR), 0  # before it was executed; from there on that is the device's
+            outcome = (
+                int(Status.IOERR),
+                0,
+            )  # before it was executed; from there on that is the device's
         except Exception:
             # A request without an answer would keep its queue from ever stopping.
             log.exception("a bug: a request failed")

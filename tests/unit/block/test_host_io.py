@@ -178,7 +178,7 @@ def test_what_the_engine_did_not_take_of_a_burst_follows_when_it_has_room(
         ]
         await turns(1)
         io.unplug()
-        assert sum(submissions.sizes) > 1500
+        assert 0 < sum(submissions.sizes) < 1500  # the others are not offered again and again
         await asyncio.gather(*writes)
         assert os.pread(fd, 1500, 0) == bytes(n % 251 for n in range(1500))
         await io.close()
