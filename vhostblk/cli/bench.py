@@ -25,8 +25,6 @@ from vhostblk.client.bench.self_test import SelfTest, self_test
 from vhostblk.errors import ConfigError
 from vhostblk.vhost.session import MAX_QUEUES
 
-NAME = "bench"
-SUMMARY = "measure a vhost-user-blk back-end"
 DESCRIPTION = """\
 Connect to the socket of any vhost-user-blk back-end as a guest would, make requests, and show how many a
 second there were, how long they took, and what they cost. Writing patterns overwrite the disk."""

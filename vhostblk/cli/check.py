@@ -27,8 +27,6 @@ from vhostblk.client.conformance.runner import (
 from vhostblk.errors import ConfigError, VhostBlkError
 from vhostblk.virtio.features import feature_names
 
-NAME = "check"
-SUMMARY = "check that a back-end keeps to the specifications"
 DESCRIPTION = f"""\
 Say what the vhost-user-blk back-end that listens on SOCKET offers, then check how it behaves: one line for each
 check, with the section of VIRTIO or vhost-user that demands it. Nothing is written to the disk, and nothing forbidden

@@ -21,8 +21,6 @@ from vhostblk.export.options import (
 from vhostblk.vhost.session import MAX_QUEUES
 from vhostblk.virtio.blk import ID_BYTES
 
-NAME = "serve"
-SUMMARY = "serve one disk image or block device"
 DESCRIPTION = """\
 Serve a raw disk image or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
 SIGHUP looks at the image again: tells the guest if its size has changed, and tries again what has

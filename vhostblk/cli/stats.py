@@ -22,8 +22,6 @@ from vhostblk.export.statistics import OperationStatistics, QueueStatistics, tot
 from vhostblk.export.stats_layout import PageError, VersionError, latency_bound
 from vhostblk.export.stats_reader import PageCopy, page_names, pid_in, read_page
 
-NAME = "stats"
-SUMMARY = "show what running exports serve"
 DESCRIPTION = """\
 Show requests, throughput, latencies and notifications of all exports whose statistics you may read (your own; root:
 all), for each queue and operation. No daemon is disturbed."""

@@ -28,8 +28,6 @@ from vhostblk.daemon import (
 from vhostblk.errors import ConfigError
 from vhostblk.export.options import ExportConfig, parse_export
 
-NAME = "storage-daemon"
-SUMMARY = "serve block nodes, with qemu-storage-daemon's options"
 DESCRIPTION = """\
 Serve block nodes to virtual machines over vhost-user-blk. Takes qemu-storage-daemon's options, in its
 syntax: key=value lists with dotted keys (',,' stands for a comma in a value) or JSON."""

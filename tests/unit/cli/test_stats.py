@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,3 +222,18 @@ def test_a_page_that_was_left_over_is_not_shown(
         assert len(in_json(capsys, *OURS)["exports"]) == 1
     finally:
         copy.unlink()
+
+
+def test_nothing_is_imported_that_is_not_needed() -> None:
+    """It is run again and again by monitoring, and by people who wait."""
+    script = (
+        "import sys; from vhostblk.cli.main import main; main(['--log-level', 'error', 'stats']); "
+        "print(*sorted(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=True
+    )
+    modules = set(done.stderr.split())
+    assert "vhostblk.cli.stats" in modules
+    assert not modules & {"asyncio", "cffi", "posix_ipc", "vhostblk.daemon", "vhostblk.native"}
+    assert not any(name.startswith(("vhostblk.block", "vhostblk.vhost")) for name in modules)

@@ -20,8 +20,6 @@ from vhostblk.cli.objects import throttle_group
 from vhostblk.cli.program import Parser, build_program, run_program
 from vhostblk.errors import ConfigError
 
-NAME = "io"
-SUMMARY = "try the block layer by hand, with qemu-io's commands"
 DESCRIPTION = """\
 Open an image and make single requests: read, write, discard, flush, and look at what they did. Takes
 qemu-io's options and commands. Without -c, commands are read from standard input, one a line."""
