@@ -233,7 +233,7 @@ class Daemon:
 
     async def _close_thread(self, thread: IOThread) -> None:
         try:
-            await thread.close_aside()
+            await thread.close()
         except StateError:
             # A bug, but not the one that brought us here: that one is to be told.
             log.exception("a bug: %s", thread.name)
@@ -246,6 +246,11 @@ def _told_by(option: str) -> Iterator[None]:
         yield
     except ConfigError as exc:
         raise ConfigError(f"{option}: {exc}" if option else str(exc)) from None
+    except OSError as exc:
+        # Out of descriptors, or of memory: that it happened here says how many there can be.
+        if not option or exc.errno is None:
+            raise
+        raise BlockError(exc.errno, f"{option}: {exc.strerror}") from None
 
 
 class _PidFile:

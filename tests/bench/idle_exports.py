@@ -60,8 +60,10 @@ class Held:
     def of(cls, pid: int, seconds: float) -> Held:
         """Now, and for so long."""
         # What begins with the start, or with a connection, comes to its end first.
-        while _switches(pid) != (time.sleep(0.2), _switches(pid))[1]:
-            pass
+        before, now = -1, _switches(pid)
+        while now != before:
+            time.sleep(0.2)
+            before, now = now, _switches(pid)
         cpu, switches, began = _cpu(pid), _switches(pid), time.monotonic()
         time.sleep(seconds)
         passed = time.monotonic() - began

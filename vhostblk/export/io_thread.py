@@ -141,13 +141,12 @@ class IOThread:
         """Call `function` when this turn's messages have been looked at; for sinks."""
         self._turn_ends.append(function)
 
-    def close(self) -> None:
-        """End and join the thread. All disks must be detached."""
-        self._loop.remove_reader(self._thread.fd)
-        self._thread.close()
+    async def close(self) -> None:
+        """End and join the thread; the loop, and the ends of other threads, go on meanwhile.
 
-    async def close_aside(self) -> None:
-        """As `close`; the loop, and the ends of other threads, go on meanwhile."""
+        Raises:
+            StateError: a disk is still attached.
+        """
         self._loop.remove_reader(self._thread.fd)
         await asyncio.to_thread(self._thread.close)
 

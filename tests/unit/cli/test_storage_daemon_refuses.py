@@ -6,6 +6,7 @@ Both spellings of the program and of its options: dotted keys and JSON. No socke
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +311,21 @@ def test_a_failure_says_one_line_on_stderr_and_nothing_on_stdout(folder: Path) -
     assert done.stderr == (
         "vhostblk: --export id=f: socket path nowhere/s: No such file or directory\n"
     )
+
+
+def test_export_that_no_descriptor_is_left_for_is_named(folder: Path) -> None:
+    """Who has hundreds of them learns how far the limit goes."""
+    words = [sys.executable, "-m", "vhostblk", "storage-daemon"]
+    for number in range(40):
+        words += ["--blockdev", f"null-co,node-name=n{number},size=1M", "--export"]
+        words += [
+            f"vhost-user-blk,id=e{number},node-name=n{number},addr.type=unix,addr.path={number}"
+        ]
+    limited = ["sh", "-c", 'ulimit -n 60; exec "$@"', "sh", *words]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(
+        r"vhostblk: --export id=e\d+: .*Too many open files \(EMFILE\)",
+        done.stderr.splitlines()[-1],
+    )
+    assert not [name for name in os.listdir(folder) if name.isdigit()]

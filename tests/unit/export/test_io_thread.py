@@ -75,6 +75,6 @@ def test_requests_that_take_long_leave_the_loop_to_others_in_between(
         engine = thread._thread
         assert isinstance(engine, Engine)
         assert engine.sent == [native.packed_completion(n, 0, 0) for n in sink.seen]
-        thread.close()
+        await thread.close()
 
     asyncio.run(everything())

@@ -48,7 +48,7 @@ def with_export(
         finally:
             await export.close()
             for thread in io_threads:
-                thread.close()
+                await thread.close()
             await graph.close_all()
 
     asyncio.run(everything())
@@ -255,14 +255,14 @@ def test_thread_that_cannot_end_does_not_hide_what_went_wrong(
 ) -> None:
     require("engine")
     expect_log.expect("a bug: e/0")
-    real = IOThread.close_aside
+    real = IOThread.close
 
-    async def close_aside(thread: IOThread) -> None:
+    async def close(thread: IOThread) -> None:
         await real(thread)
         if thread.name == "e/0":
             raise StateError("planted")
 
-    monkeypatch.setattr(IOThread, "close_aside", close_aside)
+    monkeypatch.setattr(IOThread, "close", close)
     config = ExportConfig(
         id="e", node_name="d", socket_path="/nowhere/s", own_threads=2, writable=True
     )
