@@ -65,6 +65,8 @@ class PythonDataPath:
         self._queues: dict[int, _Queue] = {}
         self.paused = False
         """No queue takes requests."""
+        self.notifier = event_fd.Notifier()
+        """For the queues' call and error fds."""
         device.memory_faulted = self.memory_faulted
 
     async def open(self) -> None:
@@ -130,6 +132,7 @@ class PythonDataPath:
     async def close(self) -> None:
         """See `DataPath.close`."""
         await self.set_memory(None)
+        self.notifier.close()
 
     def memory_faulted(self) -> bool:
         """Whether an access hit memory that the front-end has truncated away; tells the export, too."""
@@ -186,7 +189,7 @@ class _Queue:
         self._next_avail = vring.base
         if vring.call_fd is not None:
             # As the engine does: who had the ring before may not have told of all that was completed.
-            event_fd.signal(vring.call_fd)
+            self._path.notifier.signal(vring.call_fd)
         self._watch()
 
     @property
@@ -242,7 +245,7 @@ class _Queue:
         self._unwatch()
         self._fds[which] = fd
         if which is VringFd.CALL and fd is not None:
-            event_fd.signal(fd)  # what the old one was told of may have been missed
+            self._path.notifier.signal(fd)  # what the old one was told of may have been missed
         if self._ring is not None and not self._is_broken:
             try:
                 self._watch()
@@ -355,7 +358,7 @@ class _Queue:
             call_fd = self._fds[VringFd.CALL]
             if call_fd is not None:
                 self._counters.called()
-                event_fd.signal(call_fd)
+                self._path.notifier.signal(call_fd)
         else:
             self._counters.call_suppressed()
 
@@ -364,5 +367,5 @@ class _Queue:
         self._unwatch()
         error_fd = self._fds[VringFd.ERR]
         if error_fd is not None:
-            event_fd.signal(error_fd)
+            self._path.notifier.signal(error_fd)
         self._path.queue_broken(self._vring.index, str(error))
