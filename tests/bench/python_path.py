@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from tests.bench.measure import Measure, Metrics, Side
+from tests.bench.measure import Measure, Metrics, Runner, Side
 from tests.bench.rows import Target
 from tests.bench.servers import Daemon, give_up, run_daemon
 from tests.bench.tables import Table, number, ratio
@@ -56,7 +56,7 @@ def measure_python_path(measure: Measure, is_wanted: Callable[[str], bool]) -> T
         for name in filter(is_wanted, PYTHON_ROWS):
             pattern = name.replace("python-", "rand")
             options = BenchOptions(pattern=PATTERNS[pattern], depth=_DEPTH, sleep=True)
-            runners = {
+            runners: dict[str, Runner] = {
                 "ours": measure.client("null", options, Daemon(ours, daemons["ours"])),
                 "nbdkit": partial(_fio, measure, pattern, Daemon(nbdkit, daemons["nbdkit"])),
             }
