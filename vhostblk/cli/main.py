@@ -40,9 +40,7 @@ def build_parser(*wanted: str) -> Parser:
         epilog="Start with 'vhostblk serve --help'.",
     )
     add_common_options(parser)
-    parser.set_defaults(
-        run=None, complaint=f"a COMMAND is needed: {', '.join(others)} or {last}"
-    )
+    parser.set_defaults(run=None, complaint=f"a COMMAND is needed: {', '.join(others)} or {last}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for name, summary in COMMANDS.items():
         command = commands.add_parser(
