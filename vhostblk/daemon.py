@@ -28,6 +28,7 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.node import BlockNode
+from vhostblk.block.reopen import acquire_write
 from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError, StateError
 from vhostblk.export.events import OnEvent
@@ -185,6 +186,8 @@ class Daemon:
                 raise ConfigError(f"fd {config.fd} is used by export '{other.config.id}'")
         threads = self._threads_for(config) if use_native else []
         node = self.graph.find(config.node_name)
+        if config.writable:
+            await acquire_write(self.graph, node)
         export = await Export.open(config, node, threads, self._pages, self._on_event)
         stack.push_async_callback(self._close_export, export)
         self.exports[config.id] = export

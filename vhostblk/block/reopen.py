@@ -22,6 +22,7 @@ from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.opening import Parent, consume_options, split_children
 from vhostblk.block.options import NodeOptions, immutable_options, refuse_changes
+from vhostblk.block.permissions import parents_first
 from vhostblk.block.quiesce import drained
 from vhostblk.block.roles import Role
 from vhostblk.block.transaction import GraphTransaction
@@ -76,6 +77,27 @@ async def reopen(
         await _perform(list(queue.values()))
         for node in left:
             await graph.collect(node)
+
+
+async def acquire_write(graph: BlockGraph, node: BlockNode) -> None:
+    """Somebody wants to write: open for writing what `auto-read-only` has left read-only (row B06.11), if that works now.
+
+    What still cannot is left as it is, and whoever asks for the permission to write is refused.
+
+    Raises:
+        ConfigError: as `reopen`.
+    """
+    wanted = [
+        below
+        for below in reversed(parents_first([node]))
+        if below.read_only and below.common.auto_read_only and not below.common.read_only
+    ]
+    # Inline children come with their parents.
+    changes: dict[BlockNode, dict[str, Any]] = {
+        below: {} for below in wanted if below.inherits_from not in wanted
+    }
+    if node in wanted:
+        await reopen(graph, changes)
 
 
 def _enqueue(

@@ -17,9 +17,9 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
-from vhostblk.block.node import ExtentFlag
+from vhostblk.block.node import ExtentFlag, Req
 from vhostblk.block.permissions import Perm
-from vhostblk.block.reopen import Reopen, reopen
+from vhostblk.block.reopen import Reopen, acquire_write, reopen
 from vhostblk.errors import BlockError, ConfigError
 
 KIB = 1024
@@ -338,6 +338,93 @@ def test_file_that_could_not_be_written_can_be_once_its_mode_allows_it(image: st
         os.chmod(image, 0o600)
         await reopen(graph, {node: {}})
         assert not node.read_only
+
+    with_graph(scenario)
+
+
+class NotYet:
+    """A file that may not be opened for writing, whoever asks, until it may."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refuses = True
+        self._open = os.open
+        monkeypatch.setattr(os, "open", self)
+
+    def __call__(self, path: Any, flags: int, *rest: Any) -> int:
+        if self.refuses and flags & os.O_ACCMODE == os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return self._open(path, flags, *rest)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_auto_read_only_node_becomes_writable_when_its_first_writer_comes(
+    image: str, inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode = {"auto-read-only": True}
+
+    async def scenario(graph: BlockGraph) -> None:
+        lock = NotYet(monkeypatch)
+        file: Any = {"driver": "file", "node-name": "f", "filename": image, **mode}
+        if not inline:
+            await graph.add(file)
+            file = "f"
+        raw = {"driver": "raw", "file": file, **mode}
+        node = await graph.add({"driver": "pass", "node-name": "p", "file": raw, **mode})
+        assert all(below.read_only for below in graph.nodes.values())
+        reader = BlockBackend(node, "reader", writable=False, shared=Perm.ALL)
+        await acquire_write(graph, node)
+        with pytest.raises(ConfigError, match="is read-only"):
+            BlockBackend(node, "writer", writable=True, shared=Perm.ALL)
+        lock.refuses = False
+        await acquire_write(graph, node)
+        assert not any(below.read_only for below in graph.nodes.values())
+        writer = BlockBackend(node, "writer", writable=True, shared=Perm.ALL)
+        await write(writer, 0, b"x")
+        assert await read(reader, 0, 1) == b"x"
+        await writer.close()
+        await reader.close()
+
+    with_graph(scenario)
+
+
+def test_node_that_was_asked_to_be_read_only_stays_so_whoever_comes(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        options = {"driver": "file", "filename": image, "auto-read-only": True, "read-only": True}
+        node = await graph.add(options)
+        await acquire_write(graph, node)
+        assert node.read_only
+
+    with_graph(scenario)
+
+
+def test_detection_of_zeroes_can_be_switched_while_the_disk_is_used(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add({"driver": "file", "filename": image, "discard": "unmap"})
+        user = BlockBackend(node, "user", writable=True)
+        seen: list[tuple[int, int]] = []
+        zero = node.driver_pwrite_zeroes
+
+        def spy(offset: int, length: int, flags: int) -> Any:
+            seen.append((offset, flags))
+            return zero(offset, length, flags)
+
+        node.driver_pwrite_zeroes = spy  # type: ignore[method-assign]
+
+        async def may_write_alone() -> bool:
+            return any(extent.flags & ExtentFlag.WRITE for extent in await user.extents(0, 4096))
+
+        assert await may_write_alone()
+        for mode, flags in (("on", 0), ("unmap", int(Req.MAY_UNMAP)), ("off", None)):
+            await reopen(graph, {node: {"detect-zeroes": mode}})
+            assert await may_write_alone() == (mode == "off")
+            await write(user, 4096, b"x" * 4096)
+            await write(user, 4096, bytes(4096))
+            assert [found for _, found in seen] == ([] if flags is None else [flags])
+            seen.clear()
+            assert await read(user, 4096, 4096) == bytes(4096)
+        with pytest.raises(ConfigError, match="can only be used with 'discard=unmap'"):
+            await reopen(graph, {node: {"detect-zeroes": "unmap", "discard": "ignore"}})
+        await user.close()
 
     with_graph(scenario)
 
