@@ -20,6 +20,7 @@ from vhostblk.block.flags import StatusFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.opening import open_image
+from vhostblk.block.reopen import acquire_write, reopen
 from vhostblk.block.status import block_status
 from vhostblk.client.client import Client
 from vhostblk.errors import BlockError, ConfigError
@@ -302,6 +303,23 @@ def test_writing_is_refused(tmp_path: Path) -> None:
     image = create(tmp_path / "i.qcow2", MIB)
     with pytest.raises(ConfigError, match="only be opened read-only"):
         with_image(image, lambda backend: read(backend, 0, 1), **{"read-only": False})  # type: ignore[arg-type,return-value]
+
+
+def test_reopen_does_not_make_an_image_writable(tmp_path: Path) -> None:
+    image = create(tmp_path / "image", MIB)
+
+    async def scenario() -> None:
+        graph = BlockGraph(DRIVERS)
+        file = {"driver": "file", "filename": str(image)}
+        options = {"driver": "qcow2", "auto-read-only": True, "file": file}
+        node = await graph.add(options)
+        await acquire_write(graph, node)
+        assert node.read_only
+        with pytest.raises(ConfigError, match="can only be opened read-only"):
+            await reopen(graph, {node: {"auto-read-only": False}})
+        await graph.close_all()
+
+    asyncio.run(scenario())
 
 
 def test_engine_serves_what_is_allocated_alone(

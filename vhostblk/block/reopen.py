@@ -80,7 +80,7 @@ async def reopen(
 
 
 async def acquire_write(graph: BlockGraph, node: BlockNode) -> None:
-    """Somebody wants to write: open for writing what `auto-read-only` has left read-only (row B06.11), if that works now.
+    """Somebody wants to write: open for writing what `auto-read-only` has left read-only (row B06.11), if it may be.
 
     What still cannot is left as it is, and whoever asks for the permission to write is refused.
 

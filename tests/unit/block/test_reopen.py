@@ -17,7 +17,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
-from vhostblk.block.node import ExtentFlag, Req
+from vhostblk.block.node import ExtentFlag, OpenContext, Req
 from vhostblk.block.permissions import Perm
 from vhostblk.block.reopen import Reopen, acquire_write, reopen
 from vhostblk.errors import BlockError, ConfigError
@@ -383,6 +383,32 @@ def test_auto_read_only_node_becomes_writable_when_its_first_writer_comes(
         assert await read(reader, 0, 1) == b"x"
         await writer.close()
         await reader.close()
+
+    with_graph(scenario)
+
+
+class NeverWritable(PassNode):
+    """As a format that can only be read: `reopen_prepare` says so."""
+
+    driver_name = "never"
+
+    async def open(self, context: OpenContext) -> None:
+        await super().open(context)
+        self.read_only = True
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        reopen.read_only = True
+
+
+def test_writer_does_not_make_writable_what_cannot_be(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        graph.drivers.register(NeverWritable)
+        file = {"driver": "file", "filename": image}
+        node = await graph.add({"driver": "never", "file": file, "auto-read-only": True})
+        await acquire_write(graph, node)
+        assert node.read_only
+        with pytest.raises(ConfigError, match="is read-only"):
+            BlockBackend(node, "writer", writable=True)
 
     with_graph(scenario)
 

@@ -26,8 +26,9 @@ from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import BlockNode
-from vhostblk.block.options import SIZE, option
+from vhostblk.block.options import SIZE, NodeOptions, option
 from vhostblk.block.pipeline import host_extent
+from vhostblk.block.reopen import Reopen
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError, ImageError
@@ -82,14 +83,8 @@ class Qcow2Node(BlockNode):
         Raises:
             ConfigError: not a qcow2 image, or one that is damaged or not supported; writing was asked for.
         """
-        if not self.read_only:
-            if not self.common.auto_read_only:
-                raise ConfigError(
-                    f"Node '{self.node_name}': qcow2 images can only be opened read-only by this version "
-                    "(read-only=on)",
-                    errno.ENOTSUP,
-                )
-            self.read_only = True
+        self._refuse_writing(self.read_only, self.common)
+        self.read_only = True
         self._logged = False
         self._file = await context.open_child(self, "file", Role.IMAGE)
         try:
@@ -108,6 +103,23 @@ class Qcow2Node(BlockNode):
         await context.open_implied(
             self, "backing", Role.COW, header.backing_name, header.backing_format
         )
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        """As when it was opened.
+
+        Raises:
+            ConfigError: writing was asked for.
+        """
+        self._refuse_writing(reopen.read_only, reopen.common)
+        reopen.read_only = True
+
+    def _refuse_writing(self, read_only: bool, common: NodeOptions) -> None:
+        if not read_only and not common.auto_read_only:
+            raise ConfigError(
+                f"Node '{self.node_name}': qcow2 images can only be opened read-only by this version "
+                "(read-only=on)",
+                errno.ENOTSUP,
+            )
 
     async def _beginning(self) -> bytes:
         """The first cluster, or the whole file."""
