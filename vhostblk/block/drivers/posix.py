@@ -157,11 +157,11 @@ class PosixNode(BlockNode):
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         """Write; FUA, where it is supported, is RWF_DSYNC."""
-        dsync = bool(flags & _FUA) and not self.no_flush
+        dsync = flags & _FUA and not self.no_flush
         if self._inline:
             self._write_at_once(offset, length, iov, os.RWF_DSYNC if dsync else 0)
         else:
-            await self._io.pwritev(self._fd, offset, iov, dsync)
+            await self._io.pwritev(self._fd, offset, iov, bool(dsync))
         if offset + length > self._size:
             self._size = offset + length
 
