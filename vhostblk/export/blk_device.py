@@ -20,8 +20,8 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Mapping
-from typing import ClassVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, ClassVar
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
@@ -39,6 +39,7 @@ SEG_MAX = 126
 # The largest request of the block layer (B02) in sectors: bounds one segment.
 _MAX_SECTORS = 4194303
 
+_IN = int(RequestType.IN)
 _EVERY_PAGE = slice(None, None, mmap.PAGESIZE)
 
 # status, data bytes written to the guest
@@ -293,19 +294,31 @@ class BlkDevice:
             name += " (ignored)"
         self._errors.record_io_error(name, error, offset, length)
 
-    async def _read(self, request: BlkRequest) -> Outcome:
-        await self.backend.preadv(request.offset, IoVec(request.data))
-        return _OK[0], request.length
+    def transfer(
+        self, kind: int, offset: int, data: Sequence[memoryview]
+    ) -> Coroutine[Any, Any, None]:
+        """Read or write, which is all that most requests ask; whoever has called `transfer` need not call `execute`.
 
-    async def _write(self, request: BlkRequest) -> Outcome:
+        Args:
+            kind: `RequestType.IN` or `OUT`.
+            data: live guest memory.
+
+        Raises:
+            BlockError: here or when it is awaited: give the errno to `execute`, which decides what is to be done.
+        """
+        if kind == _IN:
+            return self.backend.preadv(offset, IoVec(data))
         # Memory that was truncated reads as zeroes once it was touched: touch it before it is copied to the disk.
-        for view in request.data:
+        for view in data:
             view[_EVERY_PAGE].tobytes()
             view[-1]
         if self.memory_faulted():
             raise BlockError(errno.EFAULT)
-        await self.backend.pwritev(request.offset, IoVec(request.data))
-        return _OK
+        return self.backend.pwritev(offset, IoVec(data))
+
+    async def _transfer(self, request: BlkRequest) -> Outcome:
+        await self.transfer(request.type, request.offset, request.data)
+        return _OK[0], request.length if request.type == RequestType.IN else 0
 
     async def _flush(self, _request: BlkRequest) -> Outcome:
         await self.backend.flush()
@@ -329,8 +342,8 @@ class BlkDevice:
         return _OK
 
     _HANDLERS: ClassVar[Mapping[int, Callable[[BlkDevice, BlkRequest], Awaitable[Outcome]]]] = {
-        RequestType.IN: _read,
-        RequestType.OUT: _write,
+        RequestType.IN: _transfer,
+        RequestType.OUT: _transfer,
         RequestType.FLUSH: _flush,
         RequestType.GET_ID: _get_id,
         RequestType.DISCARD: _discard,

@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 _IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
 _FAILED = int(native.RequestFlag.FAILED)
+_TRANSFERS = (_IN, _OUT)
+_OK = int(Status.OK)
 # It was retried already, or the map has its range but the request is not aligned enough for it, or cannot serve it.
 _DO_NOT_MAP = int(native.RequestFlag.RETRIED | native.RequestFlag.UNALIGNED | _FAILED)
 _NEEDS_FLUSH = int(native.RequestFlag.NEEDS_FLUSH)
@@ -328,7 +330,7 @@ class NativeDataPath:
         _, flags, _, cookie, _, offset, length, pointer, count, error, kind = message
         retry = not flags & _DO_NOT_MAP
         try:
-            if kind in (_IN, _OUT):
+            if kind in _TRANSFERS:
                 if flags & _NEEDS_FLUSH:
                     self._learn_of_failed_flush()
                     retry = retry and self._allow_flush(thread)
@@ -339,6 +341,13 @@ class NativeDataPath:
                         thread, offset, length, kind == _OUT
                     )
                 data = native.iov_views(pointer, count)
+                if not retry and not error:
+                    try:
+                        await self._device.transfer(kind, offset, data)
+                        thread.complete(cookie, _OK, length if kind == _IN else 0)
+                        return
+                    except BlockError as exc:
+                        error = -(exc.errno or errno.EIO)
                 request = BlkRequest(0, _NOWHERE, kind, offset, length, data)
             elif kind == _FLUSH:
                 self._learn_of_failed_flush()
@@ -350,10 +359,9 @@ class NativeDataPath:
                 request = BlkRequest(0, _NOWHERE, kind, segments=segments)
             outcome = None if retry else await self._device.execute(request, -error)
         except asyncio.CancelledError:
-            outcome = (
-                int(Status.IOERR),
-                0,
-            )  # before it was executed; from there on that is the device's
+            # What `execute` begins it also answers.
+            self._device.record_io_error(kind, errno.ECANCELED, offset, length)
+            outcome = int(Status.IOERR), 0
         except Exception:
             # A request without an answer would keep its queue from ever stopping.
             log.exception("a bug: a request failed")
