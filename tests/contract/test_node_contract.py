@@ -67,6 +67,17 @@ CASES = (
         },
     ),
 )
+CASES += (
+    Case(
+        "copy-before-write",
+        {
+            "driver": "copy-before-write",
+            "discard": "unmap",
+            "file": FILE,
+            "target": {"driver": "memory", "size": SIZE + 8192},
+        },
+    ),
+)
 KEEPING = tuple(case for case in CASES if case.keeps_data)
 KINDS = ("python", "threads", "io_uring")
 

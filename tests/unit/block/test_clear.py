@@ -68,6 +68,25 @@ def test_driver_without_zero_writes_gets_data_in_bounded_pieces() -> None:
     assert not node.data.strip(b"\0")
 
 
+def test_what_the_driver_cannot_zero_for_its_alignment_reads_as_zeroes_all_the_same() -> None:
+    """Row B17's proof: only whole units are zeroed cheaply, the pieces at both ends are written."""
+    limits = BlockLimits(request_alignment=512, min_mem_alignment=1, pwrite_zeroes_alignment=4096)
+    for start in range(0, 4096 + 512, 512):
+        for end in range(8192, 8192 + 4096 + 512, 512):
+            node = ArrayNode(16384, limits)
+            node.data[:] = b"\xff" * 16384
+
+            def fail(kind: str, offset: int, length: int) -> None:
+                if kind == "zero" and (offset | length) % 4096:
+                    raise BlockError(errno.ENOTSUP)
+
+            node.fail = fail
+            zero(node, start, end - start)
+            assert node.data == b"\xff" * start + bytes(end - start) + b"\xff" * (16384 - end)
+            written = sum(length for _, length in node.asked.of("write"))
+            assert written == -start % 4096 + end % 4096
+
+
 def test_no_fallback_is_enotsup_instead() -> None:
     node = ArrayNode(8192, BlockLimits(request_alignment=512, min_mem_alignment=1), zeroes=False)
     for offset in (0, 1):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.unit.block.fakes import ArrayNode, put_above, run_now, turns
 from vhostblk.block import clear, pipeline
-from vhostblk.block.iov import IoVec
+from vhostblk.block.iov import IoVec, address_of
 from vhostblk.block.limits import MAX_BOUNCING, MAX_LENGTH, MAX_REQUEST, BlockLimits
 from vhostblk.block.node import Req
 from vhostblk.block.options import NodeOptions
@@ -204,6 +204,37 @@ def test_memory_the_driver_cannot_take_is_bounced_both_ways() -> None:
     run_now(pipeline.preadv(node, 0, IoVec([odd])))
     assert bytes(odd) == b"ab" * 512
     assert memory[3 + 1024] == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "arrives"),
+    [("whole", True), ("cut", True), ("padded", False), ("bounced", False), ("zeroes", False)],
+)
+def test_memory_counts_as_registered_only_where_the_driver_gets_the_users_own(
+    case: str, arrives: bool
+) -> None:
+    """Row B13.4: scratch blocks, bounce buffers and pages of zeroes were never announced."""
+    limits = BlockLimits(
+        request_alignment=512,
+        min_mem_alignment=512 if case == "bounced" else 1,
+        max_transfer=1024 if case == "cut" else 0,
+    )
+    modes = NodeOptions(discard="unmap", detect_zeroes="on" if case == "zeroes" else "off")
+    node = ArrayNode(limits=limits, write_flags=int(Req.REGISTERED_BUF), common=modes, zeroes=False)
+    memory = memoryview(bytearray((0 if case == "zeroes" else 7).to_bytes(1, "big") * 8192))
+    skip = -address_of(memory) % 512 + (1 if case == "bounced" else 0)
+    offset = 100 if case == "padded" else 0
+    run_now(
+        pipeline.pwritev(node, offset, IoVec([memory[skip : skip + 4096]]), int(Req.REGISTERED_BUF))
+    )
+    flags = {flags for kind, _, _, flags in node.asked.calls if kind == "write"}
+    assert flags == {int(Req.REGISTERED_BUF) if arrives else 0}
+
+
+def test_memory_of_a_zero_write_is_nobodys() -> None:
+    node = ArrayNode(write_flags=int(Req.REGISTERED_BUF), zeroes=False)
+    run_now(clear.pwrite_zeroes(node, 0, 4096, int(Req.REGISTERED_BUF)))
+    assert node.asked.calls[-1] == ("write", 0, 4096, 0)
 
 
 def test_vector_with_too_many_elements_is_coalesced() -> None:

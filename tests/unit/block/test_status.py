@@ -122,6 +122,62 @@ def test_zeroes_of_the_file_show_through_a_format_that_asks_for_it() -> None:
         run_now(block_status(Failing(4096), 0, 512))
 
 
+ALIGN = 512
+
+
+class AlignedNode(ArrayNode):
+    """Answers in whole blocks, as drivers do: as much of a run as it likes."""
+
+    def __init__(self, blocks: list[bool], most: int) -> None:
+        limits = BlockLimits(request_alignment=ALIGN, min_mem_alignment=1)
+        super().__init__(len(blocks) * ALIGN, limits)
+        self.blocks, self.most = blocks, most
+
+    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
+        assert not (offset | length) % ALIGN
+        assert length
+        assert offset + length <= self.length
+        first = offset // ALIGN
+        end = first
+        while end < (offset + length) // ALIGN and self.blocks[end] == self.blocks[first]:
+            end += 1
+        count = min(end - first, self.most) * ALIGN
+        flags = DATA | VALID if self.blocks[first] else ZERO
+        return BlockStatus(flags, count, map=offset)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.booleans(), min_size=1, max_size=12),
+    st.integers(1, 12),
+    st.integers(0, 13 * ALIGN),
+    st.integers(0, 13 * ALIGN),
+)
+def test_any_range_of_a_driver_that_answers_in_blocks_is_answered_exactly(
+    blocks: list[bool], most: int, offset: int, length: int
+) -> None:
+    """Row B21's proof: whatever the alignment of the question, every byte has its own block's answer."""
+    node = AlignedNode(blocks, most)
+    end = min(offset + length, node.length)
+    while offset < end:
+        status = run_now(block_status(node, offset, end - offset))
+        assert 0 < status.length <= end - offset
+        for position in range(offset, offset + status.length):
+            assert bool(status.flags & DATA) == blocks[position // ALIGN]
+        if status.flags & VALID:
+            assert (status.file, status.map) == (node, offset)
+        assert bool(status.flags & EOF) == (offset + status.length == node.length)
+        offset += status.length
+
+
+def test_driver_that_answers_for_part_of_a_block_has_a_bug() -> None:
+    node = SaysNode(4096, BlockLimits(request_alignment=ALIGN, min_mem_alignment=1))
+    for wrong in (0, 100, ALIGN + 1):
+        node.says = BlockStatus(DATA, wrong)
+        with pytest.raises(AssertionError):
+            run_now(block_status(node, 0, 2048))
+
+
 CLUSTER = 64
 layers = st.lists(st.tuples(st.integers(1, 8), st.sets(st.integers(0, 8))), min_size=3, max_size=3)
 

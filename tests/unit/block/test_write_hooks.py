@@ -10,6 +10,7 @@ import pytest
 from tests.unit.block.fakes import ArrayNode, CowNode, put_above, run_now, turns
 from vhostblk.block import clear, pipeline
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.dirty_map import DirtyMap, record
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import ExtentFlag, HostExtent, Req
@@ -77,9 +78,12 @@ def test_error_on_the_second_fragment_counts_as_a_write_but_does_not_make_the_no
             raise BlockError(errno.EIO)
 
     node.fail = fail
+    dirty = DirtyMap(4096, 512)
+    run_now(record(node, dirty))
     with pytest.raises(BlockError):
         write(node, 1024, b"x" * 1024)
     assert (node.write_gen, node.highest_write, node.length) == (1, 2048, 1024)
+    assert dirty.take() == [(1024, 1024)]
     node.fail = None
     write(node, 1024, b"x" * 600)
     assert node.length == 2048

@@ -9,6 +9,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.unit.block.fakes import ArrayNode
+from vhostblk.block.node import BlockNode
+from vhostblk.block.permissions import Perm
+from vhostblk.block.quiesce import drained
 from vhostblk.errors import BlockError
 from vhostblk.export.error_policy import Action, ErrorPolicy, IoStatus, OnError
 from vhostblk.export.events import BlockIOError, ExportEvent, QueuesPaused, QueuesResumed
@@ -55,6 +58,30 @@ def failing(error: int) -> Callable[[str, int, int], None]:
         raise BlockError(error)
 
     return fail
+
+
+def test_export_is_a_root_edge_with_the_permissions_it_needs_until_it_is_closed() -> None:
+    """Row B08's proof."""
+    nodes: list[ArrayNode] = []
+
+    async def scenario(export: Export, node: ArrayNode, events: list[ExportEvent]) -> None:
+        nodes.append(node)
+        (edge,) = node.parents
+        assert edge.parent is export.device.backend
+        assert not isinstance(edge.parent, BlockNode)
+        assert (edge.node, edge.describe()) == (node, "export 'e'")
+        assert edge.perm == Perm.CONSISTENT_READ | Perm.WRITE | Perm.WRITE_UNCHANGED
+        assert edge.shared == Perm.ALL
+        # It is drained with its node: requests wait, and nothing is lost.
+        async with drained(node):
+            task = write(export)
+            await asyncio.sleep(0)
+            assert (node.asked.calls, task.done()) == ([], False)
+        assert (await task)[0] == 0
+        assert node.asked.of("write") == [(0, 512)]
+
+    with_export(ErrorPolicy(), scenario)
+    assert not nodes[0].parents
 
 
 def test_error_is_told_before_the_pause_and_the_status_is_set_before_both(

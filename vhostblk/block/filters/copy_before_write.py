@@ -106,7 +106,8 @@ class CopyBeforeWriteNode(FilterNode):
         """While there are users, nobody writes the child past us; the target may not change its length."""
         if edge.name == "target":
             # Shared with those who write what it is backed by, which may be our child.
-            return Perm.CONSISTENT_READ | Perm.WRITE, Perm.ALL & ~Perm.RESIZE
+            change = Perm.NONE if self.read_only else Perm.WRITE  # nothing will be copied
+            return Perm.CONSISTENT_READ | change, Perm.ALL & ~Perm.RESIZE
         if not self.parents:
             return perm, shared
         return perm | Perm.CONSISTENT_READ, shared & ~(Perm.WRITE | Perm.RESIZE)
