@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hypothesis import assume
+from hypothesis import reject
 
 from vhostblk.cli.io.program import build_io_parser
 from vhostblk.cli.program import run_program
@@ -140,7 +140,8 @@ def compare(
         make(image)
         outcomes.append(run(image, arguments(image)))
     theirs, ours = outcomes
-    assume(theirs.status >= 0)  # qemu-io 7.2 divides by zero for some limits
+    if theirs.status < 0:
+        reject()  # qemu-io 7.2 divides by zero for some limits
     shown = "\n".join(
         difflib.unified_diff(str(theirs).split("\n"), str(ours).split("\n"), "theirs", "ours")
     )

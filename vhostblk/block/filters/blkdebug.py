@@ -218,8 +218,8 @@ class BlkdebugNode(FilterNode):
         await super().driver_pwrite_zeroes(offset, length, flags)
 
     async def driver_pdiscard(self, offset: int, length: int) -> None:
-        """Unless a rule says otherwise; what is less than a unit is not discarded."""
-        if (offset | length) % self.limits.discard_unit:
+        """Unless a rule says otherwise; what is less than a block is not discarded."""
+        if length < self.limits.request_alignment:
             raise BlockError(errno.ENOTSUP)
         await self._check("discard", offset, length)
         await super().driver_pdiscard(offset, length)

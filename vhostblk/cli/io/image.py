@@ -151,7 +151,8 @@ async def reopen(session: Session, args: Reopen) -> None:
         raise RefusedError("Cannot set both -c and the cache options")
     try:
         if read_only and image.backend.writable:
-            await image.backend.ask(writable=False, resize=image.resizes)
+            await image.backend.ask(writable=False)
+            image.resizes = False
         await reopen_nodes(image.graph, {image.node: options})
     except ConfigError as error:
         raise RefusedError(str(error)) from None
