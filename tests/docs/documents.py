@@ -21,6 +21,7 @@ FEATURES = (
     "storage-daemon.md",
     "testing-guests.md",
     "vhost-user.md",
+    "vhostblk-io.md",
     "virtio-blk.md",
 )
 

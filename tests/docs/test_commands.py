@@ -12,6 +12,7 @@ from tests.docs.documents import ROOT
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import parse_options
 from vhostblk.cli import main
+from vhostblk.cli.io.program import build_io_parser
 from vhostblk.export.options import parse_export
 
 PAGES = sorted(
@@ -23,7 +24,8 @@ PAGES = sorted(
     ]
 )
 _COMMAND = re.compile(
-    r"^ *(?:\$ )?(?P<line>vhostblk(?:-storage-daemon| bench| check| serve| stats| storage-daemon) (?:[^\n\\]|\\\n)*)",
+    r"^ *(?:\$ )?(?P<line>vhostblk(?:-storage-daemon|-io| bench| check| io| serve| stats| storage-daemon) "
+    r"(?:[^\n\\]|\\\n)*)",
     re.MULTILINE,
 )
 
@@ -48,9 +50,11 @@ def test_command_lines_are_understood(path: Path) -> None:
         if any(word in ("--monitor",) or "typo=" in word for word in words):
             continue  # shown because it is refused
         program, *arguments = words
-        parser = (
-            main.build_parser() if program == "vhostblk" else main.build_storage_daemon_parser()
-        )
+        parser = {
+            "vhostblk": main.build_parser,
+            "vhostblk-io": build_io_parser,
+            "vhostblk-storage-daemon": main.build_storage_daemon_parser,
+        }[program]()
         args = parser.parse_args(arguments)
         for text in getattr(args, "blockdev", ()):
             assert parse_options(text, "driver")["driver"] in DRIVERS
@@ -64,6 +68,8 @@ def test_there_are_command_lines_to_look_at() -> None:
     assert found["README.md"] == 2
     assert found["vhostblk-serve.1"] == 2
     assert found["vhostblk-stats.1"] == 2
+    assert found["vhostblk-io.1"] == 1
+    assert found["vhostblk-io.md"] == 4
     assert found["statistics.md"] == 3
     assert found["vhostblk-storage-daemon.1"] == 2
     assert found["storage-daemon.md"] >= 6

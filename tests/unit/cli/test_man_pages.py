@@ -18,6 +18,7 @@ from vhostblk import __version__
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.cli import bench, check, main, serve, stats, storage_daemon
+from vhostblk.cli.io import program as io
 from vhostblk.export.options import _Options
 from vhostblk.testing.requirements import require
 
@@ -27,6 +28,7 @@ PAGES = sorted(FOLDER.glob("*.1"))
 NAMES = [
     "vhostblk-bench.1",
     "vhostblk-check.1",
+    "vhostblk-io.1",
     "vhostblk-serve.1",
     "vhostblk-stats.1",
     "vhostblk-storage-daemon.1",
@@ -119,11 +121,12 @@ def test_the_pages_are_those_that_are_checked_here() -> None:
         ("vhostblk.1", common()),
         ("vhostblk-bench.1", declared(bench)),
         ("vhostblk-check.1", declared(check)),
+        ("vhostblk-io.1", declared(io)),
         ("vhostblk-serve.1", declared(serve)),
         ("vhostblk-stats.1", declared(stats)),
         ("vhostblk-storage-daemon.1", declared(storage_daemon)),
     ],
-    ids=["vhostblk", "bench", "check", "serve", "stats", "storage-daemon"],
+    ids=["vhostblk", "bench", "check", "io", "serve", "stats", "storage-daemon"],
 )
 def test_page_has_exactly_the_options_of_the_parser(
     page: str, parser: argparse.ArgumentParser
