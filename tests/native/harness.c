@@ -298,6 +298,7 @@ void driver_start(struct driver *driver, struct engine *engine, struct vb_disk *
 		(struct vb_message){
 			.type = VB_QUEUE_START, .queue = key, .disk = (uint64_t)disk, .pointer = (uint64_t)&config});
 	CHECK_EQUAL(ack.result, 0);
+	driver->runs = true;
 }
 
 uint16_t driver_stop(struct driver *driver)
@@ -307,6 +308,7 @@ uint16_t driver_stop(struct driver *driver)
 
 	CHECK_EQUAL(ack.result, 0);
 	driver->config.start = (uint16_t)ack.aux;
+	driver->runs = false;
 	return (uint16_t)ack.aux;
 }
 
@@ -489,4 +491,30 @@ struct vb_extent whole_file(int fd, uint64_t size, uint32_t flags)
 {
 	return (struct vb_extent){
 		.length = size, .fd = fd, .flags = flags, .request_alignment = 1, .memory_alignment = 1};
+}
+
+/* ---------------------------------------------------------------- one of each */
+
+struct stand *stand_new(enum vb_io_kind kind, uint64_t poll_max_ns, uint64_t size, const struct driver_config *config)
+{
+	struct stand *stand = calloc(1, sizeof(*stand));
+
+	stand->engine = engine_new(kind, poll_max_ns);
+	stand->disk = disk_new(1, size);
+	guest_init(&stand->guest);
+	disk_attach(stand->engine, stand->disk, stand->guest.memory);
+	driver_init(&stand->driver, &stand->guest, config);
+	return stand;
+}
+
+void stand_delete(struct stand *stand)
+{
+	if (stand->driver.runs)
+		driver_stop(&stand->driver);
+	disk_detach(stand->engine, stand->disk);
+	engine_delete(stand->engine);
+	vb_disk_unref(stand->disk);
+	driver_deinit(&stand->driver);
+	guest_deinit(&stand->guest);
+	free(stand);
 }

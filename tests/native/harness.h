@@ -136,6 +136,7 @@ struct driver {
 	uint16_t per_token; /* descriptors in the queue's table */
 	uint64_t slots_at;  /* per token: header, status, table, data */
 	uint32_t slot_size, data_in_slot;
+	bool runs;
 };
 
 void driver_init(struct driver *driver, struct guest *guest, const struct driver_config *config);
@@ -171,3 +172,17 @@ void disk_attach(struct engine *engine, struct vb_disk *disk, struct vb_memory *
 void disk_detach(struct engine *engine, struct vb_disk *disk);
 void disk_map(struct engine *engine, struct vb_disk *disk, struct vb_extent extent);
 struct vb_extent whole_file(int fd, uint64_t size, uint32_t flags);
+
+/* ---------------------------------------------------------------- one of each */
+
+/* A disk (1) without extents on a thread of its own, and a driver, to be started. */
+struct stand {
+	struct engine *engine;
+	struct vb_disk *disk;
+	struct guest guest;
+	struct driver driver;
+};
+
+struct stand *stand_new(enum vb_io_kind kind, uint64_t poll_max_ns, uint64_t size, const struct driver_config *config);
+/* Stops the driver, if it runs. */
+void stand_delete(struct stand *stand);

@@ -152,53 +152,43 @@ static bool worker_finished_without_cache(struct worker *w, int fd)
 
 static void run_way(const struct way *way)
 {
-	struct engine *engine = engine_new(way->kind, way->poll_ns);
-	struct guest guest;
-	struct driver driver;
-	struct worker worker;
 	uint64_t size = 64u * RANGE;
+	struct stand *s = stand_new(way->kind, way->poll_ns, size, &way->config);
+	struct worker worker;
 	int fd = file_new(way->on_disk, size);
-	struct vb_disk *disk = disk_new(1, size);
 	struct vb_disk *other = disk_new(2, size);
 	struct vb_extent extent = whole_file(fd, size, RW | way->flags);
 	struct vb_message set;
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
 	if (way->crowded)
-		disk_attach(engine, other, guest.memory);
-	driver_init(&driver, &guest, &way->config);
+		disk_attach(s->engine, other, s->guest.memory);
 	set = (struct vb_message){
-		.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)disk, .pointer = (uint64_t)guest.memory};
-	if (way->register_memory && engine_command(engine, set).aux < way->register_memory)
+		.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)s->disk, .pointer = (uint64_t)s->guest.memory};
+	if (way->register_memory && engine_command(s->engine, set).aux < way->register_memory)
 		printf("registered buffers degraded\n");
-	worker_start(&worker, &driver, 0, 3000);
+	worker_start(&worker, &s->driver, 0, 3000);
 	if (way->direct) {
 		if (fcntl(fd, F_SETFL, O_DIRECT))
 			skip("no O_DIRECT here");
 		extent.request_alignment = extent.memory_alignment = 4096;
 		worker.alignment = 8;
 	}
-	disk_map(engine, disk, extent);
-	CHECK(driver.tokens <= 64);
-	driver_start(&driver, engine, disk, 5);
+	disk_map(s->engine, s->disk, extent);
+	CHECK(s->driver.tokens <= 64);
+	driver_start(&s->driver, s->engine, s->disk, 5);
 	worker_go(&worker);
-	engine_until(engine, way->evicted ? worker_finished_without_cache(&worker, fd) : worker_finished(&worker));
+	engine_until(s->engine, way->evicted ? worker_finished_without_cache(&worker, fd) : worker_finished(&worker));
 	worker_join(&worker);
-	CHECK_EQUAL(driver_stop(&driver), (uint16_t)(way->config.start + 3000));
-	CHECK_EQUAL(driver.stats->hits, 3000);
-	CHECK_EQUAL(driver.stats->misses, 0);
-	CHECK_EQUAL(driver.stats->in_flight, 0);
-	CHECK_EQUAL(driver.stats->op[VB_OP_READ].requests + driver.stats->op[VB_OP_WRITE].requests, 3000);
-	CHECK_EQUAL(vb_disk_write_gen(disk), driver.stats->op[VB_OP_WRITE].requests);
-	disk_detach(engine, disk);
+	CHECK_EQUAL(driver_stop(&s->driver), (uint16_t)(way->config.start + 3000));
+	CHECK_EQUAL(s->driver.stats->hits, 3000);
+	CHECK_EQUAL(s->driver.stats->misses, 0);
+	CHECK_EQUAL(s->driver.stats->in_flight, 0);
+	CHECK_EQUAL(s->driver.stats->op[VB_OP_READ].requests + s->driver.stats->op[VB_OP_WRITE].requests, 3000);
+	CHECK_EQUAL(vb_disk_write_gen(s->disk), s->driver.stats->op[VB_OP_WRITE].requests);
 	if (way->crowded)
-		disk_detach(engine, other);
-	engine_delete(engine);
-	vb_disk_unref(disk);
+		disk_detach(s->engine, other);
+	stand_delete(s);
 	vb_disk_unref(other);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
 	close(fd);
 }
 
@@ -466,42 +456,32 @@ static void move_range(struct engine *engine, struct moving *m, uint64_t range)
 
 static void run_moving(enum vb_io_kind kind, bool on_disk, uint32_t flags, bool restart)
 {
-	struct engine *engine = engine_new(kind, 20000);
 	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2);
 	uint64_t size = 64u * RANGE;
-	struct vb_disk *disk = disk_new(1, size);
-	struct moving m = {.fds = {file_new(on_disk, size), file_new(on_disk, size)}, .flags = flags, .disk = disk};
-	struct guest guest;
-	struct driver driver;
+	struct stand *s = stand_new(kind, 20000, size, &config);
+	struct moving m = {.fds = {file_new(on_disk, size), file_new(on_disk, size)}, .flags = flags, .disk = s->disk};
 	struct worker worker;
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	engine->on_message = map_and_retry;
-	engine->opaque = &m;
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 5);
-	worker_start(&worker, &driver, 0, 4000);
+	s->engine->on_message = map_and_retry;
+	s->engine->opaque = &m;
+	driver_start(&s->driver, s->engine, s->disk, 5);
+	worker_start(&worker, &s->driver, 0, 4000);
 	worker_go(&worker);
 	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker);) {
 		CHECK(now_ns() < end);
-		move_range(engine, &m, random_below(driver.tokens));
+		move_range(s->engine, &m, random_below(s->driver.tokens));
 		if (restart && random_below(4) == 0) {
 			/* The guest knows nothing of this: it must be as if the engine had only been slow. */
-			driver_stop(&driver);
-			driver_start(&driver, engine, disk, 5);
-			eventfd_write(driver.call_fd, 1);
+			driver_stop(&s->driver);
+			driver_start(&s->driver, s->engine, s->disk, 5);
+			eventfd_write(s->driver.call_fd, 1);
 		}
-		engine_pump(engine, 0);
+		engine_pump(s->engine, 0);
 	}
 	worker_join(&worker);
-	CHECK_EQUAL(driver_stop(&driver), (uint16_t)(65500 + 4000));
-	engine->on_message = NULL;
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	CHECK_EQUAL(driver_stop(&s->driver), (uint16_t)(65500 + 4000));
+	s->engine->on_message = NULL;
+	stand_delete(s);
 	close(m.fds[0]);
 	close(m.fds[1]);
 }
@@ -582,36 +562,26 @@ static void recycle(struct engine *engine, struct recycled *r)
 
 TEST(an_fd_that_becomes_another_file_is_not_taken_for_the_old_one)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 20000);
 	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2);
 	uint64_t size = 64u * RANGE;
-	struct recycled r = {
-		.disk = disk_new(1, size), .extent = whole_file(file_new(true, size), size, RW | VB_EXTENT_FIXED)};
-	struct guest guest;
-	struct driver driver;
+	struct stand *s = stand_new(VB_IO_AUTO, 20000, size, &config);
+	struct recycled r = {.disk = s->disk, .extent = whole_file(file_new(true, size), size, RW | VB_EXTENT_FIXED)};
 	struct worker worker;
 
-	guest_init(&guest);
-	disk_attach(engine, r.disk, guest.memory);
-	engine->on_message = recycled_miss;
-	engine->opaque = &r;
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, r.disk, 5);
-	worker_start(&worker, &driver, 0, 4000);
+	s->engine->on_message = recycled_miss;
+	s->engine->opaque = &r;
+	driver_start(&s->driver, s->engine, s->disk, 5);
+	worker_start(&worker, &s->driver, 0, 4000);
 	worker_go(&worker);
 	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker);) {
 		CHECK(now_ns() < end);
-		recycle(engine, &r);
-		engine_pump(engine, 1);
+		recycle(s->engine, &r);
+		engine_pump(s->engine, 1);
 	}
 	worker_join(&worker);
-	driver_stop(&driver);
-	engine->on_message = NULL;
-	disk_detach(engine, r.disk);
-	engine_delete(engine);
-	vb_disk_unref(r.disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	driver_stop(&s->driver);
+	s->engine->on_message = NULL;
+	stand_delete(s);
 	close(r.extent.fd);
 }
 
@@ -622,41 +592,30 @@ TEST(stop_and_start_under_load)
 
 TEST(memory_maps_change_under_load)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
 	struct driver_config config = CONFIG(.event_idx = true);
 	uint64_t size = 64u * RANGE;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, size, &config);
 	int fd = file_new(true, size), changes = 0;
-	struct vb_disk *disk = disk_new(1, size);
-	struct guest guest;
-	struct driver driver;
 	struct worker worker;
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	disk_map(engine, disk, whole_file(fd, size, RW | VB_EXTENT_FIXED));
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 5);
-	worker_start(&worker, &driver, 0, 3000);
+	disk_map(s->engine, s->disk, whole_file(fd, size, RW | VB_EXTENT_FIXED));
+	driver_start(&s->driver, s->engine, s->disk, 5);
+	worker_start(&worker, &s->driver, 0, 3000);
 	worker_go(&worker);
 	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker); changes++) {
-		struct vb_memory *fresh = guest_snapshot(&guest);
-		struct vb_message set = {.type = VB_MEMORY_SET, .flags = changes & 1, .disk = (uint64_t)disk};
+		struct vb_memory *fresh = guest_snapshot(&s->guest);
+		struct vb_message set = {.type = VB_MEMORY_SET, .flags = changes & 1, .disk = (uint64_t)s->disk};
 
 		CHECK(now_ns() < end);
 		set.pointer = (uint64_t)fresh;
-		CHECK_EQUAL(engine_command(engine, set).result, 0);
+		CHECK_EQUAL(engine_command(s->engine, set).result, 0);
 		/* Nobody but us has the old one any more: it could be unmapped. */
-		CHECK_EQUAL(vb_memory_refs(guest.memory), 1);
-		vb_memory_unref(guest.memory);
-		guest.memory = fresh;
+		CHECK_EQUAL(vb_memory_refs(s->guest.memory), 1);
+		vb_memory_unref(s->guest.memory);
+		s->guest.memory = fresh;
 	}
 	CHECK(changes > 2);
 	worker_join(&worker);
-	driver_stop(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	stand_delete(s);
 	close(fd);
 }

@@ -93,113 +93,82 @@ static void answer_collected(struct engine *engine)
 /* What a driver can make us hold does not grow with its ring. */
 TEST(a_long_ring_waits_for_what_was_popped)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 4096, .data_bytes = 512, .indirect = true, .event_idx = true};
-	struct vb_message revoke = {.type = VB_REVOKE, .disk = (uint64_t)disk, .length = SIZE};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
+	struct vb_message revoke = {.type = VB_REVOKE, .disk = (uint64_t)s->disk, .length = SIZE};
 	int finished = 0;
 
-	engine->on_message = collect;
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	driver_init(&driver, &guest, &config);
+	s->engine->on_message = collect;
 	for (uint16_t token = 0; token < 4096; token++)
-		driver_add(&driver, token, VIRTIO_BLK_T_IN, 0, 512);
-	driver_publish(&driver);
-	driver_start(&driver, engine, disk, 1);
+		driver_add(&s->driver, token, VIRTIO_BLK_T_IN, 0, 512);
+	driver_publish(&s->driver);
+	driver_start(&s->driver, s->engine, s->disk, 1);
 	for (int round = 1; round <= 4; round++) {
-		engine_until(engine, collected_count == 1024);
+		engine_until(s->engine, collected_count == 1024);
 		/* An answer to a command says that all there was to pop has been popped. */
 		for (int i = 0; i < 20; i++)
-			CHECK_EQUAL(engine_command(engine, revoke).result, 0);
+			CHECK_EQUAL(engine_command(s->engine, revoke).result, 0);
 		CHECK_EQUAL(collected_count, 1024);
-		CHECK_EQUAL(load_relaxed(&driver.stats->in_flight), 1024);
-		answer_collected(engine);
+		CHECK_EQUAL(load_relaxed(&s->driver.stats->in_flight), 1024);
+		answer_collected(s->engine);
 		for (uint64_t end = now_ns() + DEADLINE; finished < 1024 * round;) {
 			CHECK(now_ns() < end);
-			finished += driver_reap(&driver, NULL) >= 0;
+			finished += driver_reap(&s->driver, NULL) >= 0;
 		}
 	}
-	CHECK_EQUAL(driver_stop(&driver), 4096);
-	driver_deinit(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	guest_deinit(&guest);
+	CHECK_EQUAL(driver_stop(&s->driver), 4096);
+	stand_delete(s);
 }
 
 /* Each queue has room for its breakage put aside in the ring up: they must not use up what commands need. */
 TEST(queues_beyond_a_number_are_refused_and_the_thread_goes_on)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 512};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
 	struct vb_queue_config queue;
-	struct vb_message start = {.type = VB_QUEUE_START, .disk = (uint64_t)disk, .pointer = (uint64_t)&queue};
+	struct vb_message start = {.type = VB_QUEUE_START, .disk = (uint64_t)s->disk, .pointer = (uint64_t)&queue};
 	uint32_t started = 0;
 	int result = 0;
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 0);
-	disk_map(engine, disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
-	queue = driver_queue_config(&driver);
+	driver_start(&s->driver, s->engine, s->disk, 0);
+	disk_map(s->engine, s->disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
+	queue = driver_queue_config(&s->driver);
 	queue.enabled = 0;
 	queue.kick_fd = -1;
 	while (!result && started < 10000) {
 		start.queue = started + 1;
-		result = engine_command(engine, start).result;
+		result = engine_command(s->engine, start).result;
 		started += !result;
 	}
 	CHECK_EQUAL(result, -ENOSPC);
 	CHECK_EQUAL(started, 1023); /* and the driver's own */
-	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_OUT, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	CHECK_EQUAL(driver_do(&s->driver, VIRTIO_BLK_T_OUT, 0, 512, NULL), VIRTIO_BLK_S_OK);
 	for (; started; started--)
 		CHECK_EQUAL(
-			engine_command(engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = started}).result, 0);
-	driver_stop(&driver);
-	driver_deinit(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	guest_deinit(&guest);
+			engine_command(s->engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = started}).result,
+			0);
+	stand_delete(s);
 }
 
 /* The wish to be kicked is in guest memory, so it does not move to another mapping with the queue. */
 TEST(kicks_are_asked_for_anew_in_new_memory)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 512, .event_idx = true};
-	struct vb_message set = {.type = VB_MEMORY_SET, .disk = (uint64_t)disk};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
+	struct vb_message set = {.type = VB_MEMORY_SET, .disk = (uint64_t)s->disk};
 	uint16_t *avail_event;
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	disk_map(engine, disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 1);
-	avail_event = (uint16_t *)&driver.used->ring[config.size];
-	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
-	engine_until(engine, load_acquire(avail_event) == 1);
+	disk_map(s->engine, s->disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
+	driver_start(&s->driver, s->engine, s->disk, 1);
+	avail_event = (uint16_t *)&s->driver.used->ring[config.size];
+	CHECK_EQUAL(driver_do(&s->driver, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	engine_until(s->engine, load_acquire(avail_event) == 1);
 	store_release(avail_event, 77); /* as if the other memory had never seen this ring */
-	set.pointer = (uint64_t)guest.memory;
-	CHECK_EQUAL(engine_command(engine, set).result, 0);
-	engine_until(engine, load_acquire(avail_event) == 1);
-	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
-	driver_stop(&driver);
-	driver_deinit(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	guest_deinit(&guest);
+	set.pointer = (uint64_t)s->guest.memory;
+	CHECK_EQUAL(engine_command(s->engine, set).result, 0);
+	engine_until(s->engine, load_acquire(avail_event) == 1);
+	CHECK_EQUAL(driver_do(&s->driver, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	stand_delete(s);
 }
 
 TEST(commands_beyond_the_ring_are_told_so_and_all_answered)
@@ -231,83 +200,57 @@ TEST(commands_beyond_the_ring_are_told_so_and_all_answered)
 
 TEST(what_is_in_use_cannot_be_forgotten)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 512};
-	struct driver driver;
-	struct guest guest;
-	struct vb_message detach = {.type = VB_DISK_DETACH, .disk = (uint64_t)disk};
-	struct vb_message attach = {.type = VB_DISK_ATTACH, .disk = (uint64_t)disk};
+	struct stand *s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
+	struct vb_message detach = {.type = VB_DISK_DETACH, .disk = (uint64_t)s->disk};
+	struct vb_message attach = {.type = VB_DISK_ATTACH, .disk = (uint64_t)s->disk};
+	struct vb_message detach_unknown = {.type = VB_DISK_DETACH, .disk = (uint64_t)&detach};
 
-	guest_init(&guest);
-	CHECK_EQUAL(engine_command(engine, detach).result, -ENOENT);
-	disk_attach(engine, disk, guest.memory);
-	CHECK_EQUAL(engine_command(engine, attach).result, -EEXIST);
-	CHECK_EQUAL(vb_thread_destroy(engine->thread), -EBUSY);
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 1);
-	CHECK_EQUAL(engine_command(engine, detach).result, -EBUSY);
-	CHECK_EQUAL(engine_command(engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = 2}).result, -ENOENT);
-	driver_stop(&driver);
-	CHECK_EQUAL(engine_command(engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = 1}).result, -ENOENT);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	CHECK_EQUAL(engine_command(s->engine, detach_unknown).result, -ENOENT);
+	CHECK_EQUAL(engine_command(s->engine, attach).result, -EEXIST);
+	CHECK_EQUAL(vb_thread_destroy(s->engine->thread), -EBUSY);
+	driver_start(&s->driver, s->engine, s->disk, 1);
+	CHECK_EQUAL(engine_command(s->engine, detach).result, -EBUSY);
+	CHECK_EQUAL(engine_command(s->engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = 2}).result, -ENOENT);
+	driver_stop(&s->driver);
+	CHECK_EQUAL(engine_command(s->engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = 1}).result, -ENOENT);
+	stand_delete(s);
 }
 
 TEST(disabled_queues_pop_nothing_until_enabled)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 512};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
 	int fd = file_new(false, SIZE);
 	struct vb_message enable = {.type = VB_QUEUE_ENABLE, .queue = 1};
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	disk_map(engine, disk, whole_file(fd, SIZE, RW | VB_EXTENT_INLINE));
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 1);
-	engine_command(engine, enable);
-	driver_add(&driver, 0, VIRTIO_BLK_T_IN, 0, 512);
-	driver_publish(&driver);
+	disk_map(s->engine, s->disk, whole_file(fd, SIZE, RW | VB_EXTENT_INLINE));
+	driver_start(&s->driver, s->engine, s->disk, 1);
+	engine_command(s->engine, enable);
+	driver_add(&s->driver, 0, VIRTIO_BLK_T_IN, 0, 512);
+	driver_publish(&s->driver);
 	for (int i = 0; i < 20; i++)
-		engine_command(engine, enable);
-	CHECK_EQUAL(driver_reap(&driver, NULL), -1);
+		engine_command(s->engine, enable);
+	CHECK_EQUAL(driver_reap(&s->driver, NULL), -1);
 	enable.flags = 1;
-	engine_command(engine, enable);
-	engine_until(engine, driver_reap(&driver, NULL) == 0);
-	driver_stop(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	engine_command(s->engine, enable);
+	engine_until(s->engine, driver_reap(&s->driver, NULL) == 0);
+	stand_delete(s);
 	close(fd);
 }
 
 TEST(idle_threads_use_no_cpu)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 32000);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 512, .event_idx = true};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s = stand_new(VB_IO_AUTO, 32000, SIZE, &config);
 	struct rusage before, after;
 	int fd = file_new(false, SIZE);
-	struct pollfd never = {.fd = vb_thread_fd(engine->thread), .events = POLLIN};
+	struct pollfd never = {.fd = vb_thread_fd(s->engine->thread), .events = POLLIN};
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	disk_map(engine, disk, whole_file(fd, SIZE, RW));
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 1);
+	disk_map(s->engine, s->disk, whole_file(fd, SIZE, RW));
+	driver_start(&s->driver, s->engine, s->disk, 1);
 	for (int i = 0; i < 100; i++)
-		CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 0, 512, NULL), 0);
+		CHECK_EQUAL(driver_do(&s->driver, VIRTIO_BLK_T_IN, 0, 512, NULL), 0);
 	/* It has to be given the time in which it might do something. */
 	getrusage(RUSAGE_SELF, &before);
 	CHECK_EQUAL(poll(&never, 1, 300), 0);
@@ -316,12 +259,7 @@ TEST(idle_threads_use_no_cpu)
 	CHECK(after.ru_utime.tv_sec * 1000000 + after.ru_utime.tv_usec - before.ru_utime.tv_sec * 1000000 -
 			before.ru_utime.tv_usec <
 		30000);
-	driver_stop(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	stand_delete(s);
 	close(fd);
 }
 
@@ -329,30 +267,19 @@ TEST(idle_threads_use_no_cpu)
  * again: the engine has to look once more before it sleeps. */
 static void no_kick_is_lost(bool event_idx)
 {
-	struct engine *engine = engine_new(VB_IO_AUTO, 0);
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 512, .event_idx = event_idx};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
 	uint64_t end = now_ns() + DEADLINE;
 
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	disk_map(engine, disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 1);
+	disk_map(s->engine, s->disk, whole_file(-1, SIZE, RW | VB_EXTENT_NULL));
+	driver_start(&s->driver, s->engine, s->disk, 1);
 	for (int i = 0; i < 30000; i++) {
-		driver_add(&driver, 0, VIRTIO_BLK_T_IN, 0, 512);
-		driver_publish(&driver);
-		while (driver_reap(&driver, NULL) < 0)
+		driver_add(&s->driver, 0, VIRTIO_BLK_T_IN, 0, 512);
+		driver_publish(&s->driver);
+		while (driver_reap(&s->driver, NULL) < 0)
 			CHECK(now_ns() < end);
 	}
-	driver_stop(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	stand_delete(s);
 }
 
 TEST(no_kick_is_lost_between_the_last_look_and_the_sleep)
@@ -382,14 +309,11 @@ TEST(where_io_uring_is_forbidden_threads_do_the_work)
 {
 	struct vb_thread_options options = {.io_kind = VB_IO_URING};
 	struct vb_thread *thread;
-	struct engine *engine;
-	struct vb_disk *disk = disk_new(1, SIZE);
 	struct driver_config config = {.size = 8, .data_bytes = 4096};
-	struct driver driver;
-	struct guest guest;
+	struct stand *s;
 	struct vb_io *io;
 	int fd = file_new(true, SIZE);
-	struct vb_message set = {.type = VB_MEMORY_SET, .flags = 1, .disk = (uint64_t)disk};
+	struct vb_message set = {.type = VB_MEMORY_SET, .flags = 1};
 
 	forbid_io_uring(EPERM);
 #ifndef VB_NO_URING
@@ -403,26 +327,19 @@ TEST(where_io_uring_is_forbidden_threads_do_the_work)
 	CHECK_EQUAL(vb_io_create(VB_IO_AUTO, 8, 0, &io), 0);
 	CHECK_EQUAL(vb_io_kind(io), VB_IO_THREADS);
 	vb_io_destroy(io);
-	engine = engine_new(VB_IO_AUTO, 0);
-	CHECK_EQUAL(vb_thread_io_kind(engine->thread), VB_IO_THREADS);
-	guest_init(&guest);
-	disk_attach(engine, disk, guest.memory);
-	set.pointer = (uint64_t)guest.memory;
-	CHECK_EQUAL(engine_command(engine, set).aux, 0);
-	disk_map(engine, disk, whole_file(fd, SIZE, RW | VB_EXTENT_FIXED));
-	driver_init(&driver, &guest, &config);
-	driver_start(&driver, engine, disk, 1);
-	memset(driver_data(&driver, 0), 0x33, 4096);
-	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_OUT, 8, 4096, NULL), 0);
-	memset(driver_data(&driver, 0), 0, 4096);
-	CHECK_EQUAL(driver_do(&driver, VIRTIO_BLK_T_IN, 8, 4096, NULL), 0);
-	CHECK_EQUAL(driver_data(&driver, 0)[4095], 0x33);
-	driver_stop(&driver);
-	disk_detach(engine, disk);
-	engine_delete(engine);
-	vb_disk_unref(disk);
-	driver_deinit(&driver);
-	guest_deinit(&guest);
+	s = stand_new(VB_IO_AUTO, 0, SIZE, &config);
+	CHECK_EQUAL(vb_thread_io_kind(s->engine->thread), VB_IO_THREADS);
+	set.disk = (uint64_t)s->disk;
+	set.pointer = (uint64_t)s->guest.memory;
+	CHECK_EQUAL(engine_command(s->engine, set).aux, 0);
+	disk_map(s->engine, s->disk, whole_file(fd, SIZE, RW | VB_EXTENT_FIXED));
+	driver_start(&s->driver, s->engine, s->disk, 1);
+	memset(driver_data(&s->driver, 0), 0x33, 4096);
+	CHECK_EQUAL(driver_do(&s->driver, VIRTIO_BLK_T_OUT, 8, 4096, NULL), 0);
+	memset(driver_data(&s->driver, 0), 0, 4096);
+	CHECK_EQUAL(driver_do(&s->driver, VIRTIO_BLK_T_IN, 8, 4096, NULL), 0);
+	CHECK_EQUAL(driver_data(&s->driver, 0)[4095], 0x33);
+	stand_delete(s);
 	close(fd);
 }
 
