@@ -53,6 +53,10 @@ class SessionPair:
         self.sent.append(self._next_fd)
         return self._next_fd
 
+    def fds(self, count: int) -> tuple[int, ...]:
+        """So many of them."""
+        return tuple(self.fd() for _ in range(count))
+
     def tell(self, message: Message) -> list[Action]:
         """Send a message; give the actions, CloseFds left out. A due answer is taken."""
         actions, reply = self._exchange(message)

@@ -40,12 +40,29 @@ def sockets() -> Iterator[Sockets]:
         theirs.close()
 
 
-def run(main: Callable[[], Awaitable[None]]) -> None:
+def talk(sock: socket.socket, scenario: Callable[[Connection], Awaitable[None]]) -> None:
+    """Run a scenario with a connection on the socket, which is closed afterwards."""
+
     async def limited() -> None:
-        async with asyncio.timeout(DEADLINE):
-            await main()
+        connection = Connection(sock)
+        try:
+            async with asyncio.timeout(DEADLINE):
+                await scenario(connection)
+        finally:
+            connection.close()
 
     asyncio.run(limited())
+
+
+async def fill(connection: Connection, message: Message) -> tuple[int, asyncio.Task[None]]:
+    """Send until the peer would have to read: how many went, and the one that waits."""
+    sent = 0
+    while True:
+        sending = asyncio.create_task(connection.send(message))
+        await asyncio.sleep(0)
+        if not sending.done():
+            return sent, sending
+        sent += 1
 
 
 def send_with_fds(sock: socket.socket, data: bytes, fds: list[int]) -> None:
@@ -59,12 +76,10 @@ def test_messages_arrive_one_by_one_and_then_the_end(sockets: Sockets) -> None:
     theirs.sendall(b"".join(m.encode() for m in messages))
     theirs.shutdown(socket.SHUT_WR)
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         assert [await connection.receive() for _ in range(3)] == [*messages, None]
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_fds_arrive_close_on_exec_with_their_message_and_no_other(sockets: Sockets) -> None:
@@ -75,8 +90,7 @@ def test_fds_arrive_close_on_exec_with_their_message_and_no_other(sockets: Socke
     theirs.sendall(Message(Request.SET_OWNER).encode())
     os.close(writer)
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         first, second, third = [await connection.receive() for _ in range(3)]
         assert first == third == Message(Request.SET_OWNER)
         assert second is not None
@@ -84,9 +98,8 @@ def test_fds_arrive_close_on_exec_with_their_message_and_no_other(sockets: Socke
         assert fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
         os.write(fd, b"x")
         os.close(fd)
-        connection.close()
 
-    run(main)
+    talk(ours, main)
     assert os.read(reader, 2) == b"x"
     os.close(reader)
 
@@ -95,17 +108,15 @@ def test_message_that_comes_a_byte_at_a_time_is_waited_for(sockets: Sockets) -> 
     ours, theirs = sockets
     data = Message(Request.SET_FEATURES, 1, U64(3)).encode()
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         receiving = asyncio.create_task(connection.receive())
         for position in range(len(data)):
             assert not receiving.done()
             theirs.sendall(data[position : position + 1])
             await asyncio.sleep(0)
         assert await receiving == Message(Request.SET_FEATURES, 1, U64(3))
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 @pytest.mark.parametrize("length", [1, 11, 12, 19])
@@ -114,13 +125,11 @@ def test_end_inside_a_message_is_an_error_and_closes_its_fds(sockets: Sockets, l
     send_with_fds(theirs, KICK.encode()[:length], [0, 1])
     theirs.close()
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         with pytest.raises(SessionError, match="inside a message"):
             await connection.receive()
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_fds_inside_a_message_are_an_error_and_closed(sockets: Sockets) -> None:
@@ -129,29 +138,25 @@ def test_fds_inside_a_message_are_an_error_and_closed(sockets: Sockets) -> None:
     send_with_fds(theirs, KICK.encode()[12:], [0, 1, 2])
     theirs.close()
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         with pytest.raises(SessionError, match="middle of a message"):
             await connection.receive()
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_as_many_fds_as_the_kernel_passes_arrive(sockets: Sockets) -> None:
     ours, theirs = sockets
     send_with_fds(theirs, KICK.encode(), [0] * 253)
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         message = await connection.receive()
         assert message is not None
         assert len(message.fds) == 253
         for fd in message.fds:
             os.close(fd)
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_fds_lost_to_the_limit_end_the_session_and_the_others_are_closed(sockets: Sockets) -> None:
@@ -159,8 +164,7 @@ def test_fds_lost_to_the_limit_end_the_session_and_the_others_are_closed(sockets
     send_with_fds(theirs, KICK.encode(), [0] * 64)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         lowest_free = os.dup(0)
         os.close(lowest_free)
         resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 10, hard))
@@ -169,14 +173,12 @@ def test_fds_lost_to_the_limit_end_the_session_and_the_others_are_closed(sockets
                 await connection.receive()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_close_ends_a_receive_that_waits(sockets: Sockets) -> None:
-    async def main() -> None:
-        connection = Connection(sockets[0])
+    async def main(connection: Connection) -> None:
         receiving = asyncio.create_task(connection.receive())
         await asyncio.sleep(0)
         connection.close()
@@ -184,14 +186,13 @@ def test_close_ends_a_receive_that_waits(sockets: Sockets) -> None:
         assert await receiving is None
         assert await connection.receive() is None
 
-    run(main)
+    talk(sockets[0], main)
 
 
 def test_finish_ends_a_receive_that_waits_and_the_peer_does_not_notice(sockets: Sockets) -> None:
     ours, theirs = sockets
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         receiving = asyncio.create_task(connection.receive())
         await asyncio.sleep(0)
         connection.finish()
@@ -204,35 +205,26 @@ def test_finish_ends_a_receive_that_waits_and_the_peer_does_not_notice(sockets: 
         theirs.setblocking(False)
         with pytest.raises(BlockingIOError):
             theirs.recv(1)
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_finish_ends_a_send_that_waits(sockets: Sockets) -> None:
     ours, _ = sockets
 
-    async def main() -> None:
-        connection = Connection(ours)
-        message = Message(77, 5, Raw(bytes(4096)))
-        while True:
-            sending = asyncio.create_task(connection.send(message))
-            await asyncio.sleep(0)
-            if not sending.done():
-                break
+    async def main(connection: Connection) -> None:
+        _, sending = await fill(connection, Message(77, 5, Raw(bytes(4096))))
         connection.finish()
         with pytest.raises(SessionError, match="nobody reads"):
             await sending
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_cancelled_receive_can_be_repeated(sockets: Sockets) -> None:
     ours, theirs = sockets
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         receiving = asyncio.create_task(connection.receive())
         await asyncio.sleep(0)
         receiving.cancel()
@@ -240,9 +232,8 @@ def test_cancelled_receive_can_be_repeated(sockets: Sockets) -> None:
             await receiving
         theirs.sendall(Message(Request.SET_OWNER).encode())
         assert await connection.receive() == Message(Request.SET_OWNER)
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_send_waits_for_a_peer_that_does_not_read_and_loses_nothing(sockets: Sockets) -> None:
@@ -250,15 +241,8 @@ def test_send_waits_for_a_peer_that_does_not_read_and_loses_nothing(sockets: Soc
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     message = Message(77, 5, Raw(bytes(range(256)) * 16))
 
-    async def main() -> None:
-        connection = Connection(ours)
-        sent = 0
-        while True:
-            sending = asyncio.create_task(connection.send(message))
-            await asyncio.sleep(0)
-            if not sending.done():
-                break
-            sent += 1
+    async def main(connection: Connection) -> None:
+        sent, sending = await fill(connection, message)
         peer = Connection(theirs)
         for _ in range(sent + 1):
             assert await peer.receive() == message
@@ -267,33 +251,25 @@ def test_send_waits_for_a_peer_that_does_not_read_and_loses_nothing(sockets: Soc
         assert await peer.receive() is None
         peer.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_close_ends_a_send_that_waits(sockets: Sockets) -> None:
     ours, _ = sockets
 
-    async def main() -> None:
-        connection = Connection(ours)
-        message = Message(77, 5, Raw(bytes(4096)))
-
-        while True:
-            sending = asyncio.create_task(connection.send(message))
-            await asyncio.sleep(0)
-            if not sending.done():
-                break
+    async def main(connection: Connection) -> None:
+        _, sending = await fill(connection, Message(77, 5, Raw(bytes(4096))))
         connection.close()
         with pytest.raises(SessionError, match="closed"):
             await sending
 
-    run(main)
+    talk(ours, main)
 
 
 def test_send_to_a_peer_that_is_gone_is_an_error(sockets: Sockets) -> None:
     ours, theirs = sockets
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         assert not connection.has_hung_up()
         theirs.close()
         assert connection.has_hung_up()
@@ -302,7 +278,7 @@ def test_send_to_a_peer_that_is_gone_is_an_error(sockets: Sockets) -> None:
         connection.close()
         assert connection.has_hung_up()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_receive_after_a_reset_is_the_end(sockets: Sockets) -> None:
@@ -310,12 +286,10 @@ def test_receive_after_a_reset_is_the_end(sockets: Sockets) -> None:
     ours.sendall(b"unread")
     theirs.close()  # with data unread: Linux reports a reset
 
-    async def main() -> None:
-        connection = Connection(ours)
+    async def main(connection: Connection) -> None:
         assert await connection.receive() is None
-        connection.close()
 
-    run(main)
+    talk(ours, main)
 
 
 def test_blocking_connections_talk_to_each_other_with_fds(sockets: Sockets) -> None:

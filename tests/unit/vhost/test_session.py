@@ -32,6 +32,7 @@ from vhostblk.vhost.message import (
     MemoryRegion,
     MemoryTable,
     Message,
+    Payload,
     ProtocolFeature,
     Raw,
     Request,
@@ -47,7 +48,39 @@ from vhostblk.virtio.features import Feature
 
 REGION = MemoryRegion(gpa=0, size=0x1000, uva=0x7000_0000, mmap_offset=0)
 NEED_REPLY = 9
-ALL_KINDS = [Empty(), U64(0), VringState(0, 1), VringFile(0), VringAddress(0, 0, 0, 0, 0, 0)]
+ROWS = list(FRONTEND_TABLE.values())
+
+
+def payload_of(row: Row) -> Payload:
+    """One that the request may have."""
+    return {
+        Empty: Empty(),
+        U64: U64(int(PROTOCOL_FEATURES) if row.request is Request.SET_PROTOCOL_FEATURES else 0),
+        MemoryTable: MemoryTable((REGION,)),
+        SingleRegion: SingleRegion(REGION),
+        VringState: VringState(1, 1),
+        VringAddress: VringAddress(1, 0, 16, 16, 16, 0),
+        VringFile: VringFile(1, has_fd=row.fds[0] > 0),
+        ConfigSpace: ConfigSpace(32, 1, 0, b"\1"),
+    }[row.payload]
+
+
+def refuses(pair: SessionPair, row: Row, payload: Payload, fds: int, match: str) -> None:
+    """In the way that the request has for it, and nothing of it stays open."""
+    message = Message(row.request, NEED_REPLY, payload, pair.fds(fds))
+    if row.reply is None:
+        assert is_nack(pair.deliver(message))
+    elif row.reply is ConfigSpace:
+        assert pair.deliver(message) == message.reply(Empty())
+    else:
+        with pytest.raises(SessionError, match=match):
+            pair.deliver(message)
+    assert pair.open_fds() == []
+
+
+def named(row: Row) -> str:
+    """A test by its request."""
+    return row.request.name
 
 
 @pytest.fixture
@@ -66,95 +99,45 @@ def test_every_row_of_the_table_has_a_handler_and_no_handler_lacks_a_row() -> No
     assert set(session_module._HANDLERS) == set(FRONTEND_TABLE)
 
 
-@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
-def test_session_refuses_every_request_with_more_fds_than_its_row_allows(row: Row) -> None:
-    pair = SessionPair()
-    fds = tuple(pair.fd() for _ in range(row.fds[1] + 1))
-    payload = {
-        MemoryTable: MemoryTable((REGION,)),
-        SingleRegion: SingleRegion(REGION),
-        ConfigSpace: ConfigSpace(0, 1, 0, b"a"),
-    }.get(row.payload)
-    if payload is None:
-        payload = next(kind for kind in ALL_KINDS if isinstance(kind, row.payload))
-    message = Message(row.request, NEED_REPLY, payload, fds)
-    if row.reply is None:
-        assert is_nack(pair.deliver(message))
-    elif row.reply is ConfigSpace:
-        assert pair.deliver(message) == message.reply(Empty())
-    else:
-        with pytest.raises(SessionError, match="fds where"):
-            pair.deliver(message)
-    assert pair.open_fds() == []
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_session_refuses_every_request_with_more_fds_than_its_row_allows(
+    pair: SessionPair, row: Row
+) -> None:
+    refuses(pair, row, payload_of(row), row.fds[1] + 1, "fds where")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.fds[0]], ids=named)
+def test_session_refuses_every_request_that_lacks_its_fd(pair: SessionPair, row: Row) -> None:
+    assert is_nack(pair.deliver(Message(row.request, NEED_REPLY, payload_of(row))))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=named)
+def test_session_refuses_every_request_with_a_payload_of_the_wrong_size(
+    pair: SessionPair, row: Row
+) -> None:
+    refuses(pair, row, Raw(b"12345"), 1, "5 bytes")
 
 
 @pytest.mark.parametrize(
-    "row",
-    [row for row in FRONTEND_TABLE.values() if row.fds[0]],
-    ids=lambda row: row.request.name,
-)
-def test_session_refuses_every_request_that_lacks_its_fd(row: Row) -> None:
-    payload = {
-        MemoryTable: MemoryTable((REGION,)),
-        SingleRegion: SingleRegion(REGION),
-        Empty: Empty(),
-    }[row.payload]
-    assert is_nack(SessionPair().deliver(Message(row.request, NEED_REPLY, payload)))
-
-
-@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
-def test_session_refuses_every_request_with_a_payload_of_the_wrong_size(row: Row) -> None:
-    pair = SessionPair()
-    message = Message(row.request, NEED_REPLY, Raw(b"12345"), (pair.fd(),))
-    if row.reply is None:
-        assert is_nack(pair.deliver(message))
-    elif row.reply is ConfigSpace:
-        assert pair.deliver(message) == message.reply(Empty())
-    else:
-        with pytest.raises(SessionError, match="5 bytes"):
-            pair.deliver(message)
-    assert pair.open_fds() == []
-
-
-@pytest.mark.parametrize(
-    "row",
-    [row for row in FRONTEND_TABLE.values() if row.feature and row.gate is Gate.NEGOTIATED],
-    ids=lambda row: row.request.name,
+    "row", [row for row in ROWS if row.feature and row.gate is Gate.NEGOTIATED], ids=named
 )
 def test_session_refuses_requests_whose_feature_is_not_negotiated(row: Row) -> None:
     pair = SessionPair(negotiate=ProtocolFeature.REPLY_ACK, strict=False)
-    payload = {
-        Empty: Empty(),
-        SingleRegion: SingleRegion(REGION),
-        ConfigSpace: ConfigSpace(0, 1, 0, b"a"),
-    }[row.payload]
-    fds = tuple(pair.fd() for _ in range(row.fds[0]))
-    message = Message(row.request, NEED_REPLY, payload, fds)
-    if row.reply is None:
-        assert is_nack(pair.deliver(message))
-    elif row.reply is ConfigSpace:
-        assert pair.deliver(message) == message.reply(Empty())
-    else:
-        with pytest.raises(SessionError, match="not negotiated"):
-            pair.deliver(message)
-    assert pair.open_fds() == []
+    refuses(pair, row, payload_of(row), row.fds[0], "not negotiated")
 
 
 @pytest.mark.parametrize(
-    "row",
-    [row for row in FRONTEND_TABLE.values() if row.feature and row.gate is Gate.OFFERED],
-    ids=lambda row: row.request.name,
+    "row", [row for row in ROWS if row.feature and row.gate is Gate.OFFERED], ids=named
 )
 def test_requests_whose_feature_need_only_be_offered_are_served_before_negotiation(
     row: Row,
 ) -> None:
     pair = SessionPair(negotiate=None)
-    fds = tuple(pair.fd() for _ in range(row.fds[0]))
-    reply = pair.deliver(Message(row.request, 1, Empty(), fds))
+    reply = pair.deliver(Message(row.request, 1, Empty(), pair.fds(row.fds[0])))
     assert (reply is not None) == (row.reply is not None)
 
 
-@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
+@pytest.mark.parametrize("row", ROWS, ids=named)
 def test_a_reply_in_the_place_of_any_request_ends_the_session(row: Row) -> None:
     pair = SessionPair()
     fd = pair.fd()
@@ -189,26 +172,14 @@ def test_unknown_request_that_asks_for_no_acknowledgement_ends_the_session(
 # ---------------------------------------------------------------------- order and acknowledgements
 
 
-@pytest.mark.parametrize("row", list(FRONTEND_TABLE.values()), ids=lambda row: row.request.name)
+@pytest.mark.parametrize("row", ROWS, ids=named)
 def test_acknowledgement_comes_if_asked_for_and_never_beside_another_reply(row: Row) -> None:
     acked, silent = SessionPair(), SessionPair()
-    payload = {
-        Empty: Empty(),
-        U64: U64(0),
-        MemoryTable: MemoryTable((REGION,)),
-        SingleRegion: SingleRegion(REGION),
-        VringState: VringState(1, 1),
-        VringAddress: VringAddress(1, 0, 16, 16, 16, 0),
-        VringFile: VringFile(1, has_fd=row.fds[0] > 0),
-        ConfigSpace: ConfigSpace(32, 1, 0, b"\1"),
-    }[row.payload]
     for pair, flags in ((acked, NEED_REPLY), (silent, 1)):
         if row.request is Request.SET_VRING_KICK:
             pair.describe(1)
-        if row.request is Request.SET_PROTOCOL_FEATURES:
-            payload = U64(int(PROTOCOL_FEATURES))
-        fds = tuple(pair.fd() for _ in range(row.fds[0]))
-        reply = pair.deliver(Message(row.request, flags, payload, fds))
+        message = Message(row.request, flags, payload_of(row), pair.fds(row.fds[0]))
+        reply = pair.deliver(message)
         if row.reply is not None:
             assert reply is not None
             assert isinstance(reply.payload, row.reply)
@@ -360,8 +331,8 @@ def test_session_refuses_mem_table_with_fewer_or_more_fds_than_regions(
     pair: SessionPair, regions: int, fds: int
 ) -> None:
     table = MemoryTable((REGION,) * regions)
-    passed = tuple(pair.fd() for _ in range(fds))
-    assert is_nack(pair.deliver(Message(Request.SET_MEM_TABLE, NEED_REPLY, table, passed)))
+    message = Message(Request.SET_MEM_TABLE, NEED_REPLY, table, pair.fds(fds))
+    assert is_nack(pair.deliver(message))
     assert pair.open_fds() == []
 
 
