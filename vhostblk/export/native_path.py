@@ -22,6 +22,7 @@ from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
+from vhostblk.export.engine_terms import fd_or_none, insist, queue_config, why_not_started
 from vhostblk.export.error_policy import ErrorPolicy, OnError
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.stats_page import StatsPage
@@ -31,7 +32,6 @@ from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 from vhostblk.virtio.blk import RequestType, Status
 from vhostblk.virtio.blk_request import BlkRequest, Segment
-from vhostblk.virtio.features import Feature
 
 log = logging.getLogger(__name__)
 
@@ -152,10 +152,10 @@ class NativeDataPath:
                 # Threads that have moved already go back.
                 moved = [t for t, a in zip(self._threads, answers, strict=True) if a[9] == 0]
                 for answer in await self._send_memory(moved, self._memory):
-                    _insist(answer)
+                    insist(answer)
                 raise PeerError("guest memory: the engine is out of memory")
             for answer in answers:
-                _insist(answer)
+                insist(answer)
         except BaseException:
             if fresh is not None:
                 fresh.close()
@@ -187,22 +187,9 @@ class NativeDataPath:
         """See `DataPath.start_queue`."""
         thread = self._thread_of(vring.index)
         queue = _Queue(vring.index, thread, thread.new_queue_key(), vring.enabled)
-        config = native.queue_config(
-            disk=self._disk,
-            stats=native.QueueStats(self._page.queue(vring.index)),
-            desc_uva=vring.desc,
-            avail_uva=vring.avail,
-            used_uva=vring.used,
-            size=vring.size,
-            index=vring.index,
-            base=vring.base,
-            enabled=vring.enabled and not self._paused,
-            event_idx=bool(features & Feature.VIRTIO_F_EVENT_IDX),
-            indirect=bool(features & Feature.VIRTIO_F_INDIRECT_DESC),
-            kick_fd=_fd(vring.kick_fd),
-            call_fd=_fd(vring.call_fd),
-            err_fd=_fd(vring.err_fd),
-        )
+        stats = native.QueueStats(self._page.queue(vring.index))
+        enabled = vring.enabled and not self._paused
+        config = queue_config(vring, features, self._disk, stats, enabled=enabled)
         self._by_key[thread, queue.key] = queue
         answer = await thread.command(
             MessageType.QUEUE_START,
@@ -213,7 +200,7 @@ class NativeDataPath:
         )
         if answer[9] < 0:
             del self._by_key[thread, queue.key]
-            raise PeerError(f"queue {vring.index}: {_why(-answer[9])}")
+            raise PeerError(f"queue {vring.index}: {why_not_started(-answer[9])}")
         self._queues[vring.index] = queue
 
     async def stop_queue(self, index: int) -> int:
@@ -245,11 +232,11 @@ class NativeDataPath:
         set_fd = partial(
             queue.thread.command, MessageType.QUEUE_FD, queue=queue.key, aux=_QUEUE_FD[which]
         )
-        answer = await set_fd(result=_fd(fd))
+        answer = await set_fd(result=fd_or_none(fd))
         if answer[9] < 0:
             # The old one is closed whatever happens, so it must be out of use: the ring is polled from here on.
-            await self._check(set_fd(result=_fd(None)))
-            raise PeerError(f"queue {index}: {_why(-answer[9])}")
+            await self._check(set_fd(result=fd_or_none(None)))
+            raise PeerError(f"queue {index}: {why_not_started(-answer[9])}")
 
     async def set_write_through(self, write_through: bool) -> None:
         """See `DataPath.set_write_through`."""
@@ -438,7 +425,7 @@ class NativeDataPath:
 
     async def _check(self, command: asyncio.Future[Message]) -> Message:
         """Await a command that only a bug of ours can make fail."""
-        return _insist(await command)
+        return insist(await command)
 
 
 def _asked_about(policy: ErrorPolicy) -> list[Op]:
@@ -451,31 +438,5 @@ def _asked_about(policy: ErrorPolicy) -> list[Op]:
     return asked
 
 
-def _insist(answer: Message) -> Message:
-    if answer[9] < 0:
-        code = errno.errorcode.get(-answer[9], answer[9])
-        raise RuntimeError(f"the engine refused a command: {code}")
-    return answer
-
-
-# What VB_QUEUE_START may be refused for by the front-end's fault, and by the machine's.
-_WHY_NOT_STARTED = {
-    errno.EFAULT: "its rings are not in the memory that was shared",
-    errno.EINVAL: "its size is impossible",
-    errno.EPERM: "nobody can wait for such a kick fd",
-    errno.EEXIST: "another queue has the same kick fd",
-    errno.ENOMEM: "out of memory",
-    errno.ENOSPC: "too many queues",
-}
-
-
-def _why(error: int) -> str:
-    return _WHY_NOT_STARTED.get(error, os.strerror(error))
-
-
 # The engine writes the status itself.
 _NOWHERE = memoryview(bytearray(1))
-
-
-def _fd(fd: int | None) -> int:
-    return -1 if fd is None else fd
