@@ -176,6 +176,36 @@ class Daemon:
             export.refresh_size()
             export.resume()
 
+    async def remove_medium(self, export: str, *, force: bool = False) -> None:
+        """Take the disk out of an export; `force`: also while its guest uses it.
+
+        Raises:
+            ConfigError: see `Medium.remove`; or there is no such export.
+        """
+        await self._find_export(export).medium.remove(self.graph, force=force)
+
+    async def insert_medium(self, export: str, node_name: str) -> None:
+        """Put a node into an export that has none.
+
+        Raises:
+            ConfigError: see `Medium.insert`; or there is no such export or node.
+        """
+        await self._find_export(export).medium.insert(self.graph, self.graph.find(node_name))
+
+    async def change_medium(self, export: str, node_name: str, *, force: bool = False) -> None:
+        """Exchange what an export shows; `force`: also while its guest uses it.
+
+        Raises:
+            ConfigError: see `Medium.change`; or there is no such export or node.
+        """
+        medium = self._find_export(export).medium
+        await medium.change(self.graph, self.graph.find(node_name), force=force)
+
+    def _find_export(self, name: str) -> Export:
+        if name not in self.exports:
+            raise ConfigError(f"Export '{name}' does not exist", errno.ENODEV)
+        return self.exports[name]
+
     async def _open_export(
         self, config: ExportConfig, stack: AsyncExitStack, use_native: bool
     ) -> None:

@@ -13,9 +13,8 @@ The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `re
 where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
 `reopen.py`, `activation.py` and `length.py`. What users write and read: `options.py`, `keyval.py`,
 `filename.py`, `modes.py`, `introspection.py`. `throttle_group.py` and `leaky_bucket.py` are budgets.
-`backend.py` is the view from outside, `host_io.py` file I/O, `drivers/` and `filters/` one node
-class per file.
+`backend.py` is the view from outside, `no_medium.py` what it stands on without a disk, `host_io.py`
+file I/O, `drivers/` and `filters/` one node class per file.
 
-All in bytes;
-QEMU's block layer is the model. Knows nothing about virtio or vhost-user.
+All in bytes; QEMU's block layer is the model. Knows nothing about virtio or vhost-user.
 """

@@ -21,6 +21,7 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
+from vhostblk.block.no_medium import NoMediumNode
 from vhostblk.block.node import (
     BlockNode,
     BlockSizes,
@@ -100,6 +101,11 @@ class BlockBackend(Quiescent):
     # ------------------------------------------------------------------ what it is
 
     @property
+    def root(self) -> Edge:
+        """Its edge, for whoever moves it to another node."""
+        return self._edge
+
+    @property
     def length(self) -> int:
         """Bytes, a multiple of 512."""
         return self.node.length
@@ -165,7 +171,7 @@ class BlockBackend(Quiescent):
             BlockError: EIO outside the disk, else the driver's errno.
         """
         if self.quiesced:
-            await self._resume()
+            await self.resumed()
         if offset < 0 or offset > self.node.length - iov.length:
             self._check(offset, iov.length)
         self.in_flight += 1
@@ -181,7 +187,7 @@ class BlockBackend(Quiescent):
             BlockError: EIO outside the disk, EPERM if not writable, else the driver's errno.
         """
         if self.quiesced:
-            await self._resume()
+            await self.resumed()
         if offset < 0 or offset > self.node.length - iov.length:
             self._check(offset, iov.length)
         if not self.writable:
@@ -206,7 +212,7 @@ class BlockBackend(Quiescent):
             BlockError: as `pwritev`.
         """
         if self.quiesced:
-            await self._resume()
+            await self.resumed()
         self._check(offset, length)
         self._check_writable()
         self.in_flight += 1
@@ -226,7 +232,7 @@ class BlockBackend(Quiescent):
             BlockError: as `pwritev`.
         """
         if self.quiesced:
-            await self._resume()
+            await self.resumed()
         self._check(offset, length)
         self._check_writable()
         self.in_flight += 1
@@ -242,7 +248,7 @@ class BlockBackend(Quiescent):
             BlockError: the driver's errno.
         """
         if self.quiesced:
-            await self._resume()
+            await self.resumed()
         self.in_flight += 1
         try:
             await pipeline.flush(self.node)
@@ -256,7 +262,7 @@ class BlockBackend(Quiescent):
             BlockError: as `pipeline.truncate`.
         """
         if self.quiesced:
-            await self._resume()
+            await self.resumed()
         self.in_flight += 1
         try:
             await self._edge.truncate(length, preallocation)
@@ -347,7 +353,7 @@ class BlockBackend(Quiescent):
         self._closed = True
         is_durable = True
         await self.drain()
-        if self.writable:
+        if self.writable and not isinstance(self.node, NoMediumNode):
             try:
                 await pipeline.flush(self.node)
             except BlockError as error:
@@ -417,7 +423,8 @@ class BlockBackend(Quiescent):
 
     # ------------------------------------------------------------------
 
-    async def _resume(self) -> None:
+    async def resumed(self) -> None:
+        """Return when no drain holds requests."""
         while self.quiesced:
             waiter = asyncio.get_running_loop().create_future()
             self._queued.append(waiter)

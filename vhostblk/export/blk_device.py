@@ -89,7 +89,7 @@ class BlkDevice:
             raise ConfigError(
                 f"logical-block-size={logical_block_size}: the disk's own is {sizes.logical}"
             )
-        self._logical_block_size = logical_block_size
+        self.logical_block_size = logical_block_size
         self._num_queues = num_queues
         self.max_segments = max_segments
         self._errors = errors
@@ -98,6 +98,8 @@ class BlkDevice:
         self._writeback = backend.write_cache
         self.offered_features = self._offer()
         self.features = 0
+        self.medium = 0
+        """Which disk it is: grows when the export gets another."""
         self.policy = policy
         self.parking = Parking()
         """Whoever waits for requests to end must close it meanwhile."""
@@ -144,7 +146,7 @@ class BlkDevice:
         sizes, limits, block = (
             self.backend.block_sizes,
             self.backend.limits,
-            self._logical_block_size,
+            self.logical_block_size,
         )
         min_io = max(sizes.min_io // block, 1)
         config = BlkConfig(
@@ -330,16 +332,28 @@ class BlkDevice:
     async def _discard(self, request: BlkRequest) -> Outcome:
         if not self.features & Feature.VIRTIO_BLK_F_DISCARD:
             return int(Status.UNSUPP), 0
+        medium = self.medium
         for segment in request.segments:
+            if self.backend.quiesced:
+                await self._resumed(medium)
             await self.backend.pdiscard(segment.offset, segment.length)
         return _OK
 
     async def _write_zeroes(self, request: BlkRequest) -> Outcome:
+        medium = self.medium
         for segment in request.segments:
+            if self.backend.quiesced:
+                await self._resumed(medium)
             await self.backend.pwrite_zeroes(
                 segment.offset, segment.length, may_unmap=segment.unmap
             )
         return _OK
+
+    async def _resumed(self, medium: int) -> None:
+        """Wait for the end of a drain: no request is done on two disks (row B38)."""
+        await self.backend.resumed()
+        if self.medium != medium:
+            raise BlockError(errno.ENOMEDIUM)
 
     _HANDLERS: ClassVar[Mapping[int, Callable[[BlkDevice, BlkRequest], Awaitable[Outcome]]]] = {
         RequestType.IN: _transfer,

@@ -30,6 +30,7 @@ from vhostblk.export.events import (
 )
 from vhostblk.export.front_end import FrontEnd
 from vhostblk.export.io_thread import IOThread
+from vhostblk.export.medium import Medium
 from vhostblk.export.native_path import NativeDataPath
 from vhostblk.export.options import ExportConfig
 from vhostblk.export.python_path import PythonDataPath
@@ -93,6 +94,13 @@ class Export:
             )
             if threads
             else PythonDataPath(self.device, self, page)
+        )
+        self.medium = Medium(
+            config.id,
+            self.device,
+            in_use=self._is_in_use,
+            changed=self._medium_changed,
+            emit=on_event,
         )
         self._listener: Listener | None = None
         self._front_end: FrontEnd | None = None
@@ -228,6 +236,15 @@ class Export:
     def _resized(self, length: int) -> None:
         self.log.info("the disk has %d bytes now", self.device.capacity)
         self._path.set_capacity(self.device.capacity)
+        if self._front_end is not None:
+            self._front_end.config_changed()
+
+    def _is_in_use(self) -> bool:
+        return self._front_end is not None and self._front_end.is_running
+
+    def _medium_changed(self) -> None:
+        node = self._backend.node
+        self.log.info("its disk is %s now", f"'{node.node_name}'" if node.node_name else "ejected")
         if self._front_end is not None:
             self._front_end.config_changed()
 

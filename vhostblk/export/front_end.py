@@ -68,6 +68,11 @@ class FrontEnd:
         """Whether this is the end on either side, although the last requests may still be in flight."""
         return self._leaving or self._connection.has_hung_up()
 
+    @property
+    def is_running(self) -> bool:
+        """Whether the guest uses its disk: queues are started."""
+        return bool(self._running)
+
     async def run(self) -> None:
         """Serve until the front-end leaves, breaks the protocol, or `disconnect` is called.
 

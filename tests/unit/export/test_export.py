@@ -9,17 +9,25 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from tests.unit.block.fakes import ArrayNode
-from vhostblk.block.node import BlockNode
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.node import BlockNode, BlockSizes
 from vhostblk.block.permissions import Perm
 from vhostblk.block.quiesce import drained
-from vhostblk.errors import BlockError
+from vhostblk.errors import BlockError, ConfigError
 from vhostblk.export.error_policy import Action, ErrorPolicy, IoStatus, OnError
-from vhostblk.export.events import BlockIOError, ExportEvent, QueuesPaused, QueuesResumed
+from vhostblk.export.events import (
+    BlockIOError,
+    ExportEvent,
+    MediumInserted,
+    MediumRemoved,
+    QueuesPaused,
+    QueuesResumed,
+)
 from vhostblk.export.export import Export
 from vhostblk.export.options import ExportConfig
 from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.virtio.blk import RequestType
-from vhostblk.virtio.blk_request import BlkRequest
+from vhostblk.virtio.blk_request import BlkRequest, Segment
 
 
 def with_export(
@@ -53,9 +61,10 @@ def write(export: Export) -> asyncio.Task[tuple[int, int]]:
     return asyncio.create_task(export.device.execute(request))
 
 
-def failing(error: int) -> Callable[[str, int, int], None]:
+def failing(error: int, what: str = "") -> Callable[[str, int, int], None]:
     def fail(kind: str, offset: int, length: int) -> None:
-        raise BlockError(error)
+        if what in ("", kind):
+            raise BlockError(error)
 
     return fail
 
@@ -131,3 +140,82 @@ def test_errors_that_stop_nothing_are_told_too_without_a_status(
         node.fail = None
 
     with_export(ErrorPolicy(OnError.REPORT, policy), scenario)
+
+
+# ---------------------------------------------------------------- another disk (row B38)
+
+
+def test_what_waits_to_be_tried_again_was_meant_for_the_old_disk_and_is_reported(
+    expect_log: ExpectedLog,
+) -> None:
+    expect_log.expect("its queues are paused")
+
+    async def scenario(export: Export, node: ArrayNode, events: list[ExportEvent]) -> None:
+        node.fail = failing(errno.EIO, "write")
+        task = write(export)
+        await asyncio.sleep(0)
+        new = ArrayNode(65536)
+        await export.medium.change(BlockGraph(), new)
+        assert (await task)[0] == 1
+        assert not new.asked.calls
+        assert events[-2:] == [MediumRemoved("e", "array"), MediumInserted("e", "array")]
+        assert (await write(export))[0] == 0
+        assert new.asked.count("write") == 1
+
+    with_export(ErrorPolicy(werror=OnError.STOP), scenario)
+
+
+def test_segments_of_one_request_are_not_done_on_two_disks(expect_log: ExpectedLog) -> None:
+    expect_log.expect("write_zeroes failed: No medium found")
+
+    async def scenario(export: Export, node: ArrayNode, events: list[ExportEvent]) -> None:
+        gate = asyncio.Event()
+        zero = node.driver_pwrite_zeroes
+
+        async def wait(offset: int, length: int, flags: int) -> None:
+            await gate.wait()
+            await zero(offset, length, flags)
+
+        node.driver_pwrite_zeroes = wait  # type: ignore[method-assign]
+        request = BlkRequest(0, memoryview(bytearray(1)), RequestType.WRITE_ZEROES)
+        request.segments = [Segment(offset, 4096, False) for offset in (0, 8192)]
+        task = asyncio.create_task(export.device.execute(request))
+        await asyncio.sleep(0)
+        new = ArrayNode(65536)
+        change = asyncio.create_task(export.medium.change(BlockGraph(), new))
+        while not export.device.backend.quiesced:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        gate.set()
+        await change
+        assert (await task)[0] == 1
+        assert node.asked.of("zero") == [(0, 4096)]
+        assert not new.asked.calls
+
+    with_export(ErrorPolicy(), scenario)
+
+
+def test_disk_with_larger_blocks_than_the_guest_was_told_is_refused() -> None:
+    async def scenario(export: Export, node: ArrayNode, events: list[ExportEvent]) -> None:
+        new = ArrayNode(65536)
+        new.block_sizes = BlockSizes(logical=4096)
+        with pytest.raises(ConfigError, match="blocks of 4096 bytes"):
+            await export.medium.change(BlockGraph(), new)
+        assert export.device.backend.node is node
+
+    with_export(ErrorPolicy(), scenario)
+
+
+def test_disk_that_cannot_be_flushed_is_ejected_by_force_only(expect_log: ExpectedLog) -> None:
+    expect_log.expect("flush of its former disk failed: Input/output error")
+
+    async def scenario(export: Export, node: ArrayNode, events: list[ExportEvent]) -> None:
+        await write(export)
+        node.fail = failing(errno.EIO)
+        with pytest.raises(ConfigError, match="Error flushing node 'array': Input/output error"):
+            await export.medium.remove(BlockGraph())
+        assert export.medium.is_inserted
+        await export.medium.remove(BlockGraph(), force=True)
+        assert not export.medium.is_inserted
+        assert export.device.capacity == 0
+
+    with_export(ErrorPolicy(), scenario)
