@@ -28,7 +28,7 @@ __all__ = ["PYTHON_ROWS", "measure_python_path"]
 PYTHON_ROWS = ("python-read", "python-write")
 """Names of the rows."""
 
-_DISK = 256 << 20
+_DISK = 64 << 20
 _DEPTH = 32
 _ENOUGH = 100_000
 _TARGETS = (Target("iops", 3.0), Target("backend_cpu_us"))
