@@ -8,7 +8,7 @@ from tests.docs.documents import ROOT, read, table
 
 FOLDERS = (
     *("tests/unit/block", "tests/unit/block/drivers", "tests/unit/cli", "tests/unit/export"),
-    *("tests/integration", "tests/contract"),
+    *("tests/integration", "tests/contract", "tests/differential"),
 )
 
 
