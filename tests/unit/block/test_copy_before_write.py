@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.block.fakes import ArrayNode, CowNode, NoOptions, turns
 from vhostblk.block import surgery
+from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.driver import OpenContext
 from vhostblk.block.drivers import DRIVERS
@@ -477,6 +478,29 @@ def test_flush_is_of_the_disk_and_its_size_is_the_disks() -> None:
         assert not disk.target.asked.count("flush-os")
 
     with_disk(scenario)
+
+
+def test_disk_is_not_handed_over_while_its_snapshot_would_be_lost_elsewhere(
+    expect_log: ExpectedLog,
+) -> None:
+    expect_log.expect("the snapshot is lost")
+
+    async def scenario(disk: Disk) -> None:
+        with pytest.raises(ConfigError, match="Node 'cbw' keeps a snapshot") as caught:
+            await inactivate(disk.graph)
+        assert caught.value.errno == errno.EBUSY
+        await disk.check()
+        await disk.guest.pwritev(0, IoVec.of(b"still ours"))
+        break_target(disk, errno.EIO)
+        await disk.guest.pwritev(CLUSTER, IoVec.of(b"x"))
+        await inactivate(disk.graph)
+        other = BlockBackend(disk.file, "reader", writable=False, shared=Perm.ALL)
+        assert disk.target.parents[0].perm == Perm.NONE
+        await other.close()
+        await activate(disk.graph)
+        await disk.guest.pwritev(CLUSTER, IoVec.of(b"ours again"))
+
+    with_disk(scenario, **{"on-cbw-error": "break-snapshot"})
 
 
 # ---------------------------------------------------------------- coming and going

@@ -104,6 +104,8 @@ class CopyBeforeWriteNode(FilterNode):
 
     def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """While there are users, nobody writes the child past us; the target may not change its length."""
+        if self.inactive:
+            return (Perm.NONE if edge.name == "target" else perm), Perm.ALL
         if edge.name == "target":
             # Shared with those who write what it is backed by, which may be our child.
             change = Perm.NONE if self.read_only else Perm.WRITE  # nothing will be copied
@@ -111,6 +113,18 @@ class CopyBeforeWriteNode(FilterNode):
         if not self.parents:
             return perm, shared
         return perm | Perm.CONSISTENT_READ, shared & ~(Perm.WRITE | Perm.RESIZE)
+
+    async def driver_inactivate(self) -> None:
+        """Whoever writes the image elsewhere copies nothing.
+
+        Raises:
+            ConfigError: there is a snapshot to lose.
+        """
+        if not self._lost and not self._copy.is_copied(0, self.snapshot_length):
+            raise ConfigError(
+                f"Node '{self.node_name}' keeps a snapshot, which would be lost elsewhere",
+                errno.EBUSY,
+            )
 
     async def driver_flush_all(self) -> bool:
         """Only the child: nobody has been promised that the snapshot survives."""
