@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -56,6 +57,14 @@ class Served:
     @property
     def backend(self) -> BlockBackend:
         return self.daemon.exports["e"].device.backend
+
+    def counted(self) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for name, operation in self.daemon.exports["e"].statistics().operations.items():
+            counts[name] += operation.requests
+            counts[f"bytes of {name}"] += operation.bytes
+            assert not operation.errors
+        return counts
 
     def by_engine(self) -> int:
         return self.daemon.exports["e"].statistics().hits
@@ -179,6 +188,8 @@ class Guest:
     socket: Path
     touched: list[tuple[int, int]] = field(default_factory=list)
     done: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    """Requests and bytes by operation."""
     stop: threading.Event = field(default_factory=threading.Event)
 
     def work(self) -> None:
@@ -189,6 +200,13 @@ class Guest:
                 offset = choice.randrange(SIZE // 2 // 512 - 256) * 512
                 length = choice.choice([512, 4096, 4096, 65536, 512 * choice.randrange(1, 256)])
                 kind = choice.randrange(20)
+                name = (
+                    ["discard", "write_zeroes", "read", "read", "read"][kind]
+                    if kind < 5
+                    else "write"
+                )
+                self.counts[name] += 1
+                self.counts[f"bytes of {name}"] += length
                 if kind == 0:
                     client.discard((offset, length))
                 elif kind == 1:
@@ -299,5 +317,11 @@ def test_dirty_maps_have_exactly_what_was_written_by_whoever(
         for dirty, (node, shift) in maps.items():
             assert found[dirty] == granules(touched, dirty.granularity, shift)
             await stop_recording(node, dirty)
+        # Each request was counted once, whoever has served it, and however often it was given back.
+        async with asyncio.timeout(10):
+            while export.counted() != guest.counts:  # noqa: ASYNC110 - a driver may know first
+                await asyncio.sleep(0.001)
+        statistics = export.daemon.exports["e"].statistics()
+        assert statistics.hits + statistics.misses == statistics.requests == guest.done
 
     run(path, socket_directory, scenario, ",offset=4096")

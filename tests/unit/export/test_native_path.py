@@ -26,6 +26,7 @@ from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.testing.requirements import require
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.payload import MemoryRegion
+from vhostblk.vhost.vring import VringSnapshot
 from vhostblk.virtio.blk import RequestType, Status
 
 FLUSH = (int(native.MessageType.REQUEST), 0, 0, 1, 0, 0, 0, 0, 0, 0, int(RequestType.FLUSH))
@@ -223,6 +224,30 @@ def test_thread_without_room_for_memory_takes_the_others_back(
         assert sent[4:] == [("test0", first)]
 
     with_export(image, "", scenario, threads=2)
+
+
+def test_queue_that_is_started_in_a_pause_takes_nothing(
+    image: Path, guest: MemTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[bool] = []
+    real = native.queue_config
+
+    def spy(**fields: Any) -> native.QueueConfig:
+        said.append(fields["enabled"])
+        return real(**fields)
+
+    monkeypatch.setattr(native, "queue_config", spy)
+    vring = VringSnapshot(0, 8, 0, 0, 4096, 8192, None, None, None, enabled=True)
+
+    async def scenario(export: Export) -> None:
+        path = export._path
+        for paused in (False, True):
+            path.pause(paused)
+            with pytest.raises(PeerError):
+                await path.start_queue(vring, 0)  # there is no memory
+        assert said == [True, False]
+
+    with_export(image, "", scenario)
 
 
 # ---------------------------------------------------------------- a thread that has no room for a disk
