@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections import Counter
 
-from tests.daemons import ALL_PATHS, SERIAL, Disks, eventually
+import pytest
+
+from tests.daemons import ALL_PATHS, CAPACITY, SERIAL, Disks, eventually
 from vhostblk.client.client import Client, segments
+from vhostblk.errors import BlockError
 from vhostblk.export.statistics import QueueStatistics
 from vhostblk.export.stats_layout import OPERATIONS
 from vhostblk.export.stats_reader import PageCopy, read_page
@@ -85,6 +90,8 @@ def test_requests_of_every_type_are_counted_alike(disks: Disks) -> None:
         }
         assert found.hits + found.misses == found.requests == 11 * times
         assert found.in_flight == 0
+        # Every bad one broke a rule; none was failed by the disk.
+        assert all(operation.invalid == operation.errors for operation in found.operations.values())
         assert (found.hits == 0) == (disks.kind == "python")
         for operation in found.operations.values():
             assert sum(operation.latency) == operation.requests
@@ -164,3 +171,31 @@ def test_random_workload_adds_up(disks: Disks) -> None:
             found = watched.wait_for(200, queue)
             assert sum(operation.bytes for operation in found.operations.values()) == length
             assert found.hits + found.misses == found.requests == 200
+
+
+def test_idle_time_begins_with_the_last_answer(disks: Disks) -> None:
+    with disks.connect("memory") as client:
+        watched = Watched(disks, "memory")
+        before = time.monotonic_ns()
+        client.read(0, 4096)
+        served = watched.wait_for(1)
+        eventually(lambda: watched.since().last_ns >= before, "the last answer")
+        assert served.last_ns <= time.monotonic_ns()
+        idle = watched.since().idle_ns
+        assert idle is not None
+        assert idle <= time.monotonic_ns() - before
+
+
+def test_what_the_disk_fails_is_an_error_and_not_invalid(disks: Disks) -> None:
+    """Also where the engine fails the request by itself."""
+    watched = Watched(disks, "grows")
+    os.truncate(disks.image("grows"), 1 << 20)
+    with disks.connect("grows") as client:
+        try:
+            for _ in range(5):
+                with pytest.raises(BlockError):
+                    client.read(2 << 20, 4096)
+            found = watched.wait_for(5).operations["read"]
+        finally:
+            os.truncate(disks.image("grows"), CAPACITY)
+    assert (found.requests, found.errors, found.invalid, found.bytes) == (5, 5, 0, 0)

@@ -242,6 +242,7 @@ def _queue_json(queue: QueueStatistics, seconds: float) -> dict[str, Any]:
     return {
         "requests": queue.requests,
         "in_flight": queue.in_flight,
+        "idle_ns": queue.idle_ns,
         "hits": queue.hits,
         "misses": queue.misses,
         "hit_rate": queue.hit_rate,
@@ -262,6 +263,7 @@ def _operation_json(operation: OperationStatistics, seconds: float) -> dict[str,
         "requests": operation.requests,
         "bytes": operation.bytes,
         "errors": operation.errors,
+        "invalid": operation.invalid,
         "iops": operation.requests / seconds,
         "bytes_per_second": operation.bytes / seconds,
         "latency_ns": {

@@ -18,6 +18,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.node import BlockNode
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import BlockError, StateError
+from vhostblk.export.accounting import block_device_stats
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPath
 from vhostblk.export.error_log import ErrorLog
@@ -217,6 +218,15 @@ class Export:
     def statistics(self) -> QueueStatistics:
         """What was served so far, all queues together."""
         return total(self._page.read().values())
+
+    def block_stats(self) -> dict[str, Any]:
+        """What was served so far as `BlockStats`, as `query-blockstats` of QEMU returns it for a device."""
+        node = self._backend.node
+        return {
+            "device": self.config.id,
+            "node-name": node.node_name,
+            "stats": block_device_stats(self.statistics(), node.highest_offset()),
+        }
 
     def refresh_size(self) -> None:
         """Look at the size of the disk again; the guest is told if it changed."""

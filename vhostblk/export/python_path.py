@@ -340,7 +340,11 @@ class _Queue:
         ring.push(request.head, request.complete(status, written))
         length = request.length or sum(segment.length for segment in request.segments)
         self._counters.finished(
-            _OPERATION.get(request.type, "other"), length, status != 0, time.monotonic_ns() - began
+            _OPERATION.get(request.type, "other"),
+            length,
+            status != 0,
+            time.monotonic_ns() - began,
+            refused=request.status is not None,
         )
         self._in_flight -= 1
         if not self._in_flight:

@@ -8,6 +8,7 @@ Knows nothing of shared memory, nor of the engine.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -18,7 +19,6 @@ from vhostblk.export.stats_layout import (
     OPERATIONS,
     QUEUE_FIELDS,
     QUEUE_FIELDS_AT,
-    QUEUE_WORDS,
     latency_bound,
     latency_bucket,
 )
@@ -27,8 +27,9 @@ from vhostblk.export.stats_layout import (
 _REQUESTS, _BYTES, _ERRORS, _LATENCY, _LATENCY_MAX = range(len(OPERATION_FIELDS))
 _BUCKETS = len(OPERATION_FIELDS)
 _KICKS, _CALLS, _CALLS_SUPPRESSED, _HITS, _MISSES, _IN_FLIGHT = range(
-    QUEUE_FIELDS_AT, QUEUE_FIELDS_AT + len(QUEUE_FIELDS)
+    QUEUE_FIELDS_AT, QUEUE_FIELDS_AT + 6
 )
+_INVALID, _LAST = QUEUE_FIELDS_AT + 6, QUEUE_FIELDS_AT + len(QUEUE_FIELDS) - 1
 
 
 class QueueCounters:
@@ -62,15 +63,19 @@ class QueueCounters:
         self._words[_MISSES] += 1
         self._words[_IN_FLIGHT] += 1
 
-    def finished(self, operation: str, length: int, failed: bool, ns: int) -> None:
+    def finished(
+        self, operation: str, length: int, failed: bool, ns: int, *, refused: bool = False
+    ) -> None:
         """A request was answered.
 
         Args:
             operation: one of `OPERATIONS`.
             length: bytes, not counted if it failed.
             ns: how long it took.
+            refused: it broke a rule, and so was not tried; it has failed, too.
         """
-        words, at = self._words, OPERATIONS.index(operation) * OPERATION_WORDS
+        words, number = self._words, OPERATIONS.index(operation)
+        at = number * OPERATION_WORDS
         words[at + _REQUESTS] += 1
         words[at + _BYTES] += 0 if failed else length
         words[at + _ERRORS] += failed
@@ -78,6 +83,8 @@ class QueueCounters:
         words[at + _LATENCY_MAX] = max(words[at + _LATENCY_MAX], ns)
         words[at + _BUCKETS + latency_bucket(ns)] += 1
         words[_IN_FLIGHT] -= 1
+        words[_INVALID + number] += refused
+        words[_LAST] = time.monotonic_ns()
 
 
 @dataclass(slots=True)
@@ -90,12 +97,13 @@ class OperationStatistics:
     latency_ns: int = 0  # sum
     latency_max_ns: int = 0
     latency: list[int] = field(default_factory=lambda: [0] * LATENCY_BUCKETS)
+    invalid: int = 0  # of the errors: refused without being tried
 
     @classmethod
-    def of(cls, words: Sequence[int]) -> OperationStatistics:
-        """A copy of `struct vb_op_stats`."""
+    def of(cls, words: Sequence[int], invalid: int = 0) -> OperationStatistics:
+        """A copy of `struct vb_op_stats`, and what is elsewhere."""
         requests, length, errors, latency_ns, latency_max_ns, *latency = words
-        return cls(requests, length, errors, latency_ns, latency_max_ns, latency)
+        return cls(requests, length, errors, latency_ns, latency_max_ns, latency, invalid)
 
     def add(self, other: OperationStatistics) -> None:
         """Count all that another has counted."""
@@ -104,6 +112,7 @@ class OperationStatistics:
         self.requests += other.requests
         self.bytes += other.bytes
         self.errors += other.errors
+        self.invalid += other.invalid
         self.latency_ns += other.latency_ns
         self.latency_max_ns = max(self.latency_max_ns, other.latency_max_ns)
         for bucket, count in enumerate(other.latency):
@@ -122,6 +131,7 @@ class OperationStatistics:
             max(self.latency_ns - earlier.latency_ns, 0),
             min(latency_bound(longest + 1), self.latency_max_ns) if longest >= 0 else 0,
             latency,
+            max(self.invalid - earlier.invalid, 0),
         )
 
     @property
@@ -165,16 +175,19 @@ class QueueStatistics:
     hits: int = 0  # served by the engine alone
     misses: int = 0  # served with the help of Python
     in_flight: int = 0
+    last_ns: int = 0  # CLOCK_MONOTONIC, when a request was answered last; 0: none was
 
     @classmethod
     def of(cls, words: memoryview | Sequence[int]) -> QueueStatistics:
         """A copy of `struct vb_queue_stats`. Each number is whole; together they are not of one instant."""
         copy = words.tolist() if isinstance(words, memoryview) else words
         operations = {
-            name: OperationStatistics.of(copy[at * OPERATION_WORDS : (at + 1) * OPERATION_WORDS])
+            name: OperationStatistics.of(
+                copy[at * OPERATION_WORDS : (at + 1) * OPERATION_WORDS], copy[_INVALID + at]
+            )
             for at, name in enumerate(OPERATIONS)
         }
-        return cls(operations, *copy[QUEUE_FIELDS_AT:QUEUE_WORDS])
+        return cls(operations, *(*copy[QUEUE_FIELDS_AT:_INVALID], copy[_LAST]))
 
     def add(self, other: QueueStatistics) -> None:
         """Count all that another has counted."""
@@ -186,6 +199,7 @@ class QueueStatistics:
         self.hits += other.hits
         self.misses += other.misses
         self.in_flight += other.in_flight
+        self.last_ns = max(self.last_ns, other.last_ns)
 
     def since(self, earlier: QueueStatistics) -> QueueStatistics:
         """What was counted after an earlier copy; what is in flight is so now."""
@@ -201,7 +215,13 @@ class QueueStatistics:
             max(self.hits - earlier.hits, 0),
             max(self.misses - earlier.misses, 0),
             self.in_flight,
+            self.last_ns,
         )
+
+    @property
+    def idle_ns(self) -> int | None:
+        """How long ago the last request was answered, until now; None if there was none."""
+        return max(time.monotonic_ns() - self.last_ns, 0) if self.last_ns else None
 
     @property
     def requests(self) -> int:

@@ -29,7 +29,11 @@ WORD = 8
 OPERATION_FIELDS = ("requests", "bytes", "errors", "latency_ns", "latency_max_ns")
 """`struct vb_op_stats`, before its latency buckets."""
 OPERATION_WORDS = len(OPERATION_FIELDS) + LATENCY_BUCKETS
-QUEUE_FIELDS = ("kicks", "calls", "calls_suppressed", "hits", "misses", "in_flight")
+QUEUE_FIELDS = (
+    *("kicks", "calls", "calls_suppressed", "hits", "misses", "in_flight"),
+    *(f"invalid[{at}]" for at in range(len(OPERATIONS))),
+    "last_ns",
+)
 """`struct vb_queue_stats`, behind its operations."""
 QUEUE_FIELDS_AT = len(OPERATIONS) * OPERATION_WORDS
 QUEUE_WORDS = QUEUE_FIELDS_AT + len(QUEUE_FIELDS)

@@ -152,6 +152,8 @@ struct vb_queue_stats {
 	uint64_t hits;             /* served by the engine alone */
 	uint64_t misses;           /* handed to control at least once */
 	uint64_t in_flight;
+	uint64_t invalid[VB_OPS]; /* of the errors: refused because they broke a rule, never tried */
+	uint64_t last_ns;         /* CLOCK_MONOTONIC, when a request was answered last; 0: none was */
 };
 
 /* Lower bound of a bucket, ns. Context: any. */

@@ -56,7 +56,7 @@ class QueueStats:
             It must outlive the queue.
     """
 
-    SIZE = 8 * (7 * (5 + LATENCY_BUCKETS) + 6)
+    SIZE = 8 * (7 * (5 + LATENCY_BUCKETS) + 6 + 7 + 1)
     """Bytes of `struct vb_queue_stats`."""
 
     def __init__(self, buffer: Any = None) -> None:

@@ -127,6 +127,8 @@ def test_json_has_what_was_counted(page: StatsPage, capsys: pytest.CaptureFixtur
     assert [count for _, count in write["latency_ns"]["histogram"]] == [3, 1]
     assert (queue["hit_rate"], queue["calls_per_request"]) == (0, 0.25)
     assert export["queues"][0]["hit_rate"] is None
+    assert 0 < queue.pop("idle_ns") <= export["total"].pop("idle_ns") < 60 * 10**9
+    assert export["queues"][0]["idle_ns"] is None
     assert export["total"] == {key: value for key, value in queue.items() if key != "queue"}
 
 

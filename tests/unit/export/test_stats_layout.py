@@ -134,7 +134,11 @@ def test_words_are_where_the_engine_writes_them() -> None:
             operation.latency[bucket] = value
     for name in layout.QUEUE_FIELDS:
         value += 1
-        setattr(stats, name, value)
+        field, _, index = name.rstrip("]").partition("[")
+        if index:
+            getattr(stats, field)[int(index)] = value
+        else:
+            setattr(stats, field, value)
     read = QueueStatistics.of(memoryview(raw).cast("Q"))
     value = 0
     for counted in read.operations.values():
@@ -145,7 +149,9 @@ def test_words_are_where_the_engine_writes_them() -> None:
         value += layout.LATENCY_BUCKETS
     for name in layout.QUEUE_FIELDS:
         value += 1
-        assert getattr(read, name) == value
+        field, _, index = name.rstrip("]").partition("[")
+        owner = read.operations[layout.OPERATIONS[int(index)]] if index else read
+        assert getattr(owner, field) == value
 
 
 def _operations(ffi: object) -> list[str]:

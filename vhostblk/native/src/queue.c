@@ -377,6 +377,7 @@ static void notify_driver(struct queue *queue)
 {
 	virtqueue_publish(&queue->vq);
 	queue->thread->shown = true;
+	store_relaxed(&queue->stats->last_ns, queue->thread->now);
 	if (!virtqueue_should_notify(&queue->vq)) {
 		stat_add(queue->stats->calls_suppressed, 1);
 	} else if (queue->config.call_fd >= 0) {

@@ -91,6 +91,8 @@ void request_complete(struct request *request, int status, uint64_t written)
 			queue->thread->now - request->started_ns);
 	if (!request->missed)
 		stat_add(queue->stats->hits, 1);
+	if (blk->status >= 0)
+		stat_add(queue->stats->invalid[blk->op], 1);
 	request_release(request);
 }
 
