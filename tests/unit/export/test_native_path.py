@@ -13,6 +13,7 @@ import pytest
 
 from vhostblk import native
 from vhostblk.block.graph import BlockGraph
+from vhostblk.block.iov import IoVec
 from vhostblk.block.node import FlushTarget, HostExtent
 from vhostblk.daemon import Daemon, DaemonConfig
 from vhostblk.errors import BlockError, ConfigError, PeerError, StateError
@@ -155,6 +156,25 @@ def test_request_that_nobody_can_map_is_answered_all_the_same(
 
         export.device.backend.extents = fail  # type: ignore[method-assign]
         assert await serve(export, READ) == status
+
+    with_export(image, "", scenario)
+
+
+def test_read_that_fails_is_tried_once_and_decided_about_once(
+    image: Path, expect_log: ExpectedLog
+) -> None:
+    expect_log.expect("in failed: Input/output error")
+    tried: list[int] = []
+
+    async def fail(offset: int, iov: IoVec) -> None:
+        tried.append(offset)
+        raise BlockError(errno.EIO)
+
+    async def scenario(export: Export) -> None:
+        export.device.backend.preadv = fail  # type: ignore[method-assign]
+        retried = (READ[0], int(native.RequestFlag.RETRIED), *READ[2:])
+        assert await serve(export, retried) == Status.IOERR
+        assert tried == [0]
 
     with_export(image, "", scenario)
 
