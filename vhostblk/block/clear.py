@@ -95,6 +95,8 @@ async def _aligned_zeroes(
         return await submit.write_zeroes(node, offset, end, flags)
     finally:
         node.wrote(offset, end)
+        if node.has_debug_events:
+            await node.driver_debug_event("pwritev_done")
 
 
 async def pdiscard(node: BlockNode, offset: int, length: int) -> None:

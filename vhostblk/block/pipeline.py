@@ -342,9 +342,10 @@ async def _aligned_write(
     try:
         if node.before_write:
             await run_before_write(node, request)
+        zeroes = bool(node.detect_zeroes and iov.length) and iov.is_zero()
         if node.has_debug_events:
-            await node.driver_debug_event("pwritev")
-        if node.detect_zeroes and iov.length and iov.is_zero():
+            await node.driver_debug_event("pwritev_zero" if zeroes else "pwritev")
+        if zeroes:
             if node.detect_zeroes == "unmap":
                 flags |= _MAY_UNMAP
             return await submit.write_zeroes(node, offset, end, flags & ~_REGISTERED_BUF)

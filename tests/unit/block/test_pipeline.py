@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import mmap
+from collections.abc import Coroutine
+from typing import Any
 
 import pytest
 
@@ -496,3 +498,30 @@ def test_aligned_request_waits_for_a_read_modify_write_of_its_block(kind: str) -
         assert [call[:2] for call in node.asked.calls[2:]] == [("write", 4096), (kind, 4096)]
 
     asyncio.run(scenario())
+
+
+def test_events_of_writes_and_of_the_reads_that_complete_them() -> None:
+    heard: list[str] = []
+
+    class Listening(ArrayNode):
+        has_debug_events = True
+
+        async def driver_debug_event(self, event: str) -> None:
+            heard.append(event.removeprefix("pwritev_"))
+
+    def events(request: Coroutine[Any, Any, None]) -> list[str]:
+        heard.clear()
+        run_now(request)
+        return list(heard)
+
+    node = Listening(limits=FOUR_K)
+    data = IoVec.of(bytes(200))
+    both = ["rmw_head", "rmw_tail", "rmw_after_head", "rmw_after_tail", "pwritev", "done"]
+    assert events(pipeline.pwritev(node, 4000, data)) == both
+    apart = ["rmw_head", "rmw_after_head", "rmw_tail", "rmw_after_tail", "pwritev", "done"]
+    assert events(pipeline.pwritev(node, 100, IoVec.of(bytes(8192)))) == apart
+    tail = ["rmw_tail", "rmw_after_tail", "pwritev", "done"]
+    assert events(pipeline.pwritev(node, 0, IoVec.of(b"x"))) == tail
+    assert events(clear.pwrite_zeroes(node, 0, 4096)) == ["zero", "done"]
+    node.detect_zeroes = "on"
+    assert events(pipeline.pwritev(node, 0, IoVec.of(bytes(4096)))) == ["zero", "done"]
