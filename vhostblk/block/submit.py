@@ -162,15 +162,11 @@ async def _write_zero_data(node: BlockNode, offset: int, length: int, flags: int
         buffer = zeroes(step)
     except (OSError, MemoryError):
         raise BlockError(errno.ENOMEM, f"{node.node_name}: no memory for zeroes") from None
-    must_flush = False
     flags &= ~(_MAY_UNMAP | _REGISTERED_BUF)
-    if not node.supported_write_flags & _FUA:
-        must_flush = bool(flags & _FUA)
-        flags &= ~_FUA  # one flush at the end (row B17.12)
     for done in range(0, length, step):
         part = IoVec([buffer[: min(step, length - done)]])
         await write(node, offset + done, part, flags)
-    return must_flush
+    return bool(flags & ~node.supported_write_flags & _FUA)  # one flush at the end (row B17.12)
 
 
 # ---------------------------------------------------------------------- discard (row B18)
