@@ -122,12 +122,14 @@ class ScheduledLoop(asyncio.BaseEventLoop):
             AssertionError: a task is left, or one has failed without anybody looking.
         """
         left = [task for task in asyncio.all_tasks(self) if not task.done()]
-        for task in left:
-            task.cancel()
-        if left:
-            self._ready.choose = lambda count: 0
-            self.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self.close()
+        try:
+            for task in left:
+                task.cancel()
+            if left:
+                self._ready.choose = lambda count: 0
+                self.run_until_complete(asyncio.wait(left))
+        finally:
+            self.close()
         assert not left, f"left behind: {left}"
         assert not self.complaints, self.complaints
 
