@@ -33,6 +33,7 @@ __all__ = [
     "cancel_everywhere",
     "explore",
     "replay",
+    "run",
     "sample",
     "turns",
 ]
@@ -59,9 +60,12 @@ class _Ready(deque[Any]):
     def __init__(self, choose: Choose) -> None:
         super().__init__()
         self.choose = choose
+        self.probe: Callable[[], None] | None = None
         self.steps = 0
 
     def popleft(self) -> Any:
+        if self.probe is not None:
+            self.probe()
         self.steps += 1
         if self.steps > _MOST_STEPS:
             raise DeadlockError(f"no end after {_MOST_STEPS} steps")
@@ -88,6 +92,15 @@ class ScheduledLoop(asyncio.BaseEventLoop):
         self._now = 1.0
         self.complaints: list[str] = []
         self.set_exception_handler(self._complain)
+
+    @property
+    def probe(self) -> Callable[[], None] | None:
+        """Called before every step."""
+        return self._ready.probe
+
+    @probe.setter
+    def probe(self, probe: Callable[[], None] | None) -> None:
+        self._ready.probe = probe
 
     def time(self) -> float:
         """Seconds; as many as timers made it."""

@@ -339,8 +339,10 @@ class BlockBackend(Quiescent):
     async def settle(self) -> None:
         """Return when none of our requests is in flight; those that come meanwhile wait, other users go on."""
         self.child_drained_begin(self._edge)
-        await self.child_drained_poll(self._edge)
-        self.child_drained_end(self._edge)
+        try:
+            await self.child_drained_poll(self._edge)
+        finally:
+            self.child_drained_end(self._edge)
 
     async def close(self) -> bool:
         """Drain, flush, and give up the permissions; errors of the flush are logged. Idempotent.
@@ -352,13 +354,16 @@ class BlockBackend(Quiescent):
             return True
         self._closed = True
         is_durable = True
-        await self.drain()
-        if self.writable and not isinstance(self.node, NoMediumNode):
-            try:
+        try:
+            await self.drain()
+            if self.writable and not isinstance(self.node, NoMediumNode):
                 await pipeline.flush(self.node)
-            except BlockError as error:
-                log.error("%s: flush at close failed: %s", self.name, error)
-                is_durable = False
+        except BlockError as error:
+            log.error("%s: flush at close failed: %s", self.name, error)
+            is_durable = False
+        except BaseException:
+            self._closed = False  # whoever was cancelled may try again
+            raise
         self._edge.detach()
         self.attach()
         if self.node.left_alone is not None:

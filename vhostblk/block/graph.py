@@ -238,15 +238,16 @@ class BlockGraph:
             await node.close()
         except OSError as error:
             log.error("node '%s': close failed: %s", node.node_name, error)
-        edges = tuple(node.children.values())
-        for edge in edges:
-            edge.frozen = False  # whoever froze it had the node's use in mind
-            edge.detach()
-        self.nodes.pop(node.node_name, None)
-        self._opening.discard(node)
-        self._disown(node)
-        for edge in edges:
-            await self.collect(edge.node)
+        finally:  # whoever was cancelled cannot go back either
+            edges = tuple(node.children.values())
+            for edge in edges:
+                edge.frozen = False  # whoever froze it had the node's use in mind
+                edge.detach()
+            self.nodes.pop(node.node_name, None)
+            self._opening.discard(node)
+            self._disown(node)
+            for edge in edges:
+                await self.collect(edge.node)
 
     # ------------------------------------------------------------------
 

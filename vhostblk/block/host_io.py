@@ -7,7 +7,8 @@ waits in the loop: a coroutine suspends once per request.
 Between `plug` and `unplug` requests are kept, to be submitted together (block layer row B28).
 
 A request that is being waited for cannot be cancelled, because the kernel may still be writing into
-its buffers: the cancellation takes effect when the request is over.
+its buffers: the cancellation takes effect when the request is over. If that has failed, the error is
+the cause of the CancelledError, for whoever must know.
 """
 
 from __future__ import annotations
@@ -86,13 +87,30 @@ class HostIO(ABC):
     def unplug(self) -> None:  # noqa: B027
         """Undo one `plug`; the last one submits what was kept."""
 
-    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Run something that may block in a thread; what it raises is raised here, as it is."""
+    async def call(
+        self, function: Callable[..., T], *arguments: Any, undo: Callable[[T], None] | None = None
+    ) -> T:
+        """Run something that may block in a thread; what it raises is raised here, as it is.
+
+        Args:
+            undo: called with the result if who waits for it was cancelled and will never see it.
+        """
+        completion = self._start(function, *arguments)
+        try:
+            result: T = await completion
+        except asyncio.CancelledError as cancelled:
+            if completion.done():
+                cancelled.__cause__ = completion.exception()
+                if cancelled.__cause__ is None and undo is not None:
+                    undo(completion.result())
+            raise
+        return result
+
+    def _start(self, function: Callable[..., Any], *arguments: Any) -> Completion:
         completion = Completion(loop=self._loop)
         thread_future = self._executor.submit(function, *arguments)
         thread_future.add_done_callback(functools.partial(self._thread_done, completion))
-        result: T = await completion
-        return result
+        return completion
 
     def _thread_done(self, completion: Completion, done: ThreadFuture[Any]) -> None:
         self._loop.call_soon_threadsafe(_settle, completion, done)
@@ -197,7 +215,12 @@ class NativeHostIO(HostIO):
         self._queue.append(IORequest(cookie, op, fd, offset, buffers, length, flags))
         if not self._plugged or len(self._queue) >= _BURST:
             self._submit_queue()
-        result: int = await completion
+        try:
+            result: int = await completion
+        except asyncio.CancelledError as cancelled:
+            if completion.done() and completion.result() < 0:
+                cancelled.__cause__ = BlockError(-completion.result())
+            raise
         if result < 0:
             raise BlockError(-result)
         return result

@@ -358,8 +358,12 @@ class BlockNode(Driver, Quiescent):
     async def drained_begin(self) -> None:
         """Quiesce: nobody sends anything new, extents are back, nothing is in flight when this returns (row B26)."""
         self.quiesce()
-        await self.settle()
-        await self.settle_below()
+        try:
+            await self.settle()
+            await self.settle_below()
+        except BaseException:
+            self.unquiesce()
+            raise
 
     def drained_end(self) -> None:
         """Undo one `drained_begin`."""

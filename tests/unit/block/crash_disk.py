@@ -47,18 +47,18 @@ class VolatileCache:
 
     Attributes:
         kept: what a power cut leaves for certain.
-        pending: (number, offset, content) of what may get lost, and what may not: any of them; None: anything.
+        pending: (number, offset, content) of what may get lost, or not: each of them.
     """
 
     def __init__(self, size: int) -> None:
         self.kept = bytearray(size)
-        self.pending: list[tuple[int, int, bytes | None]] = []
+        self.pending: list[tuple[int, int, bytes]] = []
         self.written = 0
 
-    def write(self, offset: int, content: bytes | None, durable: bool = False) -> None:
-        """`content` None: it may be anything from now on."""
+    def write(self, offset: int, content: bytes, durable: bool = False) -> None:
+        """Something was written."""
         self.written += 1
-        if not durable or content is None:
+        if not durable:
             self.pending.append((self.written, offset, content))
             return
         self._keep(offset, content)
@@ -73,7 +73,7 @@ class VolatileCache:
     def flush(self, until: int) -> None:
         """Keep all writes up to this number."""
         for number, offset, content in self.pending:
-            if number <= until and content is not None:
+            if number <= until:
                 self._keep(offset, content)
         self.pending = [entry for entry in self.pending if entry[0] > until]
 
@@ -90,7 +90,7 @@ class VolatileCache:
             for at, part in _without(start, old, size, 1 << 62)
         ]
 
-    def lost(self) -> list[tuple[int, bytes | None]]:
+    def lost(self) -> list[tuple[int, bytes]]:
         """Writes of which a power cut may leave any."""
         return [(offset, content) for _, offset, content in self.pending]
 
@@ -100,15 +100,11 @@ class VolatileCache:
         self.kept[offset:end] = content
 
 
-def _without(
-    start: int, content: bytes | None, low: int, high: int
-) -> list[tuple[int, bytes | None]]:
-    if content is None:
-        return [(start, None)]
+def _without(start: int, content: bytes, low: int, high: int) -> list[tuple[int, bytes]]:
     end = start + len(content)
     if end <= low or high <= start:
         return [(start, content)]
-    found: list[tuple[int, bytes | None]] = []
+    found: list[tuple[int, bytes]] = []
     if start < low:
         found.append((start, content[: low - start]))
     if high < end:
@@ -117,6 +113,11 @@ def _without(
 
 
 async def _take_effect(effect: Callable[[], T]) -> T:
+    outcome: T = await _taking_effect(effect)
+    return outcome
+
+
+def _taking_effect(effect: Callable[[], Any]) -> Completion:
     loop = asyncio.get_running_loop()
     completion = Completion(loop=loop)
 
@@ -129,8 +130,7 @@ async def _take_effect(effect: Callable[[], T]) -> T:
             loop.call_soon(completion.set_result, result)
 
     loop.call_soon(act)
-    outcome: T = await completion
-    return outcome
+    return completion
 
 
 class Failures:
@@ -237,8 +237,7 @@ class CrashDisk(ArrayNode):
 
         def effect() -> None:
             self._fail("discard")
-            self.data[offset : offset + length] = b"\xdd" * length
-            self.cache.write(offset, None)
+            self._put(offset, b"\xdd" * length, False)
 
         await _take_effect(effect)
 
@@ -325,7 +324,13 @@ class CrashHostIO(HostIO):
                 raise BlockError(INJECTED)
             self.cache.flush(until)
 
-        await _take_effect(effect)
+        completion = _taking_effect(effect)
+        try:
+            await completion
+        except asyncio.CancelledError as cancelled:
+            if completion.done():
+                cancelled.__cause__ = completion.exception()
+            raise
 
     async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """See `HostIO.fallocate`."""
@@ -338,16 +343,16 @@ class CrashHostIO(HostIO):
 
         await _take_effect(effect)
 
-    async def call(self, function: Callable[..., T], *arguments: Any) -> T:
+    def _start(self, function: Callable[..., Any], *arguments: Any) -> Completion:
         """See `HostIO.call`."""
 
-        def effect() -> T:
+        def effect() -> Any:
             result = function(*arguments)
             if function is os.ftruncate:
                 self.cache.resize(arguments[1])
             return result
 
-        return await _take_effect(effect)
+        return _taking_effect(effect)
 
     async def close(self) -> None:
         """There are no threads."""

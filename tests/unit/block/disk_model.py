@@ -179,7 +179,7 @@ class DiskModel:
         segment.durable.add(found)
         for flush in self._flushes:
             for promised in self._range(flush.promised, segment.start, segment.end):
-                if promised.candidates & before:
+                if (promised.candidates | promised.active) & before:
                     promised.candidates.add(found)
 
     def begin_flush(self) -> Flush:
@@ -224,7 +224,7 @@ class DiskModel:
         """
         self.end_read(self.begin_read(0, self.length), content)
 
-    def check_after_power_cut(self, kept: bytes, lost: list[tuple[int, bytes | None]]) -> None:
+    def check_after_power_cut(self, kept: bytes, lost: list[tuple[int, bytes]]) -> None:
         """Power is gone.
 
         Args:
@@ -239,8 +239,8 @@ class DiskModel:
             allowed = segment.durable
             _check(start, kept[start:end], allowed, "after a power cut")
             for offset, content in lost:
-                low, high = max(start, offset), min(end, offset + len(content or b""))
-                if content is not None and low < high:
+                low, high = max(start, offset), min(end, offset + len(content))
+                if low < high:
                     _check(low, content[low - offset : high - offset], allowed, "after a power cut")
 
     # ------------------------------------------------------------------

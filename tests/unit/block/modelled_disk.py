@@ -37,7 +37,7 @@ from vhostblk.block.roles import Role
 from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError
 
-__all__ = ["SIZE", "Disk", "Engine"]
+__all__ = ["SIZE", "Disk", "Engine", "SlowFile"]
 
 SIZE = 8192
 FUA = int(Req.FUA)
@@ -53,6 +53,16 @@ class SlowFile(FileNode):
 
     def _adopt(self, file: host_file.HostFile) -> None:
         super()._adopt(_slow(file))
+        self._nowait = False  # what is in the page cache is nothing to rely on
+
+
+class DirectFile(SlowFile):
+    """The same in whole blocks, as with O_DIRECT, which not every file system has; its memory may be anywhere."""
+
+    driver_name = "direct-file"
+
+    def _adopt(self, file: host_file.HostFile) -> None:
+        super()._adopt(dataclasses.replace(file, request_alignment=512))
 
 
 class SlowMemory(MemoryNode):
@@ -85,9 +95,28 @@ _DRIVERS = {
     **DRIVERS,
     **{
         driver.driver_name: driver
-        for driver in (SlowFile, SlowMemory, Overlay, PassNode, CrashDisk)
+        for driver in (SlowFile, DirectFile, SlowMemory, Overlay, PassNode, CrashDisk)
     },
 }
+
+
+_FILES = (SlowFile.driver_name, DirectFile.driver_name)
+
+
+class _InOrder(dict[Any, None]):
+    """A set, whose order is not that of addresses: a schedule can be repeated."""
+
+    def add(self, value: Any) -> None:
+        self[value] = None
+
+    def discard(self, value: Any) -> None:
+        self.pop(value, None)
+
+
+class _Graph(BlockGraph):
+    def enter(self, node: BlockNode) -> None:
+        super().enter(node)
+        node.tracker.requests = _InOrder()  # type: ignore[assignment]
 
 
 class Disk:
@@ -113,16 +142,17 @@ class Disk:
 
     async def open(self, leaf: Mapping[str, Any], *layers: Mapping[str, Any]) -> None:
         """Build the graph."""
-        self.graph = BlockGraph(_DRIVERS)
+        self.graph = _Graph(_DRIVERS)
         self.io = CrashHostIO(SIZE)
         self.graph._host_io.update({None: self.io, "threads": self.io})
         limits = ThrottleLimits(iops_total=50, bps_write=100_000)
         self.graph.throttle_groups["tg"] = ThrottleGroup("tg", limits)
         options = {"node-name": "leaf", **leaf}
-        if options["driver"] == "file":
+        if options["driver"] in _FILES:
             assert self._file is not None
             self._file.write_bytes(bytes(SIZE))
-            options["filename"] = str(self._file)
+            # A run that fails leaves it open; the next one is none of its business.
+            options |= {"filename": str(self._file), "locking": "off"}
         if options["driver"] == "overlay":
             base = {"driver": "crash-disk", "node-name": "base", "discard": "unmap"}
             node = await self.graph.add(base)
@@ -131,7 +161,7 @@ class Disk:
             options["backing"] = "base"
             self.model.end_write(self.model.begin_write(0, noise(0, SIZE), "base"), True, True)
         self._keeps_data = options["driver"] != "null-co"
-        self._keeps_promises = options["driver"] in ("crash-disk", "file")
+        self._keeps_promises = options["driver"] in ("crash-disk", *_FILES)
         self.leaf = await self.graph.add(options)
         top = self.leaf
         for number, layer in enumerate(layers):
@@ -276,7 +306,7 @@ class Disk:
 
     # ------------------------------------------------------------------ what must be so
 
-    def _stored(self) -> tuple[bytes, list[tuple[int, bytes | None]]]:
+    def _stored(self) -> tuple[bytes, list[tuple[int, bytes]]]:
         cache = self.leaf.cache if isinstance(self.leaf, CrashDisk) else self.io.cache
         return bytes(cache.kept[: self.model.length]), cache.lost()
 

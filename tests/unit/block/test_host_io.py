@@ -215,6 +215,44 @@ def test_cancelled_waiter_is_released_only_when_the_call_is_over(
     run(scenario)
 
 
+def test_cancelled_waiter_gets_the_error_as_the_cause(run: Callable[[Scenario], None]) -> None:
+    """The kernel tells of it once; a driver that must know must be able to."""
+
+    causes: list[BaseException | None] = []
+
+    async def flush(io: HostIO) -> None:
+        try:
+            await io.fdatasync(1 << 20)
+        except asyncio.CancelledError as cancelled:
+            causes.append(cancelled.__cause__)
+            raise
+
+    async def scenario(io: HostIO) -> None:
+        request = asyncio.create_task(flush(io))
+        await turns(1)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    run(scenario)
+    (cause,) = causes
+    assert isinstance(cause, BlockError)
+    assert cause.errno == errno.EBADF
+
+
+def test_what_a_cancelled_call_has_made_is_undone(run: Callable[[Scenario], None], fd: int) -> None:
+    async def scenario(io: HostIO) -> None:
+        undone: list[int] = []
+        request = asyncio.create_task(io.call(os.dup, fd, undo=undone.append))
+        await turns(1)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        os.close(undone.pop())
+
+    run(scenario)
+
+
 def test_io_uring_where_it_is_forbidden_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         monkeypatch.setattr(native, "available", True)

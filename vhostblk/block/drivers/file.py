@@ -89,7 +89,9 @@ class FileNode(PosixNode):
 
     async def _open(self, path: str, common: NodeOptions, read_only: bool) -> _Opened:
         try:
-            return await self._io.call(self._open_file, path, common, read_only)
+            return await self._io.call(
+                self._open_file, path, common, read_only, undo=lambda opened: os.close(opened.fd)
+            )
         except OSError as error:
             raise ConfigError(
                 f"Could not open '{self.options.filename}': {error.strerror}{_hint(error, common)}",

@@ -13,6 +13,7 @@ Knows nothing about how the file was opened, nor about locks.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 
@@ -291,8 +292,10 @@ class PosixNode(BlockNode):
                     self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
                 )
             await self._io.fdatasync(self._fd)
-        except BlockError as error:
-            self.flush_failed(error.errno or errno.EIO)
+        except (BlockError, asyncio.CancelledError) as error:
+            failure = error if isinstance(error, BlockError) else error.__cause__
+            if isinstance(failure, BlockError):
+                self.flush_failed(failure.errno or errno.EIO)
             raise
         finally:
             self._flushing = False
