@@ -201,6 +201,22 @@ class Daemon:
         medium = self._find_export(export).medium
         await medium.change(self.graph, self.graph.find(node_name), force=force)
 
+    async def inactivate(self, export: str) -> None:
+        """Give the image of an export up to another process; the next queue that starts takes it back.
+
+        Raises:
+            ConfigError: see `Export.inactivate`; or there is no such export.
+        """
+        await self._find_export(export).inactivate(self.graph)
+
+    async def activate(self, export: str) -> None:
+        """Take the image of an export back.
+
+        Raises:
+            ConfigError: see `Export.activate`; or there is no such export.
+        """
+        await self._find_export(export).activate(self.graph)
+
     def _find_export(self, name: str) -> Export:
         if name not in self.exports:
             raise ConfigError(f"Export '{name}' does not exist", errno.ENODEV)

@@ -14,10 +14,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from vhostblk.block import activation
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.graph import BlockGraph
 from vhostblk.block.node import BlockNode
-from vhostblk.block.permissions import Perm
-from vhostblk.errors import BlockError, StateError
+from vhostblk.block.permissions import Perm, parents_first
+from vhostblk.errors import BlockError, ConfigError, PeerError, StateError
 from vhostblk.export.accounting import block_device_stats
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPath
@@ -84,6 +86,8 @@ class Export:
         self.device.on_io_error = self._io_failed
         self.device.parking.paused = self._paused
         self._on_event = on_event
+        self._handed_over: BlockGraph | None = None  # whose image somebody else has
+        self._handing_over = asyncio.Lock()
         self._path: DataPath = (
             NativeDataPath(
                 self.device,
@@ -258,6 +262,48 @@ class Export:
         if self._front_end is not None:
             self._front_end.config_changed()
 
+    # ------------------------------------------------------------------ images that change hands (row B40)
+
+    async def inactivate(self, graph: BlockGraph) -> None:
+        """Give the image up to another process: what was written is on the disk, its locks are free.
+
+        The next queue that is started takes it back, or `activate`.
+
+        Raises:
+            ConfigError: the guest uses it, or it cannot be given up; nothing has changed.
+        """
+        async with self._handing_over:
+            if self._is_in_use():
+                raise ConfigError(f"Export '{self.config.id}' is in use: queues run", errno.EBUSY)
+            await activation.inactivate(graph, self._nodes())
+            self._handed_over = graph
+        self.log.info("its image is given up")
+
+    async def activate(self, graph: BlockGraph) -> None:
+        """Take the image back. Does nothing if it is ours.
+
+        Raises:
+            ConfigError: somebody else has it, or it cannot be read.
+        """
+        async with self._handing_over:
+            await activation.activate(graph, self._nodes())
+            self._handed_over = None
+        # Whoever had it may have changed its size.
+        if self._front_end is not None:
+            self._front_end.config_changed()
+
+    def _nodes(self) -> list[BlockNode]:
+        return parents_first([self._backend.node])
+
+    async def _activate(self) -> None:
+        async with self._handing_over:
+            graph = self._handed_over
+        if graph is not None:
+            try:
+                await self.activate(graph)
+            except ConfigError as exc:
+                raise PeerError(f"the image belongs to somebody else: {exc}") from None
+
     # ------------------------------------------------------------------ errors of the disk
 
     @property
@@ -323,6 +369,7 @@ class Export:
                 self.config.num_queues,
                 self.log,
                 self._offences,
+                self._activate,
             )
             self._serving = asyncio.create_task(self._serve(self._front_end))
 

@@ -33,6 +33,7 @@ class FrontEnd:
     Args:
         connection: becomes this object's.
         device, data_path: the export's; nobody else uses them meanwhile.
+        activate: makes the image ours again if it was handed over; raises PeerError if that cannot be.
         offences: where messages that are refused, and whatever else a guest can do all day, are counted.
 
     Context: the control loop. Owns: the connection, the session, guest memory, the back-end channel.
@@ -46,12 +47,14 @@ class FrontEnd:
         num_queues: int,
         log: Log,
         offences: ErrorLog,
+        activate: Callable[[], Awaitable[None]],
     ) -> None:
         self._connection = connection
         self._device = device
         self._path = data_path
         self._log = log
         self._offences = offences
+        self._activate = activate
         self._session = Session(
             device_features=device.offered_features,
             num_queues=num_queues,
@@ -187,8 +190,13 @@ class FrontEnd:
         memory.close()
 
     async def _start_vring(self, step: action.StartVring) -> None:
-        await self._path.start_queue(step.vring, self._session.features)
-        self._running.add(step.index)
+        self._running.add(step.index)  # first: from here on the image is in use
+        try:
+            await self._activate()
+            await self._path.start_queue(step.vring, self._session.features)
+        except BaseException:
+            self._running.discard(step.index)
+            raise
         self._log.debug("queue %d: started, size %d", step.index, step.vring.size)
 
     async def _stop_vring(self, step: action.StopVring) -> int:

@@ -45,6 +45,10 @@ class Path(PythonDataPath):
         self.write_through.append(write_through)
 
 
+async def nothing() -> None:
+    """The image is ours."""
+
+
 def make_device(backend: BlockBackend) -> BlkDevice:
     return BlkDevice(
         backend,
@@ -77,7 +81,8 @@ def run(
         with theirs:
             if data:
                 socket.send_fds(theirs, [data], fds)
-        await FrontEnd(Connection(ours), device, path, 1, LOG, ErrorLog(LOG)).run()
+        front_end = FrontEnd(Connection(ours), device, path, 1, LOG, ErrorLog(LOG), nothing)
+        await front_end.run()
 
     asyncio.run(session())
     return path
