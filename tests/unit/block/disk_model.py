@@ -212,6 +212,9 @@ class DiskModel:
         else:
             list(self._range(self._segments, length, self.length))
             self._segments = [segment for segment in self._segments if segment.end <= length]
+            for flush in self._flushes:  # they promise nothing about what comes there later
+                list(self._range(flush.promised, length, self.length))
+                flush.promised = [part for part in flush.promised if part.end <= length]
         self.length = length
 
     # ------------------------------------------------------------------ what must be so
