@@ -204,6 +204,7 @@ class RequestsMachine(RuleBasedStateMachine):
         except ConfigError as error:
             # A window that is not inside, limits that make no sense.
             note(f"no graph: {error}")
+            self.loop.run_until_complete(self.disk.close())
         if any(layer["driver"] == "blkdebug" and layer["inject-error"] for layer in above):
             self.disk.may_fail.add(INJECTED)
 
