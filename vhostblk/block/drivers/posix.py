@@ -163,8 +163,7 @@ class PosixNode(BlockNode):
             self._write_at_once(offset, length, iov, os.RWF_DSYNC if dsync else 0)
         else:
             await self._io.pwritev(self._fd, offset, iov, bool(dsync))
-        if offset + length > self._size:
-            self._size = offset + length
+        self._size = max(self._size, offset + length)
 
     def _write_at_once(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         try:
@@ -183,9 +182,16 @@ class PosixNode(BlockNode):
         self._io.unplug()
 
     async def driver_cut_padding(self, end: int) -> None:
-        """O_DIRECT wrote a whole block at the end; the file must not seem to have grown."""
-        if not self._file.is_device and self._size > end:
-            await self._truncate_file(end)
+        """O_DIRECT wrote a whole block at the end; the file must not seem to have grown.
+
+        Unless something else is in flight, which may have made it longer: at once, so that nothing begins meanwhile.
+        """
+        if not self._file.is_device and self._size > end and self.in_flight == 1:
+            try:
+                os.ftruncate(self._fd, end)
+            except OSError as error:
+                raise block_error(error) from None
+            self._size = end
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         """Holes if they are allowed, else a zero-range, else a hole that is allocated again; else ENOTSUP."""
@@ -201,8 +207,12 @@ class PosixNode(BlockNode):
                 self._has_allocate = await self._fallocate(_ALLOCATE, offset, length)
                 if not self._has_allocate:
                     raise BlockError(errno.ENOTSUP)
-        if offset + length > self._size:
-            await self._truncate_file(offset + length)
+        end = offset + length
+        if end > self._size:
+            # Not ftruncate: another write may have made the file longer meanwhile.
+            if not await self._fallocate(0, end - 1, 1):
+                raise BlockError(errno.ENOTSUP)
+            self._size = max(self._size, end)
 
     async def _zero_device(self, offset: int, length: int, flags: int) -> None:
         if (offset | length) % self._file.sizes.logical:

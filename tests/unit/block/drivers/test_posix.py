@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from tests.unit.block.drivers.disks import read, with_file
-from vhostblk.block import pipeline
+from vhostblk.block import clear, pipeline
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import host_file, posix
 from vhostblk.block.drivers.file import FileNode
 from vhostblk.block.host_io import HostIO
 from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import align_up
 from vhostblk.block.node import ExtentFlag, FlushTarget, Req
 from vhostblk.errors import BlockError
 
@@ -82,6 +83,42 @@ def test_zeroing_the_last_sector_makes_the_file_whole(tmp_path: Path) -> None:
 
     with_file(path, scenario)
     assert path.read_bytes() == b"x" * 512 + bytes(512)
+
+
+def test_what_makes_a_file_longer_never_makes_it_shorter_for_somebody_else(image: Path) -> None:
+    """Formats write behind the end; a zero-write and a write further on may overtake each other."""
+
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        for turn in range(50):
+            end = node.length
+            data = bytes([turn + 1]) * 4096
+            await asyncio.gather(
+                clear.pwrite_zeroes(node, end, 4096),
+                pipeline.pwritev(node, end + 65536, IoVec.of(data)),
+            )
+            assert path.stat().st_size == node.length == end + 65536 + 4096
+            assert await read(backend, end + 65536, 4096) == data
+
+    path = image
+    with_file(path, scenario)
+
+
+def test_padding_is_not_cut_off_while_others_write_behind_it(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_file, "_direct_alignment", lambda fd, logical: (4096, 4096))
+
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        for turn in range(50):
+            end = align_up(node.length, 4096)
+            data = bytes([turn + 1]) * 4096
+            await asyncio.gather(
+                pipeline.pwritev(node, end, IoVec.of(b"y" * 512)),
+                pipeline.pwritev(node, end + 8192, IoVec.of(data)),
+            )
+            assert await read(backend, end + 8192, 4096) == data
+
+    with_file(image, scenario, **{"cache.direct": True})
 
 
 def test_padding_of_a_direct_write_does_not_make_the_file_grow(
