@@ -2,103 +2,40 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import random
 import subprocess
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.qcow2_images import (
+    MIB,
+    SHAPES,
+    contents,
+    create,
+    qemu_img,
+    qemu_io,
+    read,
+    scribble,
+    with_image,
+)
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.flags import StatusFlag
-from vhostblk.block.graph import BlockGraph
-from vhostblk.block.iov import IoVec
-from vhostblk.block.opening import open_image
-from vhostblk.block.reopen import acquire_write, reopen
 from vhostblk.block.status import block_status
 from vhostblk.client.client import Client
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.plugin import DaemonStarter, ExpectedLog
 from vhostblk.testing.requirements import require
 
-MIB = 1 << 20
-Scenario = Callable[[BlockBackend], Awaitable[None]]
-
 
 @pytest.fixture(autouse=True)
 def tools() -> None:
     require("qemu-img")
     require("qemu-io")
-
-
-def qemu_img(*words: object) -> str:
-    done = subprocess.run(
-        ["qemu-img", *map(str, words)], capture_output=True, text=True, check=True, timeout=120
-    )
-    return done.stdout
-
-
-def create(path: Path, size: int, *words: object) -> Path:
-    qemu_img("create", "-q", "-f", "qcow2", *words, path, size)
-    return path
-
-
-def qemu_io(path: Path, *commands: str) -> None:
-    words = [word for command in commands for word in ("-c", command)]
-    done = subprocess.run(
-        ["qemu-io", *words, path], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert "failed" not in done.stdout + done.stderr
-
-
-def with_image(name: Path | str, scenario: Scenario, **options: Any) -> None:
-    """Open an image by name, read-only."""
-
-    async def everything() -> None:
-        graph = BlockGraph(DRIVERS)
-        try:
-            node = await open_image(graph, str(name), {"read-only": True, **options})
-            backend = BlockBackend(node, "the test", writable=False)
-            try:
-                await scenario(backend)
-            finally:
-                await backend.close()
-        finally:
-            await graph.close_all()
-
-    asyncio.run(everything())
-
-
-async def read(backend: BlockBackend, offset: int, length: int) -> bytes:
-    data = bytearray(b"\xee" * length)
-    await backend.preadv(offset, IoVec.of(data))
-    return bytes(data)
-
-
-def contents(path: Path, folder: Path) -> bytes:
-    """What QEMU reads in an image."""
-    qemu_img("convert", "-O", "raw", path, folder / "raw")
-    return (folder / "raw").read_bytes()
-
-
-def scribble(path: Path, size: int, seed: int, times: int = 40) -> None:
-    """Writes of all kinds, at random places."""
-    rnd = random.Random(seed)
-    commands = []
-    for _ in range(times):
-        length = rnd.choice([512, 3584, 4096, 65536, 300 * 1024])
-        length = min(length, size // 4)
-        offset = rnd.randrange(0, size - length + 1) // 512 * 512
-        kind = rnd.choice(["write", "write", "write -z", "write -z -u", "discard"])
-        pattern = f" -P {rnd.randrange(1, 255)}" if kind == "write" else ""
-        commands.append(f"{kind}{pattern} {offset} {length}")
-    qemu_io(path, *commands)
 
 
 def assert_same(path: Path, expected: bytes, **options: Any) -> None:
@@ -113,23 +50,7 @@ def assert_same(path: Path, expected: bytes, **options: Any) -> None:
             offset = rnd.randrange(0, len(expected) - length)
             assert await read(backend, offset, length) == expected[offset : offset + length]
 
-    with_image(path, scenario, **options)
-
-
-SHAPES = {
-    "version 2": "compat=0.10",
-    "512 byte clusters": "cluster_size=512",
-    "4 KiB clusters": "cluster_size=4k",
-    "64 KiB clusters": "cluster_size=64k",
-    "2 MiB clusters": "cluster_size=2M",
-    "subclusters of 2 KiB": "extended_l2=on,cluster_size=64k",
-    "subclusters of 512 bytes": "extended_l2=on,cluster_size=16k",
-    "metadata preallocated": "preallocation=metadata",
-    "all preallocated": "preallocation=full",
-    "1 bit reference counts": "refcount_bits=1",
-    "64 bit reference counts": "refcount_bits=64",
-    "lazy reference counts": "lazy_refcounts=on",
-}
+    with_image(path, scenario, **{"read-only": True, **options})
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -275,7 +196,7 @@ def test_allocation_is_what_qemu_says(tmp_path: Path) -> None:
                 assert bool(status.flags & StatusFlag.ZERO) == entry["zero"]
                 assert bool(status.flags & StatusFlag.DATA) == entry["data"]
 
-    with_image(image, scenario)
+    with_image(image, scenario, **{"read-only": True})
 
 
 def test_wrong_table_entry_fails_what_needs_it_and_nothing_else(
@@ -296,30 +217,7 @@ def test_wrong_table_entry_fails_what_needs_it_and_nothing_else(
         assert await read(backend, 0, 20 * 65536) == b"\x01" * (20 * 65536)
         assert await read(backend, 21 * 65536, 43 * 65536) == b"\x01" * (43 * 65536)
 
-    with_image(image, scenario)
-
-
-def test_writing_is_refused(tmp_path: Path) -> None:
-    image = create(tmp_path / "i.qcow2", MIB)
-    with pytest.raises(ConfigError, match="only be opened read-only"):
-        with_image(image, lambda backend: read(backend, 0, 1), **{"read-only": False})  # type: ignore[arg-type,return-value]
-
-
-def test_reopen_does_not_make_an_image_writable(tmp_path: Path) -> None:
-    image = create(tmp_path / "image", MIB)
-
-    async def scenario() -> None:
-        graph = BlockGraph(DRIVERS)
-        file = {"driver": "file", "filename": str(image)}
-        options = {"driver": "qcow2", "auto-read-only": True, "file": file}
-        node = await graph.add(options)
-        await acquire_write(graph, node)
-        assert node.read_only
-        with pytest.raises(ConfigError, match="can only be opened read-only"):
-            await reopen(graph, {node: {"auto-read-only": False}})
-        await graph.close_all()
-
-    asyncio.run(scenario())
+    with_image(image, scenario, **{"read-only": True})
 
 
 def test_engine_serves_what_is_allocated_alone(

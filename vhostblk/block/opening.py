@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
-from vhostblk.block.filename import backing_name, is_json, parse_json
-from vhostblk.block.introspection import exact_filename
+from vhostblk.block.filename import is_absolute, is_json, parse_json, protocol_prefix
+from vhostblk.block.introspection import directory
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
 from vhostblk.block.modes import inherited_modes
@@ -25,7 +25,7 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.options import NodeOptions, consume, leftover
 from vhostblk.block.permissions import Perm
 from vhostblk.block.registry import PROBE_SIZE
-from vhostblk.block.roles import Role, check_children, primary_child
+from vhostblk.block.roles import Role, check_children
 from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError, ConfigError
 
@@ -282,12 +282,12 @@ class Opening:
         """The options of a child that an image names: a backing file relative to where the image is, others not."""
         if not role & Role.COW:
             return self.drivers.options_of(name)
-        edge = primary_child(parent)
-        full = backing_name(exact_filename(edge.node) if edge else "", name)
-        if is_json(full):
-            return parse_json(full)
+        if is_json(name):
+            return parse_json(name)
+        if protocol_prefix(name) is None and not is_absolute(name):
+            name = directory(parent) + name
         # A backing file is an image again: what is named is what that is in.
-        return {f"file.{option}": value for option, value in self.drivers.options_of(full).items()}
+        return {f"file.{option}": value for option, value in self.drivers.options_of(name).items()}
 
     async def _find_or_open(self, parent: BlockNode, key: str, role: Role) -> BlockNode | None:
         name = f"{self._where}{key}"

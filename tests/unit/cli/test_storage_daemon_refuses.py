@@ -29,7 +29,6 @@ BLOCKDEVS = [
     ("filename=disk.img", "Parameter 'driver' is missing"),
     ("driver=ftp,node-name=d", "Unknown driver 'ftp'"),
     ("vmdk,node-name=d,file=x", "Unknown driver 'vmdk'"),
-    ("qcow2,node-name=d,file=x", "can only be opened read-only by this version"),
     ("[]", "Unknown driver '[]'"),
     (
         "driver=file,node-name=d,filename=disk.img,typo=1",

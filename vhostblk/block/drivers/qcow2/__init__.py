@@ -1,5 +1,17 @@
-"""qcow2, cut up by structure: `header`, `entries` (what L2 tables say), `tables` (reading and keeping them),
-`compressed`, and the driver in `node`."""
+"""qcow2, cut up by structure.
+
+| module | what it knows |
+|---|---|
+| `header` | the header and its extensions |
+| `entries` | what an entry of an L2 table says |
+| `tables` | reading tables, and keeping slices of them |
+| `refcounts` | who uses which cluster of the file |
+| `metadata` | all tables of an image, and the order in which they reach the disk |
+| `clusters` | where guest clusters are, and how they get a place |
+| `locks` | who uses which range of the disk |
+| `compressed` | decompression |
+| `node` | the driver |
+"""
 
 from __future__ import annotations
 

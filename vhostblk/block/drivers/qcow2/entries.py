@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
 from vhostblk.errors import ImageError
@@ -39,6 +39,7 @@ class Run:
         start, end: on the disk.
         host: where `start` is in the file that has the data; 0 where there is no such place. NORMAL always has one; the
             others have one if room was allocated for them.
+        copied: nobody else uses the host cluster, so it may be written.
         compressed: how many bytes from `host` on have the compressed cluster, at most.
     """
 
@@ -48,6 +49,7 @@ class Run:
     host: int = 0
     has_host: bool = False
     compressed: int = 0
+    copied: bool = False
 
 
 class EntryReader:
@@ -90,7 +92,7 @@ class EntryReader:
             if before is None or not _continues(before, found):
                 break
             found, start, host = before, before.start, before.host
-        return Run(found.kind, start, end, host, found.has_host)
+        return Run(found.kind, start, end, host, found.has_host, copied=found.copied)
 
     def _neighbour(self, table: Sequence[int], base: int, offset: int) -> Run | None:
         """None if the entry is wrong: that is the business of whoever reads there."""
@@ -107,7 +109,8 @@ class EntryReader:
         if entry & COMPRESSED:
             return self._compressed(entry, start)
         host = entry & OFFSET_MASK
-        has_host = bool(host or (self._has_data_file and entry & COPIED))
+        copied = bool(entry & COPIED)
+        has_host = bool(host or (self._has_data_file and copied))
         if host & (self._cluster_size - 1):
             raise ImageError(
                 f"Cluster allocation offset {host:#x} unaligned (guest offset {start:#x})"
@@ -117,14 +120,15 @@ class EntryReader:
                 f"External data file host cluster offset {host:#x} does not match guest cluster offset: {start:#x}"
             )
         if self._extended:
-            return self._subclusters(table[2 * index + 1], start, offset, host, has_host)
+            run = self._subclusters(table[2 * index + 1], start, offset, host, has_host)
+            return replace(run, copied=copied)
         if entry & _ZERO and self._has_zeroes:
             kind = Kind.ZERO
         elif entry & _ZERO:
             raise ImageError(f"Zero cluster in a version 2 image (guest offset {start:#x})")
         else:
             kind = Kind.NORMAL if has_host else Kind.UNALLOCATED
-        return Run(kind, start, start + self._cluster_size, host, has_host)
+        return Run(kind, start, start + self._cluster_size, host, has_host, copied=copied)
 
     def _subclusters(self, bitmap: int, start: int, offset: int, host: int, has_host: bool) -> Run:
         allocated, zero = bitmap & _ALL, bitmap >> SUBCLUSTERS
@@ -153,15 +157,19 @@ class EntryReader:
             has_host,
         )
 
+    def compressed_place(self, entry: int) -> tuple[int, int]:
+        """Where the data of a compressed cluster are, and how many bytes they are at most."""
+        descriptor = entry & (COMPRESSED - 1)
+        host = descriptor & ((1 << self._offset_bits) - 1)
+        sectors = (descriptor >> self._offset_bits) + 1
+        return host, sectors * _SECTOR - host % _SECTOR
+
     def _compressed(self, entry: int, start: int) -> Run:
         if self._has_data_file:
             raise ImageError(
                 f"Compressed cluster with an external data file (guest offset {start:#x})"
             )
-        descriptor = entry & (COMPRESSED - 1)
-        host = descriptor & ((1 << self._offset_bits) - 1)
-        sectors = (descriptor >> self._offset_bits) + 1
-        length = sectors * _SECTOR - host % _SECTOR
+        host, length = self.compressed_place(entry)
         return Run(
             Kind.COMPRESSED,
             start,
@@ -178,5 +186,6 @@ def _continues(one: Run, other: Run) -> bool:
         one.kind is other.kind
         and one.kind is not Kind.COMPRESSED
         and one.has_host == other.has_host
+        and one.copied == other.copied
         and (not one.has_host or one.host + one.end - one.start == other.host)
     )

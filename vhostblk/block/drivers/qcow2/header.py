@@ -30,7 +30,7 @@ MAX_CLUSTER_BITS = 21
 _MIN_EXTENDED_CLUSTER_BITS = 14
 _MAX_BACKING_NAME = 1023
 _MAX_L1_BYTES = 32 << 20
-_MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 _MAX_SNAPSHOTS = 65536
 _MAX_REFCOUNT_ORDER = 6
 _V2_REFCOUNT_ORDER = 4
@@ -214,7 +214,7 @@ class Header:
             extensions=extensions,
             unknown=unknown,
         )
-        header._check()
+        header.check()
         return header
 
     def to_bytes(self) -> bytes:
@@ -256,8 +256,12 @@ class Header:
 
     # ------------------------------------------------------------------ checks
 
-    def _check(self) -> None:
-        """What holds between fields."""
+    def check(self) -> None:
+        """What holds between fields.
+
+        Raises:
+            ImageError: what does not.
+        """
         if self.has_subclusters and self.cluster_bits < _MIN_EXTENDED_CLUSTER_BITS:
             raise ImageError("Extended L2 entries need clusters of at least 16 KiB")
         if self.refcount_order > _MAX_REFCOUNT_ORDER:
@@ -276,7 +280,7 @@ class Header:
         refcount_bytes = self.refcount_table_clusters * self.cluster_size
         self._check_table(
             *("Reference count table", self.refcount_table_offset),
-            *(refcount_bytes, _MAX_REFCOUNT_TABLE_BYTES),
+            *(refcount_bytes, MAX_REFCOUNT_TABLE_BYTES),
         )
         if not self.refcount_table_clusters:
             raise ImageError("Image does not contain a reference count table")

@@ -1,9 +1,10 @@
-"""The `qcow2` driver: images with allocation, backing files, compression and subclusters. For reading, as yet.
+"""The `qcow2` driver: images with allocation, backing files, compression and subclusters.
 
 Theory of operation: the header is checked, the L1 table read whole; slices of L2 tables are kept in a cache. A request
 is cut into runs (`entries.py`), each of which comes from one place: the image's file or external data file, the
-backing file, a compressed cluster, or nowhere. What is allocated and not compressed is given to the engine as extents,
-zeroes and backing files likewise, so that a chain costs nothing once it was looked up.
+backing file, a compressed cluster, or nowhere. What is allocated and not compressed is given to the engine as extents
+(for writing, if nobody shares it), zeroes and backing files likewise: a chain costs nothing once it was looked up. How
+clusters get a place is in `clusters.py`, how tables reach the disk in `metadata.py`.
 
 An image is not trusted: whatever is wrong with a table is an error of the request that found it (EIO), and logged once.
 """
@@ -13,28 +14,42 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.driver import NodeInfo, OpenContext
+from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import Decompress, decompressor
-from vhostblk.block.drivers.qcow2.entries import L1_RESERVED, OFFSET_MASK, EntryReader, Kind, Run
-from vhostblk.block.drivers.qcow2.header import MAGIC, Header, Incompatible, cluster_size_of
-from vhostblk.block.drivers.qcow2.tables import Table, TableCache, read_table
+from vhostblk.block.drivers.qcow2.entries import Kind, Run
+from vhostblk.block.drivers.qcow2.header import (
+    MAGIC,
+    AutoClear,
+    Header,
+    Incompatible,
+    cluster_size_of,
+)
+from vhostblk.block.drivers.qcow2.metadata import Metadata
+from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+from vhostblk.block.drivers.qcow2.tables import TableCache
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
-from vhostblk.block.flags import StatusFlag
+from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import SECTOR_SIZE, align_down
+from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.node import BlockNode
-from vhostblk.block.options import SIZE, NodeOptions, option
-from vhostblk.block.pipeline import host_extent
-from vhostblk.block.reopen import Reopen
+from vhostblk.block.options import SIZE, option
+from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
+if TYPE_CHECKING:
+    from vhostblk.block.reopen import Reopen
+
 log = logging.getLogger(__name__)
 
+_MAY_UNMAP = int(Req.MAY_UNMAP)
 _MAX_L2_CACHE = 32 << 20
 _MAX_SLICE = 64 << 10
 _MIN_SLICE = 512
@@ -52,13 +67,16 @@ class Qcow2Options:
         None,
         about="bytes of an L2 table to read at a time, a power of two; absent: a cluster, at most 64 KiB",
     )
+    refcount_cache_size: int | None = option(
+        SIZE, None, about="bytes of reference counts to keep; absent: four clusters"
+    )
     cache_size: int | None = option(
         SIZE, None, about="bytes for tables of all kinds; what `l2-cache-size` does not say"
     )
 
 
 class Qcow2Node(BlockNode):
-    """A qcow2 image, read-only."""
+    """A qcow2 image."""
 
     driver_name = "qcow2"
     options_type = Qcow2Options
@@ -67,9 +85,8 @@ class Qcow2Node(BlockNode):
     _header: Header
     _file: Edge
     _data: Edge
-    _l1: Table
-    _l2: TableCache
-    _entries: EntryReader
+    _metadata: Metadata
+    _clusters: Clusters
     _decompress: Decompress
 
     @classmethod
@@ -81,45 +98,84 @@ class Qcow2Node(BlockNode):
         """Read and check the header and the L1 table; open the data file and the backing file.
 
         Raises:
-            ConfigError: not a qcow2 image, or one that is damaged or not supported; writing was asked for.
+            ConfigError: not a qcow2 image, or one that is damaged or not supported.
         """
-        self._refuse_writing(self.read_only, self.common)
-        self.read_only = True
-        self._logged = False
+        self._is_corrupt = False
+        self._reopened: Refcounts | None = None
         self._file = await context.open_child(self, "file", Role.IMAGE)
+        self._header = header = await self._load_header()
+        self._decompress = decompressor(header.compression)
+        if not self.read_only:
+            try:
+                self._check_may_write(header)
+            except ConfigError:
+                if not self.common.auto_read_only:
+                    raise
+                self.read_only = True
+        self.cluster_size = header.cluster_size
+        self.length = align_down(header.size, SECTOR_SIZE)
+        await self._open_data_file(context)
+        await self._load_tables()
+        await context.open_implied(
+            self, "backing", Role.COW, header.backing_name, header.backing_format
+        )
+        self._clusters.has_backing = "backing" in self.children
+
+    async def _load_header(self) -> Header:
         try:
-            self._header = header = Header.parse(await self._beginning())
-            self._decompress = decompressor(header.compression)
-            self._l1 = await read_table(self._file, header.l1_offset, header.l1_entries)
+            return Header.parse(await self._beginning())
         except ImageError as error:
             raise ConfigError(f"Image is not usable: {error}") from None
         except BlockError as error:
             raise ConfigError(f"Could not read qcow2 header: {error.strerror}") from None
-        self._entries = EntryReader(header)
-        self.cluster_size = header.cluster_size
-        self.length = align_down(header.size, SECTOR_SIZE)
-        await self._open_data_file(context)
-        self._l2 = self._make_cache()
-        await context.open_implied(
-            self, "backing", Role.COW, header.backing_name, header.backing_format
-        )
 
-    async def reopen_prepare(self, reopen: Reopen) -> None:
-        """As when it was opened.
+    async def _load_tables(self) -> None:
+        header, file = self._header, self._file
+        refcounts = None
+        try:
+            if not self.read_only:
+                refcounts = await Refcounts.load(file, header, self._refcount_cache_size())
+            self._metadata = await Metadata.load(
+                file, self._data, header, self._make_cache(), refcounts
+            )
+        except ImageError as error:
+            raise ConfigError(f"Image is not usable: {error}") from None
+        except BlockError as error:
+            raise ConfigError(f"Could not read the tables: {error.strerror}") from None
+        self._metadata.discards = self.unmap
+        self._clusters = Clusters(
+            self._metadata,
+            self._data,
+            is_external=header.has_data_file,
+            read=self._read,
+            changed=self._moved,
+        )
+        self._clusters.has_backing = "backing" in self.children
+        if not self.read_only:
+            await self._metadata.clear_unknown_features()
+
+    def _check_may_write(self, header: Header) -> None:
+        """Refuse to write what would be damaged by that.
 
         Raises:
-            ConfigError: writing was asked for.
+            ConfigError: why.
         """
-        self._refuse_writing(reopen.read_only, reopen.common)
-        reopen.read_only = True
+        why = ""
+        if header.incompatible & Incompatible.CORRUPT:
+            why = "Image is corrupt; cannot be opened read/write"
+        elif header.incompatible & Incompatible.DIRTY:
+            why = "Image was not closed properly; repair it with qemu-img check -r all"
+        elif header.autoclear & AutoClear.BITMAPS:
+            why = "Image has persistent bitmaps, which this version cannot keep up to date"
+        elif header.autoclear & AutoClear.RAW_DATA_FILE:
+            why = "Image has a raw external data file, which this version does not write"
+        if why:
+            raise ConfigError(f"Node '{self.node_name}': {why}", errno.EACCES)
 
-    def _refuse_writing(self, read_only: bool, common: NodeOptions) -> None:
-        if not read_only and not common.auto_read_only:
-            raise ConfigError(
-                f"Node '{self.node_name}': qcow2 images can only be opened read-only by this version "
-                "(read-only=on)",
-                errno.ENOTSUP,
-            )
+    def refresh_limits(self) -> None:
+        """Zeroes by subclusters, discards by clusters."""
+        self.limits.pwrite_zeroes_alignment = self._header.subcluster_size
+        self.limits.pdiscard_alignment = self._header.cluster_size
 
     async def _beginning(self) -> bytes:
         """The first cluster, or the whole file."""
@@ -158,8 +214,13 @@ class Qcow2Node(BlockNode):
         if total is None:
             tables = header.l1_entries_needed(header.size) * header.cluster_size
             total = min(tables, _MAX_L2_CACHE) if both is None else both
-        self._slice_size = slice_size
         return TableCache(self._file, slice_size, total)
+
+    def _refcount_cache_size(self) -> int:
+        options = self.options
+        if options.refcount_cache_size is not None:
+            return options.refcount_cache_size
+        return max((options.cache_size or 0) - (options.l2_cache_size or 0), 0)
 
     def info(self) -> NodeInfo:
         """Sizes of clusters; what a guest's state would be saved behind; whether it was closed."""
@@ -180,45 +241,38 @@ class Qcow2Node(BlockNode):
         Raises:
             BlockError: EIO: the image is damaged there, or the child's errno.
         """
-        header = self._header
-        covered = header.l2_entries << header.cluster_bits
-        index = offset // covered
-        start = index * covered
-        entry = self._l1[index]
-        l2_offset = entry & OFFSET_MASK
         try:
-            if entry & L1_RESERVED or l2_offset & (header.cluster_size - 1):
-                raise ImageError(f"L2 table offset {entry:#x} unaligned (L1 index: {index})")
-            if not l2_offset:
-                return self._unallocated(index, covered, limit)
-            # Each slice is for so many bytes of the disk.
-            part = self._slice_size // header.l2_entry_size << header.cluster_bits
-            which = (offset - start) // part
-            table = await self._l2.get(l2_offset + which * self._slice_size)
-            return self._entries.run_at(table, start + which * part, offset, limit)
+            return await self._clusters.run(offset, limit)
         except ImageError as error:
-            if not self._logged:
-                log.warning("node '%s': image is corrupt: %s", self.node_name, error)
-                self._logged = True
-            raise BlockError(errno.EIO, f"{self.node_name}: image is corrupt: {error}") from None
+            raise await self._corrupt(error) from None
 
-    def _unallocated(self, index: int, covered: int, limit: int) -> Run:
-        """No L2 table: all that the entries of the L1 table around this one say nothing of either."""
-        first = last = index
-        while first and not self._l1[first - 1] & (OFFSET_MASK | L1_RESERVED):
-            first -= 1
-        most = min(-(-limit // covered), len(self._l1))
-        while last + 1 < most and not self._l1[last + 1] & (OFFSET_MASK | L1_RESERVED):
-            last += 1
-        return Run(Kind.UNALLOCATED, first * covered, (last + 1) * covered)
+    async def _corrupt(self, error: ImageError) -> BlockError:
+        """What a request fails with that has found damage; from now on nobody writes, and the image says so."""
+        if not self._is_corrupt:
+            self._is_corrupt = True
+            log.warning("node '%s': image is corrupt: %s", self.node_name, error)
+            if not self.read_only:
+                await self._metadata.mark_corrupt()
+        return BlockError(errno.EIO, f"{self.node_name}: image is corrupt: {error}")
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
-        """Run by run."""
-        end, at = offset + length, offset
+        """Run by run; nobody moves what is being read."""
+        if self.read_only:
+            await self._read(offset, iov)
+            return
+        async with self._clusters.locks.held(offset, offset + length, alone=False):
+            await self._read(offset, iov)
+
+    async def _read(self, offset: int, iov: IoVec) -> None:
+        end, at = offset + iov.length, offset
         while at < end:
+            count = end - at
+            if at >= self.length:
+                iov.zero(at - offset, count)
+                return
             run = await self._run(at, end)
             count = min(run.end, end) - at
-            part = iov if count == length else iov.slice(at - offset, count)
+            part = iov if count == iov.length else iov.slice(at - offset, count)
             if run.kind is Kind.NORMAL:
                 await self._data.preadv(run.host + at - run.start, part)
             elif run.kind is Kind.COMPRESSED:
@@ -235,6 +289,131 @@ class Qcow2Node(BlockNode):
         # It takes some hundred microseconds: not in the loop.
         cluster = await asyncio.to_thread(self._decompress, bytes(data), self._header.cluster_size)
         iov.copy_from(memoryview(cluster)[skip : skip + iov.length])
+
+    # ------------------------------------------------------------------ writing
+
+    async def _moved(self, start: int, end: int) -> None:
+        """Other clusters are shown now: nobody may use the old ones, nor flush without the tables."""
+        await self.revoke_flush()
+        end = min(end, self.length)
+        if start < end:
+            await self.revoke(start, end - start)
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        """In place, or to new clusters."""
+        await self._change(self._clusters.write(offset, iov))
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        """By changing tables, where whole clusters or subclusters are concerned; ENOTSUP else."""
+        self._check_whole(offset, length, self._header.subcluster_size)
+        keep = not flags & _MAY_UNMAP
+        if self._header.version < 3 and keep:
+            raise BlockError(errno.ENOTSUP)
+        await self._change(self._clusters.clear(offset, length, keep=keep, discard=False))
+
+    async def driver_pdiscard(self, offset: int, length: int) -> None:
+        """Clusters are given up; they read as zeroes then."""
+        self._check_whole(offset, length, self._header.cluster_size)
+        await self._change(self._clusters.clear(offset, length, keep=False, discard=True))
+
+    def _check_whole(self, offset: int, length: int, unit: int) -> None:
+        end = offset + length
+        if offset % unit or (end % unit and end != self.length):
+            raise BlockError(errno.ENOTSUP)
+
+    async def _change(self, change: Coroutine[Any, Any, None]) -> None:
+        if self._is_corrupt:
+            change.close()
+            raise BlockError(errno.EIO, f"{self.node_name}: image is corrupt")
+        try:
+            await change
+        except ImageError as error:
+            raise await self._corrupt(error) from None
+
+    async def driver_flush_to_os(self) -> None:
+        """Tables, in the order that survives a crash."""
+        if not self.read_only and not self.inactive:
+            await self._metadata.sync()
+
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
+        """Grow: tables with more room."""
+        if length < self.length:
+            raise BlockError(
+                errno.ENOTSUP, f"{self.node_name}: qcow2 images cannot shrink here yet"
+            )
+        if preallocation is not Preallocation.OFF:
+            raise BlockError(errno.ENOTSUP, f"{self.node_name}: no preallocation but 'off'")
+        old = self.length
+        try:
+            await self._metadata.grow(length)
+        except ImageError as error:
+            raise BlockError(errno.EFBIG, f"{self.node_name}: {error}") from None
+        self._header = self._metadata.header
+        await self._hide_backing(old, length)
+        self.set_length(length)
+
+    async def _hide_backing(self, old: int, new: int) -> None:
+        """What was behind the end must not show what the backing file has there."""
+        edge = self.children.get("backing")
+        end = min(new, edge.node.length) if edge is not None else 0
+        if old >= end:
+            return
+        size = self._header.cluster_size
+        first = min(align_up(old, size), end)
+        if old < first:
+            await self._change(self._clusters.write(old, IoVec.of(bytes(first - old))))
+        if first < end:
+            whole = min(align_up(end, size), align_up(new, size))
+            await self._change(
+                self._clusters.clear(first, whole - first, keep=False, discard=False)
+            )
+
+    async def driver_inactivate(self) -> None:
+        """Write what only this process knows."""
+        if not self.read_only:
+            await self._metadata.sync()
+
+    async def driver_activate(self) -> None:
+        """Read anew what somebody else may have changed."""
+        self._header = await self._load_header()
+        await self._load_tables()
+        self.set_length(align_down(self._header.size, SECTOR_SIZE))
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        """Read what a writer needs; not what everybody has already.
+
+        Raises:
+            ConfigError: it may not be written.
+        """
+        if reopen.read_only or not self.read_only:
+            return
+        header = await self._load_header()
+        self._check_may_write(header)
+        if header.autoclear & ~sum(AutoClear):
+            raise ConfigError(
+                f"Node '{self.node_name}': Image has features that nobody here knows; open it for writing anew"
+            )
+        try:
+            self._reopened = await Refcounts.load(self._file, header, self._refcount_cache_size())
+        except (ImageError, BlockError) as error:
+            raise ConfigError(f"Could not read the reference counts: {error}") from None
+
+    async def reopen_commit(self, reopen: Reopen) -> None:
+        """The tables are the same."""
+        if self._reopened is not None:
+            self._metadata.may_write(self._reopened)
+        self._reopened = None
+        self._metadata.discards = self.unmap
+
+    async def reopen_abort(self, reopen: Reopen) -> None:
+        """As if nobody had asked."""
+        self._reopened = None
+
+    def can_discard(self) -> bool:
+        """Clusters that are given up are used again."""
+        return not self.read_only
+
+    # ------------------------------------------------------------------ what is where
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         """The run at `offset`, and where it is."""
@@ -275,11 +454,19 @@ class Qcow2Node(BlockNode):
         if extent is None or shift % extent.request_alignment:
             return None
         extent = extent.cut(start + shift, end + shift)
-        return extent and replace(extent.without(ExtentFlag.WRITE), offset=extent.offset - shift)
+        if extent is not None and (
+            self._is_corrupt or not (run.kind is Kind.NORMAL and run.copied)
+        ):
+            extent = extent.without(ExtentFlag.WRITE)
+        return extent and replace(extent, offset=extent.offset - shift)
 
     def flush_target(self) -> int | FlushTarget:
-        """Nothing is ever written."""
-        return FlushTarget.NOTHING
+        """The file's, while no table waits to be written."""
+        if self.read_only:
+            return FlushTarget.NOTHING
+        if self._metadata.is_dirty or self._data is not self._file:
+            return FlushTarget.ASK
+        return flush_target(self._file.node)
 
     async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
         """A backing file has our offsets; what is where in the image is not worth knowing."""

@@ -9,6 +9,7 @@ import asyncio
 import sys
 from array import array
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from vhostblk.block.edge import Edge
@@ -20,31 +21,55 @@ _PIECE = 1 << 20
 Table: TypeAlias = "array[int]"
 
 
-async def read_table(file: Edge, offset: int, entries: int) -> Table:
-    """Big-endian numbers at `offset`; what is behind the end of the file is 0.
+async def read_bytes(file: Edge, offset: int, length: int) -> bytearray:
+    """So many bytes at `offset`; what is behind the end of the file is 0.
 
     Raises:
         BlockError: the child's errno.
     """
-    data = bytearray(entries * 8)
+    data = bytearray(length)
     view = memoryview(data)
-    for start in range(0, len(data), _PIECE):
+    for start in range(0, length, _PIECE):
         await file.preadv(offset + start, IoVec.of(view[start : start + _PIECE]))
+    return data
+
+
+async def read_table(file: Edge, offset: int, entries: int) -> Table:
+    """Big-endian numbers at `offset`; raises as `read_bytes`."""
     table = array("Q")
-    table.frombytes(data)
+    table.frombytes(await read_bytes(file, offset, entries * 8))
+    return big_endian(table)
+
+
+def big_endian(table: Table) -> Table:
+    """From the file's byte order to ours or back, in place."""
     if sys.byteorder == "little":
         table.byteswap()
     return table
 
 
-def _seen(loading: asyncio.Future[Table]) -> None:
-    """Whoever waited for it knows of its failure; nobody may be left who does."""
-    if not loading.cancelled():
-        loading.exception()
+def table_bytes(table: Table) -> bytes:
+    """As it is in the file."""
+    return big_endian(table[:]).tobytes()
+
+
+@dataclass(slots=True, eq=False)
+class Slice:
+    """A part of a table.
+
+    Attributes:
+        offset: in the file.
+        pins: whoever changed it and has not seen it written yet; until then it stays.
+    """
+
+    offset: int
+    table: Table
+    is_dirty: bool = False
+    pins: int = 0
 
 
 class TableCache:
-    """Slices of tables, those used last.
+    """Slices of tables, those used last, and all that have not been written yet.
 
     Args:
         file: where the tables are.
@@ -53,43 +78,94 @@ class TableCache:
     """
 
     def __init__(self, file: Edge, slice_bytes: int, total_bytes: int) -> None:
+        self.slice_bytes = slice_bytes
         self._file = file
         self._entries = slice_bytes // 8
-        self._most = max(total_bytes // slice_bytes, 1)
-        self._slices: OrderedDict[int, Table] = OrderedDict()
-        self._loading: dict[int, asyncio.Future[Table]] = {}
+        self._most = max(total_bytes // slice_bytes, 2)
+        self._slices: OrderedDict[int, Slice] = OrderedDict()
+        self._loading: dict[int, asyncio.Future[None]] = {}
+        self._dirty: dict[int, Slice] = {}
 
     def __len__(self) -> int:
         return len(self._slices)
 
-    async def get(self, offset: int) -> Table:
-        """The slice at this offset of the file; nobody changes it.
+    @property
+    def is_dirty(self) -> bool:
+        """Whether something has to be written."""
+        return bool(self._dirty)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits to be written that it is time."""
+        return 2 * len(self._dirty) >= self._most
+
+    async def get(self, offset: int) -> Slice:
+        """The slice at this offset of the file. It may be gone from the cache after the next `await`, if it is clean.
 
         Raises:
             BlockError: the child's errno; the next one who asks tries again.
         """
-        table = self._slices.get(offset)
-        if table is not None:
-            self._slices.move_to_end(offset)
-            return table
-        loading = self._loading.get(offset)
-        if loading is None:
-            loading = asyncio.ensure_future(self._load(offset))
-            loading.add_done_callback(_seen)
-            self._loading[offset] = loading
-        # Whoever waits may be cancelled; the others still want it.
-        return await asyncio.shield(loading)
+        while (found := self._slices.get(offset)) is None:
+            loading = self._loading.get(offset)
+            if loading is None:
+                return await self._load(offset)
+            await asyncio.shield(loading)
+        self._slices.move_to_end(offset)
+        return found
 
-    async def _load(self, offset: int) -> Table:
+    def changed(self, slice_: Slice) -> None:
+        """It has to be written."""
+        assert self._slices.get(slice_.offset) is slice_
+        slice_.is_dirty = True
+        self._dirty[slice_.offset] = slice_
+
+    def take_dirty(self) -> list[Slice]:
+        """Those that have to be written, which stay until `written` or `not_written`."""
+        taken = list(self._dirty.values())
+        self._dirty.clear()
+        for slice_ in taken:
+            slice_.is_dirty = False
+            slice_.pins += 1
+        return taken
+
+    def written(self, slices: list[Slice]) -> None:
+        """What `take_dirty` gave is in the file."""
+        for slice_ in slices:
+            slice_.pins -= 1
+
+    def not_written(self, slices: list[Slice]) -> None:
+        """It is not; it still has to be."""
+        for slice_ in slices:
+            slice_.pins -= 1
+            self.changed(slice_)
+
+    def forget(self, offset: int) -> None:
+        """What was at this offset is no table any more."""
+        self._slices.pop(offset, None)
+        self._dirty.pop(offset, None)
+
+    def clear(self) -> None:
+        """Forget all; the image has changed. Nothing waits to be written."""
+        assert not self._dirty
+        self._slices.clear()
+
+    async def _load(self, offset: int) -> Slice:
+        loading = self._loading[offset] = asyncio.get_running_loop().create_future()
         try:
             table = await read_table(self._file, offset, self._entries)
         finally:
             del self._loading[offset]
-        while len(self._slices) >= self._most:
-            self._slices.popitem(last=False)
-        self._slices[offset] = table
-        return table
+            loading.set_result(None)
+        self._make_room()
+        loaded = self._slices[offset] = Slice(offset, table)
+        return loaded
 
-    def clear(self) -> None:
-        """Forget all; the image has changed."""
-        self._slices.clear()
+    def _make_room(self) -> None:
+        """Clean ones go, the least recently used first."""
+        while len(self._slices) >= self._most:
+            for offset, slice_ in self._slices.items():
+                if not slice_.is_dirty and not slice_.pins:
+                    del self._slices[offset]
+                    break
+            else:
+                return

@@ -1,0 +1,193 @@
+"""The power goes, at any moment of a random workload on a qcow2 image.
+
+Every write and flush that reaches the image's file is recorded. A state after a crash has all that was written before
+the last flush, and of what came later any subset, sectors of it torn. In each state `qemu-img check` finds leaks at
+worst, and what a completed flush has promised is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qcow2_images import MIB, contents, create, qemu_img, qemu_io
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.filters.filter import FilterNode
+from vhostblk.block.flags import Req
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.iov import IoVec
+from vhostblk.testing.requirements import require
+
+STATES = int(os.environ.get("VHOSTBLK_CRASH_STATES", "25"))
+"""Of each workload."""
+SECTOR = 512
+FLUSH = None
+Entry = tuple[int, bytes] | None
+"""A write, or a flush."""
+
+
+class Recorder(FilterNode):
+    """Writes down what reaches the file."""
+
+    driver_name = "recorder"
+    log: list[Entry]
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        self.log.append((offset, iov.tobytes()))
+        await self.file.pwritev(offset, iov, flags)
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        self.log.append((offset, bytes(length)))
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def driver_pdiscard(self, offset: int, length: int) -> None:
+        self.log.append((offset, bytes(length)))
+        await self.file.pdiscard(offset, length)
+
+    async def driver_flush_to_disk(self) -> None:
+        # Whatever has completed is on the disk when this returns; what is in flight, nobody knows.
+        self.log.append(FLUSH)
+
+
+class Promise:
+    """What the disk shows since a flush that has completed, but for what was touched later.
+
+    Attributes: at: entries of the log when the flush completed. touched: when (entries of the log), and where.
+    """
+
+    def __init__(self, at: int, content: bytes) -> None:
+        self.at = at
+        self.content = content
+        self.touched: list[tuple[int, int, int]] = []
+
+
+class Workload:
+    """One guest request after the other, with flushes between."""
+
+    def __init__(self, image: Path, content: bytes, seed: int) -> None:
+        self.before = image.read_bytes()
+        self.log: list[Entry] = []
+        self.promises = [Promise(0, content)]
+        self._model = bytearray(content)
+        self._rnd = random.Random(seed)
+        asyncio.run(self._run(image))
+
+    async def _run(self, image: Path) -> None:
+        graph = BlockGraph({**DRIVERS, "recorder": Recorder})
+        file = f"file.driver=recorder,file.file.driver=file,file.file.filename={image}"
+        node = await graph.add(f"qcow2,node-name=d,discard=unmap,{file}")
+        recorder = node.children["file"].node
+        assert isinstance(recorder, Recorder)
+        recorder.log = self.log
+        backend = BlockBackend(node, "the guest", writable=True)
+        for _ in range(60):
+            await self._request(backend)
+        await backend.close()
+        await graph.close_all()
+
+    async def _request(self, backend: BlockBackend) -> None:
+        rnd = self._rnd
+        length = rnd.choice([SECTOR, 4096, 65536, 150 * 1024])
+        offset = rnd.randrange(0, len(self._model) - length + 1) // SECTOR * SECTOR
+        end = offset + length
+        kind = rnd.choice("wwwwwzudff")
+        if kind == "f":
+            # What had completed when it began is what it promises.
+            content = bytes(self._model)
+            await backend.flush()
+            self.promises.append(Promise(len(self.log), content))
+            return
+        for promise in self.promises:
+            promise.touched.append((len(self.log), offset, end))
+        if kind == "w":
+            data = bytes([rnd.randrange(1, 256)]) * length
+            await backend.pwritev(offset, IoVec.of(data))
+            self._model[offset:end] = data
+        elif kind == "d":
+            await backend.pdiscard(offset, length)
+            buffer = bytearray(length)
+            await backend.preadv(offset, IoVec.of(buffer))
+            self._model[offset:end] = buffer
+        else:
+            await backend.pwrite_zeroes(offset, length, int(Req.MAY_UNMAP) if kind == "u" else 0)
+            self._model[offset:end] = bytes(length)
+
+    def state(self, end: int, rnd: random.Random) -> bytes:
+        """The file, if the power goes after so many entries of the log."""
+        flushes = [at for at in range(end) if self.log[at] is FLUSH]
+        safe = flushes[-1] if flushes else 0
+        file = bytearray(self.before)
+        for at, entry in enumerate(self.log[:end]):
+            if entry is not None:
+                for offset, data in self._survives(entry, at < safe, rnd):
+                    if len(file) < offset + len(data):
+                        file.extend(bytes(offset + len(data) - len(file)))
+                    file[offset : offset + len(data)] = data
+        return bytes(file)
+
+    def _survives(
+        self, entry: tuple[int, bytes], is_safe: bool, rnd: random.Random
+    ) -> Iterator[tuple[int, bytes]]:
+        offset, data = entry
+        luck = rnd.random()
+        if is_safe or luck < 0.4:
+            yield entry
+        elif luck < 0.6:
+            for at in range(0, len(data), SECTOR):
+                if rnd.random() < 0.5:
+                    yield offset + at, data[at : at + SECTOR]
+
+    def check(self, end: int, found: bytes) -> None:
+        """The last promise that was made before is kept."""
+        promise = [promise for promise in self.promises if promise.at <= end][-1]
+        mask = bytearray(b"\1" * len(found))
+        for when, start, stop in promise.touched:
+            if when <= end:
+                mask[start:stop] = bytes(stop - start)
+        for at in range(0, len(found), SECTOR):
+            if mask[at]:
+                assert found[at : at + SECTOR] == promise.content[at : at + SECTOR], at
+
+
+SHAPES = {
+    "usual": [],
+    "small clusters": ["-o", "cluster_size=4k"],
+    "subclusters": ["-o", "extended_l2=on"],
+    "tiny clusters": ["-o", "cluster_size=512,refcount_bits=64"],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["alone", "overlay", "snapshot"])
+def test_no_crash_corrupts_an_image_or_loses_what_was_flushed(
+    tmp_path: Path, shape: str, how: str
+) -> None:
+    require("qemu-img")
+    require("qemu-io")
+    image = tmp_path / "i.qcow2"
+    words: list[object] = list(SHAPES[shape])
+    if how == "overlay":
+        (tmp_path / "base").write_bytes(random.Random(2).randbytes(MIB))
+        words += ["-b", "base", "-F", "raw"]
+    create(image, 2 * MIB, *words)
+    if how == "snapshot":
+        qemu_io(image, "write -P 200 100k 1M")
+        qemu_img("snapshot", "-c", "s", image)
+    seed = len(shape) + len(how)
+    workload = Workload(image, contents(image, tmp_path), seed)
+    rnd = random.Random(seed)
+    ends = [rnd.randrange(len(workload.log) + 1) for _ in range(STATES)]
+    for end in [*ends, len(workload.log)]:
+        image.write_bytes(workload.state(end, rnd))
+        done = subprocess.run(
+            ["qemu-img", "check", image], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode in (0, 3), f"after {end} entries: {done.stdout}{done.stderr}"
+        workload.check(end, contents(image, tmp_path))

@@ -1,0 +1,351 @@
+"""Guest clusters of an image that is written: where they come from, and how they get a place of their own.
+
+Theory of operation: a write into clusters that have their place, and share it with nobody, goes there. Any other
+gets new clusters, writes the data there together with what was around it before (copy on write), and then changes the
+L2 entries: from one moment to the next, the disk shows the new clusters. Extents of the engine for the range are taken
+back afterwards, and only then the old clusters are given up.
+
+Context: the control loop. Knows nothing about how tables reach the disk: `metadata.py`.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from vhostblk.block.drivers.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    EntryReader,
+    Kind,
+    Run,
+)
+from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
+from vhostblk.block.drivers.qcow2.locks import RangeLocks
+from vhostblk.block.drivers.qcow2.metadata import Metadata
+from vhostblk.block.edge import Edge
+from vhostblk.block.flags import Req
+from vhostblk.block.iov import IoVec, concat
+from vhostblk.block.limits import align_down, align_up
+from vhostblk.errors import BlockError
+
+Read = Callable[[int, IoVec], Awaitable[None]]
+Changed = Callable[[int, int], Awaitable[None]]
+
+_ZERO = 1
+_ALL = (1 << SUBCLUSTERS) - 1
+_ALL_ZERO = _ALL << SUBCLUSTERS
+# Of data that are written at once to new clusters.
+_MOST = 16 << 20
+_NO_FALLBACK = int(Req.NO_FALLBACK)
+
+
+@dataclass(slots=True)
+class _Old:
+    """What a cluster was, and gives up."""
+
+    offset: int
+    length: int
+
+
+class Clusters:
+    """Reads where things are, and writes.
+
+    Args:
+        data: where guest data go.
+        read: the disk's content, for copy on write; under the locks already.
+        changed: told of each range of the disk that has another place now; returns when nobody uses the old one.
+    """
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        data: Edge,
+        *,
+        is_external: bool,
+        read: Read,
+        changed: Changed,
+    ) -> None:
+        self.locks = RangeLocks()
+        self._metadata = metadata
+        self._data = data
+        self._is_external = is_external
+        self._read = read
+        self._changed = changed
+        header = metadata.header
+        self._entries = EntryReader(header)
+        self._size = header.cluster_size
+        self._sub = header.subcluster_size
+        self._extended = header.has_subclusters
+
+    async def run(self, offset: int, limit: int) -> Run:
+        """The run around `offset`; no need to know what is behind `limit`.
+
+        Raises:
+            BlockError: the child's errno.
+            ImageError: an entry is wrong.
+        """
+        metadata = self._metadata
+        table = metadata.l2_table(offset)
+        if not table:
+            return Run(Kind.UNALLOCATED, *metadata.without_table(offset, limit))
+        slice_ = await metadata.slice_at(table, offset)
+        return self._entries.run_at(slice_.table, metadata.slice_start(offset), offset, limit)
+
+    # ------------------------------------------------------------------ writing
+
+    async def write(self, offset: int, iov: IoVec) -> None:
+        """Write, piece by piece.
+
+        Raises:
+            BlockError: the child's errno; ENOSPC, EFBIG.
+            ImageError: an entry is wrong.
+        """
+        at, end = offset, offset + iov.length
+        while at < end:
+            at += await self._write_some(at, end, iov.slice(at - offset, end - at))
+
+    async def _write_some(self, offset: int, end: int, iov: IoVec) -> int:
+        """Write a part; returns how many bytes."""
+        async with self.locks.held(offset, end, alone=False):
+            run = await self.run(offset, end)
+            if _is_in_place(run):
+                count = min(run.end, end) - offset
+                await self._data.pwritev(run.host + offset - run.start, iov.slice(0, count))
+                return count
+        if self._metadata.is_full:
+            await self._metadata.sync()
+        start = align_down(offset, self._size)
+        stop = min(
+            align_up(end, self._size),
+            self._metadata.slice_start(offset) + self._metadata.slice_covers,
+            start + max(_MOST, self._size),
+        )
+        async with self.locks.held(start, stop, alone=True):
+            return await self._write_anew(offset, min(end, stop), iov)
+
+    async def _write_anew(self, offset: int, end: int, iov: IoVec) -> int:
+        """Write to clusters that need a place; 0 if somebody was faster."""
+        run = await self.run(offset, end)
+        if _is_in_place(run):
+            return 0
+        start = align_down(offset, self._size)
+        slice_ = await self._metadata.own_slice(offset)
+        entry, bitmap = self._metadata.entry(slice_, offset)
+        reuses = run.has_host and bool(entry & COPIED) and not entry & COMPRESSED
+        count = 1
+        if reuses:
+            host = entry & OFFSET_MASK
+        else:
+            wanted = self._how_many(slice_.table, offset, end)
+            host, count = await self._new_clusters(start, wanted)
+        end = min(end, start + count * self._size)
+        first, last = self._copied_around(offset, end, entry, bitmap)
+        try:
+            await self._write_data(
+                host - start, first, offset, end, last, iov.slice(0, end - offset)
+            )
+            slice_ = await self._metadata.own_slice(offset)
+        except BaseException:
+            if not reuses and not self._is_external:
+                await self._metadata.refcounts.release(host, count)
+            raise
+        # From here on the disk shows the new clusters.
+        old = []
+        for number in range(count):
+            at = start + number * self._size
+            was, bits = self._metadata.entry(slice_, at)
+            if not reuses:
+                old += self._gives_up(was)
+            new_bits = (
+                _new_bits(
+                    bits, max(first - at, 0) // self._sub, min(last - at, self._size) // self._sub
+                )
+                if self._extended
+                else 0
+            )
+            self._metadata.change(slice_, at, (host + at - start) | COPIED, new_bits)
+        await self._changed(start, start + count * self._size)
+        self._give_up(old)
+        return end - offset
+
+    def _how_many(self, table: object, offset: int, end: int) -> int:
+        """Clusters from the one of `offset` on that need a place, as far as one write may go."""
+        slice_start = self._metadata.slice_start(offset)
+        start = align_down(offset, self._size)
+        if self._extended:
+            # What is around the data in the last cluster may have to move, too: that is for another turn.
+            end = align_down(end, self._size) if offset == start else start
+        count = 0
+        for at in range(start, end, self._size):
+            run = self._entries.run_at(table, slice_start, at, at + 1)  # type: ignore[arg-type]
+            if count and (_is_in_place(run) or (run.has_host and run.copied)):
+                break
+            count += 1
+        return max(count, 1)
+
+    async def _new_clusters(self, start: int, count: int) -> tuple[int, int]:
+        if self._is_external:
+            return start, count
+        host, got = await self._metadata.refcounts.allocate(count)
+        self._metadata.check_not_a_table(host, got)
+        return host, got
+
+    def _copied_around(self, offset: int, end: int, entry: int, bitmap: int) -> tuple[int, int]:
+        """The range to write, so that no cluster or subcluster is half old: up to whole ones.
+
+        A cluster whose data move has to move as a whole.
+        """
+        unit = self._sub
+        moves = entry & COMPRESSED or (bitmap & _ALL and not entry & COPIED)
+        first = align_down(offset, self._size if moves or not self._extended else unit)
+        last = align_up(end, self._size if moves or not self._extended else unit)
+        if self._extended and not moves and entry & COPIED:
+            # What is there already stays.
+            start = align_down(offset, self._size)
+            if bitmap >> (first - start) // unit & 1:
+                first = offset
+            if bitmap >> (last - 1 - start) // unit & 1:
+                last = end
+        return first, last
+
+    async def _write_data(
+        self, shift: int, first: int, offset: int, end: int, last: int, iov: IoVec
+    ) -> None:
+        """The data, with what was around them."""
+        if first == offset and last == end:
+            await self._data.pwritev(offset + shift, iov)
+            return
+        if await self._is_zero(first, offset) and await self._is_zero(end, last):
+            try:
+                await self._data.pwrite_zeroes(first + shift, last - first, _NO_FALLBACK)
+            except BlockError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
+            else:
+                await self._data.pwritev(offset + shift, iov)
+                return
+        head, tail = bytearray(offset - first), bytearray(last - end)
+        if head:
+            await self._read(first, IoVec.of(head))
+        if tail:
+            await self._read(end, IoVec.of(tail))
+        parts = [IoVec.of(head)] if head else []
+        parts.append(iov)
+        if tail:
+            parts.append(IoVec.of(tail))
+        await self._data.pwritev(first + shift, concat(tuple(parts)))
+
+    async def _is_zero(self, start: int, end: int) -> bool:
+        """Whether it is known that the range, in one cluster, reads as zeroes."""
+        if start == end:
+            return True
+        run = await self.run(start, end)
+        return run.end >= end and (
+            run.kind is Kind.ZERO or (run.kind is Kind.UNALLOCATED and not self.has_backing)
+        )
+
+    has_backing = False
+    """Whether something may be below; whoever made this keeps it right."""
+
+    # ------------------------------------------------------------------ zeroes and discards
+
+    async def clear(self, offset: int, length: int, *, keep: bool, discard: bool) -> None:
+        """Whole clusters, or subclusters, read as zeroes.
+
+        Args:
+            keep: their place stays theirs.
+            discard: where nothing is below it does not matter what they read as.
+
+        Raises:
+            BlockError: ENOTSUP: not by changing tables only; the child's errno.
+            ImageError: an entry is wrong.
+        """
+        if self._metadata.header.version < 3 and self.has_backing:
+            raise BlockError(errno.ENOTSUP)
+        at, end = offset, offset + length
+        covers = self._metadata.slice_covers
+        while at < end:
+            stop = min(end, self._metadata.slice_start(at) + covers)
+            if self._metadata.is_full:
+                await self._metadata.sync()
+            start, limit = align_down(at, self._size), align_up(stop, self._size)
+            async with self.locks.held(start, limit, alone=True):
+                if not self.has_backing and not self._metadata.l2_table(at):
+                    at = stop
+                    continue
+                slice_ = await self._metadata.own_slice(at)
+                old: list[_Old] = []
+                self._check_clearable(slice_.table, at, stop)
+                for cluster in range(start, stop, self._size):
+                    entry, bits = self._metadata.entry(slice_, cluster)
+                    low = max(at - cluster, 0) // self._sub
+                    high = -(-min(stop - cluster, self._size) // self._sub)
+                    whole = (low, high) == (0, self._size // self._sub)
+                    new = self._cleared(
+                        entry, bits, low, high, keep=keep or not whole, discard=discard
+                    )
+                    if new != (entry, bits):
+                        if entry & OFFSET_MASK and not new[0] & OFFSET_MASK:
+                            old += self._gives_up(entry)
+                        self._metadata.change(slice_, cluster, *new)
+                await self._changed(start, limit)
+                self._give_up(old)
+            at = stop
+
+    def _check_clearable(self, table: object, start: int, end: int) -> None:
+        """A part of a compressed cluster cannot be cleared."""
+        for at in (start, end - 1):
+            cluster = align_down(at, self._size)
+            if start <= cluster and cluster + self._size <= end:
+                continue
+            base = self._metadata.slice_start(at)
+            run = self._entries.run_at(table, base, at, at + 1)  # type: ignore[arg-type]
+            if run.kind is Kind.COMPRESSED:
+                raise BlockError(errno.ENOTSUP)
+
+    def _cleared(
+        self, entry: int, bits: int, low: int, high: int, *, keep: bool, discard: bool
+    ) -> tuple[int, int]:
+        """The entry of a cluster whose subclusters `low`..`high` read as zeroes."""
+        is_allocated = bool(entry & (OFFSET_MASK | COMPRESSED | COPIED | _ZERO) or bits)
+        if not is_allocated and not self.has_backing:
+            return entry, bits
+        keep = keep and not entry & COMPRESSED and bool(entry & COPIED or (bits and not discard))
+        if self._is_external and entry & COPIED and not discard:
+            keep = True
+        if not self._extended:
+            if self._metadata.header.version < 3:
+                return 0, 0
+            return (entry | _ZERO if keep else _ZERO), 0
+        touched = (1 << high) - (1 << low)
+        if not keep and touched == _ALL:
+            return 0, _ALL_ZERO
+        return entry, bits & ~touched | touched << SUBCLUSTERS
+
+    # ------------------------------------------------------------------ giving up
+
+    def _gives_up(self, entry: int) -> list[_Old]:
+        if self._is_external:
+            return []
+        if entry & COMPRESSED:
+            host, length = self._entries.compressed_place(entry)
+            return [_Old(host, length)]
+        host = entry & OFFSET_MASK
+        return [_Old(host, self._size)] if host else []
+
+    def _give_up(self, old: list[_Old]) -> None:
+        for place in old:
+            self._metadata.refcounts.give_up(place.offset, place.length)
+
+
+def _is_in_place(run: Run) -> bool:
+    return run.kind is Kind.NORMAL and run.copied
+
+
+def _new_bits(bits: int, low: int, high: int) -> int:
+    """Subclusters `low`..`high` are allocated now."""
+    touched = (1 << max(high, low)) - (1 << low)
+    return (bits | touched) & ~(touched << SUBCLUSTERS)

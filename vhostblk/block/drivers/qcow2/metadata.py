@@ -1,0 +1,377 @@
+"""The tables of one image, and the order in which changes to them reach the disk.
+
+Theory of operation: L1, L2 slices and reference counts are changed in memory, always together and never across an
+`await`. `sync` takes a picture of all that is dirty at one moment, and writes it in this order:
+
+1. reference counts of what was taken, and where they are; guest data are in the file already
+2. a flush
+3. L2 slices and L1 entries: a new table was written before anybody knew it; the header, after a flush, if it changes
+4. a flush; now nobody refers to what was given up, and it may be taken again.
+
+So, whenever the power goes, everything that is referred to is counted as used, and has its data: `check` finds clusters
+that nobody uses, at worst. A write that fails leaves all of it dirty, and the next sync tries again.
+
+Context: the control loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+
+from vhostblk.block.drivers.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
+from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
+from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+from vhostblk.block.drivers.qcow2.tables import (
+    Slice,
+    Table,
+    TableCache,
+    read_bytes,
+    read_table,
+    table_bytes,
+)
+from vhostblk.block.edge import Edge
+from vhostblk.block.iov import IoVec
+from vhostblk.errors import BlockError, ImageError
+
+
+class Metadata:
+    """Tables of an image that is open.
+
+    Args:
+        file: where they are. data: where guest data are; the same, if there is no external data file.
+        refcounts: None: nobody writes.
+
+    Attributes:
+        slice_covers: bytes of the disk that a slice is for.
+        discards: what is given up goes back to the host.
+    """
+
+    def __init__(
+        self,
+        file: Edge,
+        data: Edge,
+        header: Header,
+        l1: Table,
+        cache: TableCache,
+        refcounts: Refcounts | None,
+    ) -> None:
+        self.header = header
+        self._on_disk = header
+        self.cache = cache
+        self._file = file
+        self._data = data
+        self._l1 = l1
+        self._refcounts = refcounts
+        self.discards = False
+        self._l2_tables = {entry & OFFSET_MASK for entry in l1 if entry}
+        self._l1_dirty: set[int] = set()
+        self._header_dirty = False
+        self._l1_moved = False
+        self._sync_lock = asyncio.Lock()
+        self._growing = asyncio.Lock()
+        self._l2_covers = header.l2_entries << header.cluster_bits
+        self.slice_covers = cache.slice_bytes // header.l2_entry_size << header.cluster_bits
+
+    @classmethod
+    async def load(
+        cls, file: Edge, data: Edge, header: Header, cache: TableCache, refcounts: Refcounts | None
+    ) -> Metadata:
+        """Read the L1 table.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        l1 = await read_table(file, header.l1_offset, header.l1_entries)
+        return cls(file, data, header, l1, cache, refcounts)
+
+    @property
+    def refcounts(self) -> Refcounts:
+        """Of an image that is written."""
+        assert self._refcounts is not None
+        return self._refcounts
+
+    def may_write(self, refcounts: Refcounts) -> None:
+        """From now on."""
+        self._refcounts = refcounts
+
+    # ------------------------------------------------------------------ looking up
+
+    def l2_table(self, offset: int) -> int:
+        """Where the L2 table for these bytes of the disk is; 0: there is none.
+
+        Raises:
+            ImageError: its entry in the L1 table is wrong.
+        """
+        index = offset // self._l2_covers
+        entry = self._l1[index]
+        table = entry & OFFSET_MASK
+        if entry & L1_RESERVED or table & (self.header.cluster_size - 1):
+            raise ImageError(f"L2 table offset {entry:#x} unaligned (L1 index: {index})")
+        return table
+
+    def without_table(self, offset: int, limit: int) -> tuple[int, int]:
+        """The range around `offset` for which there are no L2 tables; no need to look behind `limit`."""
+        first = last = offset // self._l2_covers
+        while first and not self._l1[first - 1]:
+            first -= 1
+        most = min(-(-limit // self._l2_covers), len(self._l1))
+        while last + 1 < most and not self._l1[last + 1]:
+            last += 1
+        return first * self._l2_covers, (last + 1) * self._l2_covers
+
+    async def slice_at(self, table: int, offset: int) -> Slice:
+        """The slice of an L2 table for these bytes of the disk.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        which = offset % self._l2_covers // self.slice_covers
+        return await self.cache.get(table + which * self.cache.slice_bytes)
+
+    def slice_start(self, offset: int) -> int:
+        """The first byte of the disk that the same slice is for."""
+        return offset // self.slice_covers * self.slice_covers
+
+    # ------------------------------------------------------------------ changing
+
+    async def own_slice(self, offset: int) -> Slice:
+        """The slice for these bytes of the disk, in a table that is the active one's alone: made or copied if need be.
+
+        It may be changed until the next `await`, with `cache.changed`.
+
+        Raises:
+            BlockError: the child's errno, ENOSPC.
+            ImageError: the L1 table is wrong.
+        """
+        index = offset // self._l2_covers
+        if not self._l1[index] & COPIED or not self.l2_table(offset):
+            async with self._growing:
+                if not self._l1[index] & COPIED or not self.l2_table(offset):
+                    await self._own_table(index, self.l2_table(offset))
+        return await self.slice_at(self.l2_table(offset), offset)
+
+    def change(self, slice_: Slice, offset: int, entry: int, bitmap: int = 0) -> None:
+        """A new entry for the cluster at this byte of the disk.
+
+        Args:
+            slice_: of `own_slice`, without an `await` since.
+            bitmap: its subclusters, where the image has any.
+        """
+        index = (offset - self.slice_start(offset)) >> self.header.cluster_bits
+        if self.header.has_subclusters:
+            slice_.table[2 * index] = entry
+            slice_.table[2 * index + 1] = bitmap
+        else:
+            slice_.table[index] = entry
+        self.cache.changed(slice_)
+
+    def entry(self, slice_: Slice, offset: int) -> tuple[int, int]:
+        """The entry for the cluster at this byte of the disk, and its bitmap, where there are any."""
+        index = (offset - self.slice_start(offset)) >> self.header.cluster_bits
+        if self.header.has_subclusters:
+            return slice_.table[2 * index], slice_.table[2 * index + 1]
+        return slice_.table[index], 0
+
+    async def _own_table(self, index: int, old: int) -> None:
+        """A new L2 table, with the content of the old one if there is one."""
+        size = self.header.cluster_size
+        new, _ = await self.refcounts.allocate(1)
+        self.check_not_a_table(new, 1)
+        content = await read_bytes(self._file, old, size) if old else bytearray(size)
+        try:
+            await self._file.pwritev(new, IoVec.of(content))
+        except BaseException:
+            await self.refcounts.release(new, 1)
+            raise
+        self._l1[index] = new | COPIED
+        self._l1_dirty.add(index)
+        self._l2_tables.add(new)
+        if old:
+            # Slices of a table that is not ours alone are never dirty.
+            for at in range(old, old + size, self.cache.slice_bytes):
+                self.cache.forget(at)
+            self._l2_tables.discard(old)
+            self.refcounts.give_up(old)
+
+    def check_not_a_table(self, offset: int, clusters: int) -> None:
+        """Free clusters cannot be tables; if they are, counts are wrong, and nothing may be written there.
+
+        Raises:
+            ImageError: they are.
+        """
+        size = self.header.cluster_size
+        l1_end = self.header.l1_offset + len(self._l1) * 8
+        for cluster in range(offset, offset + clusters * size, size):
+            is_l1 = cluster < l1_end and self.header.l1_offset < cluster + size
+            if not cluster or is_l1 or cluster in self._l2_tables or cluster in self.refcounts.own:
+                raise ImageError(
+                    f"Preventing invalid allocation at offset {cluster:#x}: it is a table"
+                )
+
+    async def grow(self, size: int) -> None:
+        """Make room for a disk of this size, and make it that large.
+
+        Raises:
+            BlockError: the child's errno, ENOSPC.
+            ImageError: no table is that large.
+        """
+        async with self._growing:
+            needed = self.header.l1_entries_needed(size)
+            if needed > len(self._l1):
+                await self._move_l1(needed)
+            self.header = replace(self.header, size=size)
+            self.header.check()
+            self._header_dirty = True
+        await self.sync()
+
+    async def _move_l1(self, entries: int) -> None:
+        header = self.header
+        clusters = -(-entries * 8 // header.cluster_size)
+        replace(header, l1_entries=entries).check()
+        # Contiguous, wherever that is: behind everything else, in the end.
+        while True:
+            offset, got = await self.refcounts.allocate(clusters)
+            if got == clusters:
+                break
+            await self.refcounts.release(offset, got)
+            self.refcounts.skip(offset, got)
+        old_bytes = len(self._l1) * 8
+        if old_bytes:
+            self.refcounts.give_up(header.l1_offset, old_bytes)
+        self._l1.extend([0] * (entries - len(self._l1)))
+        self.header = replace(header, l1_entries=entries, l1_offset=offset)
+        self._l1_moved = self._header_dirty = True
+
+    # ------------------------------------------------------------------ features
+
+    async def clear_unknown_features(self) -> None:
+        """Whoever writes without knowing a feature says so by clearing its bit.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        known = self.header.autoclear & sum(AutoClear)
+        if known != self.header.autoclear:
+            self.header = replace(self.header, autoclear=known)
+            await self._write_header(self.header)
+            await self._file.flush()
+
+    async def mark_corrupt(self) -> None:
+        """Nobody writes to this image any more, as far as we can tell them."""
+        marked = self.header.incompatible | Incompatible.CORRUPT
+        if self.header.version >= 3:
+            with contextlib.suppress(BlockError):
+                await self._write_header(replace(self._on_disk, incompatible=marked))
+                await self._file.flush()
+
+    async def _write_header(self, header: Header) -> None:
+        await self._write_all([(0, header.to_bytes())])
+        self._on_disk = header
+
+    # ------------------------------------------------------------------ writing
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the disk does not know everything yet."""
+        return bool(
+            self.cache.is_dirty
+            or self._l1_dirty
+            or self._header_dirty
+            or (self._refcounts is not None and self._refcounts.is_dirty)
+        )
+
+    @property
+    def is_full(self) -> bool:
+        """Whether so much waits to be written that it is time."""
+        return self.cache.is_full or self.refcounts.is_full
+
+    async def sync(self) -> None:
+        """Write what is dirty now; see the module's docstring.
+
+        Raises:
+            BlockError: a child's errno; all that was not written still has to be.
+        """
+        async with self._sync_lock:
+            if self.is_dirty:
+                await self._sync()
+
+    async def _sync(self) -> None:
+        refcounts, cache = self.refcounts, self.cache
+        # One moment:
+        counts = refcounts.take_writes()
+        slices = cache.take_dirty()
+        pictures = [(slice_.offset, table_bytes(slice_.table)) for slice_ in slices]
+        l1_dirty, l1_moved = self._l1_dirty, self._l1_moved
+        self._l1_dirty, self._l1_moved = set(), False
+        given_up = refcounts.take_given_up()
+        table_header = None
+        if counts.moved is not None:
+            self.header = _with_table(self.header, *counts.moved)
+            table_header = _with_table(self._on_disk, *counts.moved)
+        header, self._header_dirty = (self.header if self._header_dirty else None), False
+        l1 = self._l1_writes(l1_dirty, l1_moved)
+        try:
+            await self._write_all(counts.blocks)
+            if counts.table:
+                await self._file.flush()
+                await self._write_all(counts.table)
+            if table_header is not None:
+                await self._file.flush()
+                await self._write_header(table_header)
+            if self._data is not self._file:
+                await self._data.flush()
+            await self._file.flush()
+            await self._write_all(pictures)
+            await self._write_all(l1)
+            if header is not None:
+                await self._file.flush()
+                await self._write_header(header)
+            if given_up or header is not None:
+                await self._file.flush()
+        except BaseException:
+            refcounts.not_written(counts)
+            cache.not_written(slices)
+            self._l1_dirty |= l1_dirty
+            self._l1_moved |= l1_moved
+            self._header_dirty |= header is not None
+            refcounts.not_settled(given_up)
+            raise
+        refcounts.written(counts)
+        cache.written(slices)
+        await self._settle(given_up)
+
+    async def _settle(self, given_up: list[int]) -> None:
+        """Nobody on the disk refers to these clusters any more: give the host their room, if we may."""
+        size = self.header.cluster_size
+        if self.discards:
+            for first, count in _runs(given_up):
+                if all([await self.refcounts.count((first + n) * size) == 1 for n in range(count)]):
+                    with contextlib.suppress(BlockError):  # it is a hint
+                        await self._file.pdiscard(first * size, count * size)
+        await self.refcounts.settle(given_up)
+
+    def _l1_writes(self, dirty: set[int], moved: bool) -> list[tuple[int, bytes]]:
+        start = self.header.l1_offset
+        if moved:
+            return [(start, table_bytes(self._l1))]
+        return [(start + 8 * index, self._l1[index].to_bytes(8)) for index in sorted(dirty)]
+
+    async def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
+        for offset, data in writes:
+            await self._file.pwritev(offset, IoVec.of(data))
+
+
+def _with_table(header: Header, offset: int, clusters: int) -> Header:
+    return replace(header, refcount_table_offset=offset, refcount_table_clusters=clusters)
+
+
+def _runs(clusters: list[int]) -> Iterator[tuple[int, int]]:
+    """First and length of each run of consecutive numbers."""
+    start = 0
+    for at in range(1, len(clusters) + 1):
+        if at == len(clusters) or clusters[at] != clusters[at - 1] + 1:
+            yield clusters[start], at - start
+            start = at
