@@ -22,14 +22,14 @@ from tests.qcow2_images import (
     scribble,
     with_image,
 )
+from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
 from vhostblk.block.flags import Req
-from vhostblk.block.reopen import reopen
 from vhostblk.block.graph import BlockGraph
-from vhostblk.block.drivers import DRIVERS
-from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.iov import IoVec
+from vhostblk.block.reopen import reopen
 from vhostblk.client.client import Client
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.plugin import DaemonStarter, ExpectedLog
@@ -305,16 +305,21 @@ def test_reopened_image_is_written(tmp_path: Path) -> None:
 def test_image_changes_hands(tmp_path: Path) -> None:
     image = create(tmp_path / "i.qcow2", MIB)
 
-    async def scenario(backend: BlockBackend) -> None:
+    async def scenario() -> None:
+        graph = BlockGraph(DRIVERS)
+        node = await graph.add(f"qcow2,file.driver=file,file.filename={image}")
+        backend = BlockBackend(node, "the test", writable=True)
         await backend.pwritev(0, IoVec.of(b"\x01" * 100_000))
-        await inactivate(backend.node)
+        await inactivate(graph)
         assert check(image) == ""
         qemu_io(image, "read -P 1 0 100000", "write -P 2 50000 500000")
-        await activate(backend.node)
+        await activate(graph)
         assert await read(backend, 0, 200_000) == (b"\x01" * 50_000).ljust(200_000, b"\x02")
         await backend.pwritev(800_000, IoVec.of(b"\x03" * 1000))
+        await backend.close()
+        await graph.close_all()
 
-    with_image(image, scenario)
+    asyncio.run(scenario())
     assert check(image) == ""
     qemu_io(image, "read -P 2 100000 400000", "read -P 3 800000 1000")
 

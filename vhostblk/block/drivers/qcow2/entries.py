@@ -80,12 +80,12 @@ class EntryReader:
         if found.kind is Kind.COMPRESSED:
             return found
         end_of_table = base + len(table) // (2 if self._extended else 1) * self._cluster_size
-        start, end = found.start, found.end
+        start, end, last = found.start, found.end, found
         while end < min(limit, end_of_table):
             following = self._neighbour(table, base, end)
-            if following is None or not _continues(found, following):
+            if following is None or not _continues(last, following):
                 break
-            end = following.end
+            last, end = following, following.end
         host = found.host
         while start > base:
             before = self._neighbour(table, base, start - 1)

@@ -96,6 +96,16 @@ def test_longest_run_of_subclusters(entries: list[tuple[int, int]], data: st.Dat
     check(EXTENDED, array("Q", [word for pair in entries for word in pair]), len(entries), offset)
 
 
+def test_run_of_many_clusters_and_of_one_that_is_there_twice() -> None:
+    hosts = [2, 3, 4, 5, 5, 6]
+    table = array("Q", [host * CLUSTER for host in hosts])
+    for at in range(4):
+        run = EntryReader(PLAIN).run_at(table, 0, at * CLUSTER, 6 * CLUSTER)
+        assert (run.start, run.end, run.host) == (0, 4 * CLUSTER, 2 * CLUSTER)
+    run = EntryReader(PLAIN).run_at(table, 0, 4 * CLUSTER, 6 * CLUSTER)
+    assert (run.start, run.end, run.host) == (4 * CLUSTER, 6 * CLUSTER, 5 * CLUSTER)
+
+
 def test_run_may_end_where_nobody_looks() -> None:
     table = array("Q", [0] * 100)
     run = EntryReader(PLAIN).run_at(table, 0, 0, CLUSTER)
