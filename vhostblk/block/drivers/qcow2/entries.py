@@ -111,6 +111,7 @@ class EntryReader:
         host = entry & OFFSET_MASK
         copied = bool(entry & COPIED)
         has_host = bool(host or (self._has_data_file and copied))
+        copied = copied and has_host
         if host & (self._cluster_size - 1):
             raise ImageError(
                 f"Cluster allocation offset {host:#x} unaligned (guest offset {start:#x})"

@@ -65,6 +65,11 @@ def extended_entries(draw: st.DrawFn) -> tuple[int, int]:
     return host, allocated | zero << 32
 
 
+def is_copied(header: Header, table: array[int], offset: int) -> bool:
+    entry = table[(offset - BASE) // CLUSTER * (2 if header.has_subclusters else 1)]
+    return bool(entry & COPIED and entry & 0xFFFFFFFFFFFE00)
+
+
 def check(header: Header, table: array[int], clusters: int, offset: int) -> None:
     run = EntryReader(header).run_at(table, BASE, offset, BASE + clusters * CLUSTER)
     assert run.start <= offset < run.end
@@ -74,6 +79,7 @@ def check(header: Header, table: array[int], clusters: int, offset: int) -> None
     for at in range(run.start, run.end, step):
         expected = -1 if not run.has_host or kind is Kind.COMPRESSED else run.host + at - run.start
         assert byte_of(header, table, at) == (kind, expected)
+        assert kind is Kind.COMPRESSED or is_copied(header, table, at) == run.copied
     if kind is Kind.COMPRESSED:
         return
     # It is the longest one.
@@ -81,7 +87,8 @@ def check(header: Header, table: array[int], clusters: int, offset: int) -> None
         if BASE <= outside < BASE + clusters * CLUSTER:
             neighbour, where = byte_of(header, table, outside)
             continues = run.host + outside - run.start if run.has_host else -1
-            assert neighbour is not kind or where != continues
+            other = is_copied(header, table, outside) != run.copied
+            assert neighbour is not kind or where != continues or other
 
 
 @given(st.lists(plain_entries, min_size=1, max_size=12), st.data())
