@@ -52,7 +52,7 @@ class IOThreadConfig:
     name: str
     poll_max_ns: int = DEFAULT_POLL_MAX_NS
     poll_grow: int = 0
-    poll_shrink: int = 0
+    poll_shrink: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,7 +178,9 @@ class _IOThreadOptions:
         INTEGER, DEFAULT_POLL_MAX_NS, about="how long it may look for work before it sleeps"
     )
     poll_grow: int = option(INTEGER, 0, about="factor by which that grows; 0: 2")
-    poll_shrink: int = option(INTEGER, 0, about="divisor by which it shrinks; 0: to nothing")
+    poll_shrink: int = option(
+        INTEGER, 2, about="divisor by which it shrinks; 0: to nothing, as QEMU does by default"
+    )
     aio_max_batch: int = option(INTEGER, 0, about="accepted; QEMU's aio=native has a use for it")
 
 

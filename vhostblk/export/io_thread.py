@@ -54,7 +54,7 @@ class IOThread:
         *,
         poll_max_ns: int = 32768,
         poll_grow: int = 0,
-        poll_shrink: int = 0,
+        poll_shrink: int = 2,
     ) -> None:
         self.name = name
         self._loop = asyncio.get_running_loop()

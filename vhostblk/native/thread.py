@@ -59,7 +59,7 @@ class EngineThread:
         *,
         poll_max_ns: int = 32768,
         poll_grow: int = 0,
-        poll_shrink: int = 0,
+        poll_shrink: int = 2,
         io: str = "auto",
         workers: int = 0,
     ) -> None:

@@ -217,7 +217,8 @@ static void sleep_until_event(struct vb_thread *thread)
 		handle_event(thread, &events[i]);
 }
 
-/* Spin longer if that would have caught it, less or not at all if it was far too long: as QEMU's iothreads. */
+/* Spin longer if that would have caught it, less or not at all if it was far too long: as QEMU's iothreads, which
+ * forget all that they have learnt after one long wait, unless they are told otherwise (poll-shrink). */
 void thread_adapt_polling(const struct vb_thread *thread, uint64_t *poll_ns, uint64_t idle_ns)
 {
 	uint64_t most = thread->poll_max_ns;
