@@ -97,7 +97,7 @@ def test_fio_leaves_the_page_cache_as_it_is_or_goes_around_it() -> None:
         ([], ["targets"]),
         (["--scaling"], ["scaling"]),
         (["--profile", "--scaling"], ["scaling", "profile"]),
-        (["--write-docs"], ["targets", "scaling", "profile"]),
+        (["--write-docs"], ["targets", "scaling", "profile", "python"]),
         (["--write-docs", "--scaling"], ["scaling"]),
     ],
 )
