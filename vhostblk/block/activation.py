@@ -4,18 +4,21 @@ Theory of operation: an *inactive* node stays open, but the image is somebody el
 cached of its metadata is not believed, its locks are given back. Users of the nodes keep their edges and lose their
 permissions until the nodes are active again. To inactivate is to drain, flush, let drivers store what they have, and
 drop all of that at once; to activate is to take permissions and locks again, which may fail, then to look at the image
-anew.
+anew, which may fail, too: then everything goes back. Meanwhile nobody new comes (`BlockNode.being_activated`), so that
+going back cannot fail.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
 
 from vhostblk.block import pipeline
 from vhostblk.block.node import BlockNode
 from vhostblk.block.permissions import Perm, parents_first
+from vhostblk.block.quiesce import drained
 from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError, ConfigError
 
@@ -33,8 +36,7 @@ async def inactivate(graph: BlockGraph, nodes: Iterable[BlockNode] | None = None
     Raises:
         ConfigError: a flush or a driver failed, or somebody above still writes; everything is as it was.
     """
-    chosen = _chosen(graph, nodes, inactive=False)
-    async with graph.changing(*chosen):
+    async with _changing(graph, nodes, inactive=False) as chosen:
         for node in chosen:
             await _flush(node)
         change = GraphTransaction()
@@ -67,38 +69,66 @@ async def activate(graph: BlockGraph, nodes: Iterable[BlockNode] | None = None) 
     Raises:
         ConfigError: somebody else still has an image, or it cannot be read; nothing has become active.
     """
-    chosen = _chosen(graph, nodes, inactive=True)
-    async with graph.changing(*chosen):
-        change = GraphTransaction()
+    async with _changing(graph, nodes, inactive=True) as chosen:
+        before = [
+            (edge, edge.perm, edge.shared, edge.suspended)
+            for node in chosen
+            for edge in _root_edges(node)
+        ]
+        with GraphTransaction() as change:
+            for node in chosen:
+                change.assign(node, "inactive", False)
+                change.refresh(node)
+            for edge, _, _, suspended in before:
+                if suspended is not None:
+                    change.ask(edge, *suspended)
+                    change.assign(edge, "suspended", None)
         done: list[BlockNode] = []
         try:
             for node in chosen:
-                change.assign(node, "inactive", False)
-                for edge in _root_edges(node):
-                    if edge.suspended is not None:
-                        change.ask(edge, *edge.suspended)
-                        change.assign(edge, "suspended", None)
-                change.refresh(node)
-            change.check()
+                node.being_activated = True
             for node in reversed(chosen):
                 await node.driver_activate()
                 done.append(node)
         except BaseException:
-            for node in reversed(done):
-                await node.driver_inactivate()
-            change.abort()
+            try:
+                for node in reversed(done):
+                    await node.driver_inactivate()
+            finally:
+                _go_back(chosen, before)
             raise
-        change.commit(checked=True)
+        finally:
+            for node in chosen:
+                node.being_activated = False
         for node in reversed(chosen):
             await node.refresh_length()
 
 
-def _chosen(
+def _go_back(
+    chosen: list[BlockNode], before: list[tuple[Edge, Perm, Perm, tuple[Perm, Perm] | None]]
+) -> None:
+    """Nobody has come meanwhile; some may have left."""
+    with GraphTransaction() as change:
+        for node in chosen:
+            change.assign(node, "inactive", True)
+            change.refresh(node)
+        for edge, perm, shared, suspended in before:
+            if edge in edge.node.parents:
+                change.ask(edge, perm, shared)
+                change.assign(edge, "suspended", suspended)
+
+
+@asynccontextmanager
+async def _changing(
     graph: BlockGraph, nodes: Iterable[BlockNode] | None, *, inactive: bool
-) -> list[BlockNode]:
-    """Parents before children."""
-    wanted = graph.nodes.values() if nodes is None else nodes
-    return [node for node in parents_first(wanted) if node.inactive is inactive]
+) -> AsyncIterator[list[BlockNode]]:
+    """Those that are (in)active when it is our turn to change the graph, parents before children."""
+    async with graph.changing(), AsyncExitStack() as stack:
+        wanted = graph.nodes.values() if nodes is None else nodes
+        chosen = [node for node in parents_first(wanted) if node.inactive is inactive]
+        for node in chosen:
+            await stack.enter_async_context(drained(node))
+        yield chosen
 
 
 def _root_edges(node: BlockNode) -> list[Edge]:

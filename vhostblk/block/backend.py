@@ -18,20 +18,12 @@ from contextlib import AsyncExitStack
 from vhostblk.block import clear, pipeline
 from vhostblk.block.driver import Driver
 from vhostblk.block.edge import Edge
+from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.no_medium import NoMediumNode
-from vhostblk.block.node import (
-    BlockNode,
-    BlockSizes,
-    ExtentFlag,
-    FlushTarget,
-    HostExtent,
-    PastWrites,
-    Req,
-    Role,
-)
+from vhostblk.block.node import BlockNode, BlockSizes, Req, Role
 from vhostblk.block.permissions import Perm
 from vhostblk.block.quiesce import Quiescent, drained, wake
 from vhostblk.block.registered_buf import RegisteredBuffers, register, unregister
@@ -102,7 +94,7 @@ class BlockBackend(Quiescent):
 
     @property
     def root(self) -> Edge:
-        """Its edge, for whoever moves it to another node."""
+        """Its edge, for whoever moves it."""
         return self._edge
 
     @property
@@ -277,8 +269,7 @@ class BlockBackend(Quiescent):
         """Undo `plug`: what was kept back is submitted."""
         self.node.unplug()
 
-    # ------------------------------------------------------------------ what may be done without
-    # asking
+    # ------------------------------------------------------------------ what needs no asking
 
     async def extents(self, offset: int, length: int) -> list[HostExtent]:
         """What may be done alone in and around a range: the whole runs that touch it, in order.
@@ -347,6 +338,8 @@ class BlockBackend(Quiescent):
     async def close(self) -> bool:
         """Drain, flush, and give up the permissions; errors of the flush are logged. Idempotent.
 
+        Whoever was cancelled calls it again: it goes on where it was.
+
         Returns:
             False if this call's flush failed.
         """
@@ -355,23 +348,29 @@ class BlockBackend(Quiescent):
         self._closed = True
         is_durable = True
         try:
+            if self._edge in self.node.parents:
+                is_durable = await self._leave_disk()
+            if self.node.left_alone is not None:
+                await self.node.left_alone(self.node)
+        except BaseException:
+            self._closed = False
+            raise
+        return is_durable
+
+    async def _leave_disk(self) -> bool:
+        is_durable = True
+        try:
             await self.drain()
             if self.writable and not isinstance(self.node, NoMediumNode):
                 await pipeline.flush(self.node)
         except BlockError as error:
             log.error("%s: flush at close failed: %s", self.name, error)
             is_durable = False
-        except BaseException:
-            self._closed = False  # whoever was cancelled may try again
-            raise
         self._edge.detach()
         self.attach()
-        if self.node.left_alone is not None:
-            await self.node.left_alone(self.node)
         return is_durable
 
-    # ------------------------------------------------------------------ what the edge calls
-    # (node.EdgeParent)
+    # ------------------------------------------------------------------ what the edge calls (EdgeParent)
 
     def describe_use(self, edge: Edge) -> str:
         """Who uses the node."""
@@ -448,7 +447,5 @@ class BlockBackend(Quiescent):
 
 
 def _permissions(writable: bool, resize: bool) -> Perm:
-    perm = Perm.CONSISTENT_READ
-    if writable:
-        perm |= Perm.WRITE | Perm.WRITE_UNCHANGED
+    perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.WRITE_UNCHANGED if writable else Perm.NONE)
     return perm | Perm.RESIZE if resize else perm

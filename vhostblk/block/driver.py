@@ -186,8 +186,11 @@ class Driver:
         The node is drained and flushed; options that may not change have not.
         """
 
-    async def reopen_commit(self, reopen: Reopen) -> None:
-        """The new options are in place: use what was prepared, put the old away. Must not fail."""
+    def reopen_commit(self, reopen: Reopen) -> None:
+        """The new options are in place: use what was prepared, at once. Must not fail."""
+
+    async def reopen_done(self, reopen: Reopen) -> None:
+        """Put away what was used before."""
 
     async def reopen_abort(self, reopen: Reopen) -> None:
         """Put away what was prepared."""

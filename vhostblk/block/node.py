@@ -120,6 +120,7 @@ class BlockNode(Driver, Quiescent):
         self.op_blockers = OpBlockers()
         self.write_threshold = 0  # see `write_threshold.py`
         self.inactive = False  # the image is somebody else's for now (row B40)
+        self.being_activated = False  # it may turn out that it still is: nobody new may come
         self.bounce = BouncePool()
         # State of the pipeline.
         self.tracker = RequestTracker()

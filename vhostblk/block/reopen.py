@@ -4,17 +4,20 @@ Theory of operation: a queue holds every node that changes, children before pare
 inline children, which inherit modes. All are drained. Each is *prepared*: flushed, its options typed and compared (only
 those that are marked `mutable` may differ), and its driver gets what the new options need, a second fd for instance.
 Then the new options are put in place within one graph transaction, which looks at permissions and locks as they would
-be. Only if all of that went well the drivers *commit*, which cannot fail; otherwise they *abort*, and nobody notices.
+be. Only if all of that went well the drivers *commit*, at once, which cannot fail, and put away what is old when all is
+decided; otherwise they *abort*, and nobody notices.
 
 Knows nothing about drivers.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import pipeline
@@ -75,8 +78,7 @@ async def reopen(
             await stack.enter_async_context(drained(node))
         left = [edge.node for entry in queue.values() for edge in _moved(entry)]
         await _perform(list(queue.values()))
-        for node in left:
-            await graph.collect(node)
+        await _clean_up(graph, list(queue.values()), left)
 
 
 async def acquire_write(graph: BlockGraph, node: BlockNode) -> None:
@@ -173,12 +175,30 @@ async def _perform(queue: list[Reopen]) -> None:
         for entry in prepared:
             await entry.node.reopen_abort(entry)
         raise
+    # Nothing suspends from the check to here: nobody comes whose permissions would be lost.
     for entry in queue:
-        await entry.node.reopen_commit(entry)
+        entry.node.reopen_commit(entry)
     change.commit(checked=True)
+
+
+async def _clean_up(graph: BlockGraph, queue: Iterable[Reopen], left: Iterable[BlockNode]) -> None:
+    """What has to be done when all is decided, also for whoever is cancelled meanwhile."""
+    steps: list[Callable[[], Awaitable[None]]] = []
     for entry in queue:
-        await entry.node.refresh_length()
+        steps.append(partial(entry.node.reopen_done, entry))
+    for entry in queue:
+        steps.append(entry.node.refresh_length)
+    steps += (partial(graph.collect, node) for node in left)
+    cancelled: asyncio.CancelledError | None = None
+    for step in steps:
+        try:
+            await step()
+        except asyncio.CancelledError as error:
+            cancelled = error
+    for entry in queue:
         entry.node.compute_limits()
+    if cancelled is not None:
+        raise cancelled
 
 
 async def _flush(node: BlockNode) -> None:

@@ -11,6 +11,7 @@ back all extents.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -62,10 +63,11 @@ class GraphTransaction:
         """Link a new edge into both of its ends.
 
         Raises:
-            ConfigError: there would be a cycle.
+            ConfigError: there would be a cycle; EBUSY: an image below is just being taken back.
         """
         check_role(edge)
         _check_cycle(edge, edge.node)
+        _check_settled(edge.node)
         self._old_nodes.setdefault(edge, None)
         if (children := _children(edge)) is not None and children.get(edge.name) is not edge:
             assert edge.name not in children, f"{edge.describe()}: there is one already"
@@ -216,6 +218,12 @@ def _check_cycle(edge: Edge, node: BlockNode) -> None:
         raise ConfigError(
             f"Making '{node.node_name}' the '{edge.name}' child of {edge.parent!r} would create a cycle"
         )
+
+
+def _check_settled(node: BlockNode) -> None:
+    for below in parents_first([node]):
+        if below.being_activated:
+            raise ConfigError(f"Node '{below.node_name}' is just being activated", errno.EBUSY)
 
 
 def _children(edge: Edge) -> dict[str, Edge] | None:

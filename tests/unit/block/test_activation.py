@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.unit.block.fakes import PassNode
+from tests.unit.block.fakes import PassNode, turns
 from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
@@ -155,6 +156,76 @@ def test_driver_that_cannot_store_keeps_everything_active(image: Path) -> None:
         node.fails = False
         await activate(graph)
         await close(graph, reader, writer)
+
+    asyncio.run(scenario())
+
+
+class Slow(PassNode):
+    """Looks at its image for a while, and then may not like it."""
+
+    driver_name = "slow"
+    fails = False
+    looking: asyncio.Event
+    looked: asyncio.Event
+
+    async def driver_activate(self) -> None:
+        self.looking.set()
+        await self.looked.wait()
+        if self.fails:
+            raise ConfigError("cannot read")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nobody_comes_while_it_is_not_certain_whose_image_it_is(image: Path, fails: bool) -> None:
+    async def scenario() -> None:
+        graph = BlockGraph({**DRIVERS, "slow": Slow})
+        file = {"driver": "file", "filename": str(image), "node-name": "file"}
+        node = await graph.add({"driver": "slow", "node-name": "top", "file": file})
+        assert isinstance(node, Slow)
+        leaver = BlockBackend(node, "leaver", writable=False, shared=Perm.ALL)
+        reader = BlockBackend(node, "reader", writable=False, shared=Perm.ALL)
+        await inactivate(graph)
+        looker = BlockBackend(node, "looker", writable=False, shared=Perm.ALL)
+        held = [(edge.perm, edge.shared, edge.suspended) for edge in node.parents[1:]]
+        node.fails, node.looking, node.looked = fails, asyncio.Event(), asyncio.Event()
+        task = asyncio.create_task(activate(graph))
+        await node.looking.wait()
+        with pytest.raises(ConfigError, match="Node 'top' is just being activated") as caught:
+            BlockBackend(node, "late", writable=True, shared=Perm.ALL)
+        assert caught.value.errno == errno.EBUSY
+        # Who leaves does.
+        leaver.root.detach()
+        node.looked.set()
+        if fails:
+            with pytest.raises(ConfigError, match="cannot read"):
+                await task
+            now = [(edge.perm, edge.shared, edge.suspended) for edge in node.parents]
+            assert now == held
+            assert node.inactive
+            node.fails = False
+            task = asyncio.create_task(activate(graph))
+        await task
+        late = BlockBackend(node, "late", writable=True, shared=Perm.ALL)
+        await late.pwritev(0, IoVec([memoryview(b"now it may")]))
+        assert not node.inactive
+        await close(graph, late, looker, reader)
+
+    asyncio.run(scenario())
+
+
+def test_image_that_is_given_up_twice_at_the_same_time_comes_back_with_all_permissions() -> None:
+    """Two exports of one node, each told to hand it over."""
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        node = await graph.add("memory,node-name=top,size=64k")
+        writer = BlockBackend(node, "writer", writable=True, shared=Perm.ALL)
+        before = (writer.root.perm, writer.root.shared)
+        node.driver_flush_to_os = partial(turns, 3)  # type: ignore[method-assign]
+        await asyncio.gather(inactivate(graph), inactivate(graph, [node]))
+        await asyncio.gather(activate(graph), activate(graph, [node]))
+        assert (writer.root.perm, writer.root.shared) == before
+        await close(graph, writer)
 
     asyncio.run(scenario())
 

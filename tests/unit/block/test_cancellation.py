@@ -19,6 +19,8 @@ from tests.unit.block.crash_disk import INJECTED, CrashDisk
 from tests.unit.block.modelled_disk import Disk
 from vhostblk.block import surgery
 from vhostblk.block.activation import activate, inactivate
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.node import Req
 from vhostblk.block.permissions import cumulative_permissions
@@ -217,6 +219,28 @@ CHANGES: dict[str, Victim] = {
     "resize": cut,
     "visit": visit,
 }
+
+
+def test_cancelled_close_of_the_last_user_is_made_up_for_by_another_one() -> None:
+    async def scenario(start: Start) -> None:
+        graph = BlockGraph()
+        node = await graph.add("null-co,node-name=borrowed,size=64k")
+        user = BlockBackend(node, "borrower", writable=True)
+        async with graph.changing():
+            await graph.give_up(node)
+        busy, task = asyncio.create_task(change(graph)), start(user.close())
+        await asyncio.wait([task])
+        await user.close()
+        await busy
+        assert not graph.nodes
+        assert await user.close()
+        await graph.close_all()
+
+    async def change(graph: BlockGraph) -> None:
+        async with graph.changing():
+            await turns(3)
+
+    assert cancel_everywhere(scenario) >= 1
 
 
 async def clean_up(disk: Disk) -> None:

@@ -40,7 +40,7 @@ class Reluctant(PassNode):
         if self.refuses:
             raise ConfigError("not now")
 
-    async def reopen_commit(self, reopen: Reopen) -> None:
+    def reopen_commit(self, reopen: Reopen) -> None:
         self.told.append("commit")
 
     async def reopen_abort(self, reopen: Reopen) -> None:
@@ -319,6 +319,62 @@ def test_locks_stay_while_the_fd_changes_and_keep_strangers_out(image: str) -> N
         await writer.close()
         BlockBackend(other, "stranger", writable=True)._edge.detach()
         await stranger.close_all()
+
+    with_graph(scenario)
+
+
+def test_who_comes_while_the_old_fd_is_closed_keeps_what_it_was_given(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        stranger = BlockGraph()
+        file = {"driver": "file", "node-name": "f", "filename": image, "locking": "on"}
+        node = await graph.add({**file, "read-only": True})
+        other = await stranger.add({**file, "node-name": "g"})
+        came: list[BlockBackend] = []
+        done = node.reopen_done
+
+        async def come(entry: Reopen) -> None:
+            came.append(BlockBackend(node, "guest", writable=True))
+            await done(entry)
+
+        node.reopen_done = come  # type: ignore[method-assign]
+        await reopen(graph, {node: {"read-only": False}})
+        with pytest.raises(ConfigError, match="is another process using the image"):
+            BlockBackend(other, "stranger", writable=True)
+        await came[0].pwritev(0, IoVec.of(b"x"))
+        await came[0].close()
+        await stranger.close_all()
+
+    with_graph(scenario)
+
+
+def test_reopen_that_is_cancelled_when_all_is_decided_is_made(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        file = {"driver": "file", "filename": image, "node-name": "f"}
+        top = await graph.add(
+            {"driver": "raw", "node-name": "top", "file": file, "read-only": True}
+        )
+        node = graph.find("f")
+        closing = asyncio.Event()
+        done = node.reopen_done
+
+        async def slow(entry: Reopen) -> None:
+            closing.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await done(entry)
+
+        node.reopen_done = slow  # type: ignore[method-assign]
+        task = asyncio.create_task(reopen(graph, {top: {"read-only": False}}))
+        await closing.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not top.read_only
+        assert not node.read_only
+        user = BlockBackend(top, "guest", writable=True)
+        await user.pwritev(0, IoVec.of(b"x"))
+        await user.close()
 
     with_graph(scenario)
 

@@ -63,6 +63,7 @@ class FileNode(PosixNode):
     _lock: ImageLock | None = None
     _next: _Opened | None = None  # while the file is reopened
     _next_lock: ImageLock | None = None
+    _old_fd = -1  # until it is closed after that
 
     # ------------------------------------------------------------------ life
 
@@ -146,15 +147,20 @@ class FileNode(PosixNode):
             self._next = await self._open(path, reopen.common, reopen.read_only)
             reopen.read_only = self._next.read_only
 
-    async def reopen_commit(self, reopen: Reopen) -> None:
+    def reopen_commit(self, reopen: Reopen) -> None:
         """Use the new fd; its locks are taken already."""
         if self._next is not None:
-            old, opened = self._fd, self._next
+            self._old_fd, opened = self._fd, self._next
             self._next = None
             self._use(opened)
             if self._lock is not None:
                 assert self._next_lock is not None
                 self._lock, self._next_lock = self._next_lock, None
+
+    async def reopen_done(self, reopen: Reopen) -> None:
+        """Close the old fd."""
+        old, self._old_fd = self._old_fd, -1
+        if old >= 0:
             await self._io.call(os.close, old)
 
     async def reopen_abort(self, reopen: Reopen) -> None:

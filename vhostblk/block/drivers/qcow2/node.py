@@ -398,7 +398,7 @@ class Qcow2Node(BlockNode):
         except (ImageError, BlockError) as error:
             raise ConfigError(f"Could not read the reference counts: {error}") from None
 
-    async def reopen_commit(self, reopen: Reopen) -> None:
+    def reopen_commit(self, reopen: Reopen) -> None:
         """The tables are the same."""
         if self._reopened is not None:
             self._metadata.may_write(self._reopened)
