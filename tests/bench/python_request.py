@@ -106,6 +106,7 @@ async def main() -> None:
     thread, page, engine = IOThread("bench"), StatsPage.private("bench", 1), Engine()
     path = NativeDataPath(device, [thread], NoEvents(), page)
     await path.open()
+    path._memory = native.Memory([])  # what a front-end would have given, for whoever asks
     tables = [IOV.pack(native.address_of(piece), _BLOCK) for piece in pieces]
 
     def everything(kind: RequestType) -> Callable[[], None]:

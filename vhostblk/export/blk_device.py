@@ -303,22 +303,23 @@ class BlkDevice:
 
         Args:
             kind: `RequestType.IN` or `OUT`.
-            data: live guest memory.
+            data: live guest memory. To be written: every page of it was touched, and no fault was found then; memory
+                that was truncated reads as zeroes once it was touched, which must not be copied to the disk.
 
         Raises:
             BlockError: here or when it is awaited: give the errno to `execute`, which decides what is to be done.
         """
         if kind == _IN:
             return self.backend.preadv(offset, IoVec(data))
-        # Memory that was truncated reads as zeroes once it was touched: touch it before it is copied to the disk.
-        for view in data:
-            view[_EVERY_PAGE].tobytes()
-            view[-1]
-        if self.memory_faulted():
-            raise BlockError(errno.EFAULT)
         return self.backend.pwritev(offset, IoVec(data))
 
     async def _transfer(self, request: BlkRequest) -> Outcome:
+        if request.type == RequestType.OUT:
+            for view in request.data:
+                view[_EVERY_PAGE].tobytes()
+                view[-1]
+            if self.memory_faulted():
+                raise BlockError(errno.EFAULT)
         await self.transfer(request.type, request.offset, request.data)
         return _OK[0], request.length if request.type == RequestType.IN else 0
 

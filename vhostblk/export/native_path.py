@@ -330,6 +330,8 @@ class NativeDataPath:
                 data = native.iov_views(pointer, count)
                 if not retry and not error:
                     try:
+                        if kind == _OUT and self._is_truncated(pointer, count):
+                            raise BlockError(errno.EFAULT)
                         await self._device.transfer(kind, offset, data)
                         thread.complete(cookie, _OK, length if kind == _IN else 0)
                         return
@@ -385,6 +387,11 @@ class NativeDataPath:
             return False
         self._events.memory_faulted()
         return True
+
+    def _is_truncated(self, vector: int, count: int) -> bool:
+        """Touch what is to be written, see `BlkDevice.transfer`."""
+        faulted = self._memory is not None and self._memory.touch(vector, count)
+        return faulted and self._memory_faulted()
 
     async def _fault(self, thread: IOThread, offset: int, length: int, write: bool) -> bool:
         """Install what the graph can map around a request; says whether that serves it."""

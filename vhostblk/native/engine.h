@@ -39,6 +39,9 @@ int vb_memory_create(const struct vb_region *regions, uint32_t count, struct vb_
 void vb_memory_unref(struct vb_memory *memory);
 uint32_t vb_memory_refs(const struct vb_memory *memory);
 int vb_memory_faulted(const struct vb_memory *memory);
+/* Read a byte of every page of vb_iov[count] at `vector`, then vb_memory_faulted(): whether what was truncated before
+ * is among them. */
+int vb_memory_touch(const struct vb_memory *memory, uint64_t vector, uint32_t count);
 
 /* ---------------------------------------------------------------- disks (blk.c) */
 

@@ -9,6 +9,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from vhostblk.errors import StateError
 from vhostblk.export.stats_layout import latency_bound as latency_bound_in_python
 from vhostblk.export.stats_layout import latency_bucket
 from vhostblk.native import EngineThread, ExtentFlag, Message, MessageType
+from vhostblk.native.binding import IOV
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the engine is not built")
 
@@ -91,6 +93,20 @@ def test_memory_of_overlapping_regions_is_refused(page: mmap.mmap) -> None:
     with pytest.raises(OSError) as error:
         native.Memory([Region(0, 0, 8192, at), Region(4096, 65536, 4096, at + 8192)])
     assert error.value.errno == errno.EINVAL
+
+
+def test_a_touch_finds_the_page_that_was_truncated_and_no_other() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(8192)
+        with mmap.mmap(file.fileno(), 8192) as pages:
+            at = native.address_of(pages)
+            memory = native.Memory([Region(0, 0, 8192, at)])
+            vector = bytearray(IOV.pack(at, 4096) + IOV.pack(at + 4000, 97))
+            pointer = native.address_of(vector)
+            file.truncate(4096)
+            assert not memory.touch(pointer, 1)
+            assert memory.touch(pointer, 2)
+            memory.close()
 
 
 def test_memory_is_counted_while_a_thread_has_it(page: mmap.mmap, thread: EngineThread) -> None:
@@ -172,6 +188,7 @@ def test_views_and_segments_are_those_of_the_vector(page: mmap.mmap) -> None:
 def test_without_the_extension_it_says_so(tmp_path: os.PathLike[str]) -> None:
     code = """
 import sys
+import tempfile
 sys.modules["vhostblk.native._engine"] = None
 from vhostblk import native
 assert not native.available

@@ -9,6 +9,9 @@
 #include "memory.h"
 #include "sigbus.h"
 
+/* Of the smallest pages there are. */
+#define PAGE 4096u
+
 struct vb_memory {
 	uint32_t refs;
 	uint32_t count;
@@ -105,6 +108,23 @@ int vb_memory_faulted(const struct vb_memory *memory)
 		if (sigbus_guard_faulted(memory->guards[i]))
 			return 1;
 	return 0;
+}
+
+static void touch(uint64_t address, uint64_t length)
+{
+	uint64_t end = address + length;
+
+	for (; address < end; address = (address | (PAGE - 1)) + 1)
+		(void)*(const volatile uint8_t *)(uintptr_t)address;
+}
+
+int vb_memory_touch(const struct vb_memory *memory, uint64_t vector, uint32_t count)
+{
+	const struct vb_iov *pieces = (const struct vb_iov *)(uintptr_t)vector;
+
+	for (uint32_t i = 0; i < count; i++)
+		touch(pieces[i].address, pieces[i].length);
+	return vb_memory_faulted(memory);
 }
 
 void *memory_search(const struct vb_memory *memory, struct memory_window *window, uint64_t gpa, uint64_t *length)
