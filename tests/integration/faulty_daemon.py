@@ -79,12 +79,13 @@ def last_sector_refused() -> None:
 
 
 def writes_displaced() -> None:
-    def write(real: Callable[..., Any], device: BlkDevice, request: BlkRequest) -> Any:
-        request.offset += _ONE_SECTOR if request.offset else 0
-        return real(device, request)
+    def transfer(
+        real: Callable[..., Any], device: BlkDevice, kind: int, offset: int, data: Any
+    ) -> Any:
+        is_moved = kind == RequestType.OUT and offset
+        return real(device, kind, offset + _ONE_SECTOR * bool(is_moved), data)
 
-    _wrap(BlkDevice, "_write", write)
-    BlkDevice._HANDLERS = {**BlkDevice._HANDLERS, RequestType.OUT: BlkDevice._write}
+    _wrap(BlkDevice, "transfer", transfer)
 
 
 def zeroes_not_written() -> None:
