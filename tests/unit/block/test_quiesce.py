@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import pytest
 
-from tests.unit.block.fakes import ArrayNode, put_above, turns
+from tests.schedule import explore, sample, turns
+from tests.unit.block.fakes import ArrayNode, put_above
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.edge import Edge
 from vhostblk.block.graph import BlockGraph
@@ -147,50 +146,41 @@ def test_drain_under_load_returns_while_a_second_user_of_the_child_never_stops()
     asyncio.run(scenario())
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 6), st.integers(0, 6)), max_size=8),
-    st.lists(st.integers(0, 3), min_size=1, max_size=20),
-)
+async def writers_and_drains(drains: tuple[tuple[int, int], ...]) -> None:
+    """Four writers, and drains of (node, turns before it)."""
+    leaf = ArrayNode()
+    leaf.pause = lambda: turns(1)
+    middle = put_above(leaf, "middle")
+    top = put_above(middle, "top")
+    nodes: list[BlockNode] = [leaf, middle, top]
+    user = root(top)
+    done = 0
+
+    async def writer(number: int) -> None:
+        nonlocal done
+        for turn in range(3):
+            await user.pwritev(number * 8 + turn, IoVec.of(bytes([number + 1])))
+            done += 1
+
+    async def drainer(which: int, before: int) -> None:
+        await turns(before)
+        async with drained(nodes[which]):
+            for _ in range(3):
+                assert not leaf.in_flight
+                assert not user.in_flight
+                await turns(1)
+
+    await asyncio.gather(*(writer(n) for n in range(4)), *(drainer(*d) for d in drains))
+    assert done == 12
+    assert not any(node.quiesced or node.in_flight for node in nodes)
+    for number in range(4):
+        assert leaf.data[number * 8 : number * 8 + 3] == bytes([number + 1]) * 3
+
+
+@pytest.mark.parametrize("drains", [((0, 0),), ((2, 1), (0, 2)), ((1, 0), (1, 1), (2, 3))])
 def test_no_schedule_of_drains_and_writes_lets_a_request_into_a_drained_section(
-    drains: list[tuple[int, int, int]], pauses: list[int]
+    drains: tuple[tuple[int, int], ...],
 ) -> None:
-    """Every driver call yields as often as the schedule says, so drains begin and end at every await point."""
-
-    async def scenario() -> None:
-        leaf = ArrayNode()
-        schedule: Iterator[int] = iter(pauses * 1000)
-
-        async def pause() -> None:
-            await turns(next(schedule))
-
-        leaf.pause = pause
-        middle = put_above(leaf, "middle")
-        top = put_above(middle, "top")
-        nodes: list[BlockNode] = [leaf, middle, top]
-        user = root(top)
-        done = 0
-
-        async def writer(number: int) -> None:
-            nonlocal done
-            for turn in range(6):
-                await user.pwritev(number * 8 + turn, IoVec.of(bytes([number + 1])))
-                done += 1
-
-        async def drainer(which: int, before: int, inside: int) -> None:
-            await turns(before)
-            node = nodes[which]
-            async with drained(node):
-                for _ in range(inside + 1):
-                    assert not leaf.in_flight
-                    assert not user.in_flight
-                    await turns(1)
-
-        everything = asyncio.gather(*(writer(n) for n in range(4)), *(drainer(*d) for d in drains))
-        await asyncio.wait_for(everything, 20)
-        assert done == 24
-        assert not any(node.quiesced or node.in_flight for node in nodes)
-        for number in range(4):
-            assert leaf.data[number * 8 : number * 8 + 6] == bytes([number + 1]) * 6
-
-    asyncio.run(scenario())
+    """Every driver call yields, so drains begin and end at every await point."""
+    assert explore(lambda: writers_and_drains(drains), limit=60) > 1
+    sample(lambda: writers_and_drains(drains), count=30)
