@@ -23,13 +23,13 @@ from vhostblk.block.drivers.qcow2.entries import (
     Run,
 )
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
-from vhostblk.block.drivers.qcow2.locks import RangeLocks
+from vhostblk.block.drivers.qcow2.locks import RangeLocks, to_the_end
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Req
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import align_down, align_up
-from vhostblk.errors import BlockError
+from vhostblk.errors import BlockError, ImageError
 
 Read = Callable[[int, IoVec], Awaitable[None]]
 Changed = Callable[[int, int], Awaitable[None]]
@@ -80,19 +80,22 @@ class Clusters:
         self._sub = header.subcluster_size
         self._extended = header.has_subclusters
 
-    async def run(self, offset: int, limit: int) -> Run:
-        """The run around `offset`; no need to know what is behind `limit`.
+    async def run(self, offset: int, limit: int, since: int | None = None) -> Run:
+        """The run around `offset`; no need to know what is behind `limit`, or before `since` (absent: `offset`).
 
         Raises:
             BlockError: the child's errno.
             ImageError: an entry is wrong.
         """
         metadata = self._metadata
-        table = metadata.l2_table(offset)
-        if not table:
+        while table := metadata.l2_table(offset):
+            slice_ = await metadata.slice_at(table, offset)
+            if metadata.l2_table(offset) == table:
+                break
+        else:
             return Run(Kind.UNALLOCATED, *metadata.without_table(offset, limit))
-        slice_ = await metadata.slice_at(table, offset)
-        return self._entries.run_at(slice_.table, metadata.slice_start(offset), offset, limit)
+        base, since = metadata.slice_start(offset), offset if since is None else since
+        return self._entries.run_at(slice_.table, base, offset, limit, since)
 
     # ------------------------------------------------------------------ writing
 
@@ -113,7 +116,9 @@ class Clusters:
             run = await self.run(offset, end)
             if _is_in_place(run):
                 count = min(run.end, end) - offset
-                await self._data.pwritev(run.host + offset - run.start, iov.slice(0, count))
+                host = run.host + offset - run.start
+                self._check_not_a_table(host, count)
+                await self._data.pwritev(host, iov.slice(0, count))
                 return count
         if self._metadata.is_full:
             await self._metadata.sync()
@@ -138,8 +143,10 @@ class Clusters:
         count = 1
         if reuses:
             host = entry & OFFSET_MASK
+            self._check_not_a_table(host, self._size)
         else:
             wanted = self._how_many(slice_.table, offset, end)
+            self._check_sound(slice_.table, offset, start, start + wanted * self._size)
             host, count = await self._new_clusters(start, wanted)
         end = min(end, start + count * self._size)
         first, last = self._copied_around(offset, end, entry, bitmap)
@@ -167,9 +174,25 @@ class Clusters:
                 else 0
             )
             self._metadata.change(slice_, at, (host + at - start) | COPIED, new_bits)
-        await self._changed(start, start + count * self._size)
-        self._give_up(old)
+        await to_the_end(self._let_go(start, start + count * self._size, old))
         return end - offset
+
+    async def _let_go(self, start: int, end: int, old: list[_Old]) -> None:
+        await self._changed(start, end)
+        self._give_up(old)
+
+    def _check_not_a_table(self, host: int, length: int) -> None:
+        if not self._is_external and self._metadata.has_table(host, length):
+            raise ImageError(f"Preventing invalid write at offset {host:#x}: it is a table")
+
+    def _check_sound(self, table: object, offset: int, start: int, end: int) -> None:
+        """All entries make sense; so what they give up is theirs."""
+        base = self._metadata.slice_start(offset)
+        for at in range(start, end, self._size):
+            run = self._entries.part_at(table, base, at)  # type: ignore[arg-type]
+            if run.has_host:
+                length = run.compressed if run.kind is Kind.COMPRESSED else self._size
+                self._check_not_a_table(run.host, length)
 
     def _how_many(self, table: object, offset: int, end: int) -> int:
         """Clusters from the one of `offset` on that need a place, as far as one write may go."""
@@ -180,7 +203,7 @@ class Clusters:
             end = align_down(end, self._size) if offset == start else start
         count = 0
         for at in range(start, end, self._size):
-            run = self._entries.run_at(table, slice_start, at, at + 1)  # type: ignore[arg-type]
+            run = self._entries.part_at(table, slice_start, at)  # type: ignore[arg-type]
             if count and (_is_in_place(run) or (run.has_host and run.copied)):
                 break
             count += 1
@@ -189,9 +212,7 @@ class Clusters:
     async def _new_clusters(self, start: int, count: int) -> tuple[int, int]:
         if self._is_external:
             return start, count
-        host, got = await self._metadata.refcounts.allocate(count)
-        self._metadata.check_not_a_table(host, got)
-        return host, got
+        return await self._metadata.refcounts.allocate(count)
 
     def _copied_around(self, offset: int, end: int, entry: int, bitmap: int) -> tuple[int, int]:
         """The range to write, so that no cluster or subcluster is half old: up to whole ones.
@@ -278,6 +299,7 @@ class Clusters:
                     continue
                 slice_ = await self._metadata.own_slice(at)
                 old: list[_Old] = []
+                self._check_sound(slice_.table, at, start, align_up(stop, self._size))
                 self._check_clearable(slice_.table, at, stop)
                 for cluster in range(start, stop, self._size):
                     entry, bits = self._metadata.entry(slice_, cluster)
@@ -291,8 +313,7 @@ class Clusters:
                         if entry & OFFSET_MASK and not new[0] & OFFSET_MASK:
                             old += self._gives_up(entry)
                         self._metadata.change(slice_, cluster, *new)
-                await self._changed(start, limit)
-                self._give_up(old)
+                await to_the_end(self._let_go(start, limit, old))
             at = stop
 
     def _check_clearable(self, table: object, start: int, end: int) -> None:
@@ -302,7 +323,7 @@ class Clusters:
             if start <= cluster and cluster + self._size <= end:
                 continue
             base = self._metadata.slice_start(at)
-            run = self._entries.run_at(table, base, at, at + 1)  # type: ignore[arg-type]
+            run = self._entries.part_at(table, base, at)  # type: ignore[arg-type]
             if run.kind is Kind.COMPRESSED:
                 raise BlockError(errno.ENOTSUP)
 

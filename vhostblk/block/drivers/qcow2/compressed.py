@@ -18,6 +18,8 @@ Decompress = Callable[[bytes, int], bytes]
 
 # Windows are of 4 KiB.
 _RAW_DEFLATE = -12
+# A frame names the memory that it needs; RFC 8878 recommends to support this much. Clusters are of 2 MiB at most.
+_MAX_WINDOW = 8 << 20
 
 
 def decompressor(compression: int) -> Decompress:
@@ -56,7 +58,8 @@ class _Zstd:
         library = self._library
         cluster = b""
         try:
-            with library.ZstdDecompressor().stream_reader(data, read_across_frames=True) as reader:
+            decompressor = library.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+            with decompressor.stream_reader(data, read_across_frames=True) as reader:
                 while len(cluster) < cluster_size:
                     more = reader.read(cluster_size - len(cluster))
                     if not more:

@@ -65,18 +65,21 @@ class EntryReader:
         # "Compressed Clusters Descriptor".
         self._offset_bits = 62 - (header.cluster_bits - 8)
 
-    def run_at(self, table: Sequence[int], base: int, offset: int, limit: int) -> Run:
+    def run_at(
+        self, table: Sequence[int], base: int, offset: int, limit: int, since: int = 0
+    ) -> Run:
         """The longest run around `offset`, within what the table covers.
 
         Args:
             table: entries; those with subclusters take two numbers each.
             base: what the first entry is for: bytes on the disk.
             limit: no need to look behind this; the run may end there.
+            since: no need to look before this.
 
         Raises:
             ImageError: the entry at `offset` is wrong.
         """
-        found = self._part(table, base, offset)
+        found = self.part_at(table, base, offset)
         if found.kind is Kind.COMPRESSED:
             return found
         end_of_table = base + len(table) // (2 if self._extended else 1) * self._cluster_size
@@ -87,7 +90,7 @@ class EntryReader:
                 break
             last, end = following, following.end
         host = found.host
-        while start > base:
+        while start > max(base, since):
             before = self._neighbour(table, base, start - 1)
             if before is None or not _continues(before, found):
                 break
@@ -97,12 +100,16 @@ class EntryReader:
     def _neighbour(self, table: Sequence[int], base: int, offset: int) -> Run | None:
         """None if the entry is wrong: that is the business of whoever reads there."""
         try:
-            return self._part(table, base, offset)
+            return self.part_at(table, base, offset)
         except ImageError:
             return None
 
-    def _part(self, table: Sequence[int], base: int, offset: int) -> Run:
-        """What one entry says of the subclusters around `offset` that are alike."""
+    def part_at(self, table: Sequence[int], base: int, offset: int) -> Run:
+        """What one entry says of the subclusters around `offset` that are alike.
+
+        Raises:
+            ImageError: it is wrong.
+        """
         index = (offset - base) >> self._cluster_bits
         start = base + (index << self._cluster_bits)
         entry = table[2 * index] if self._extended else table[index]

@@ -9,9 +9,10 @@ Context: the control loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(slots=True, eq=False)
@@ -52,3 +53,18 @@ class RangeLocks:
             if other.start < use.end and use.start < other.end and (other.alone or use.alone):
                 return other
         return None
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do what must not be left half done; who is cancelled meanwhile learns that afterwards."""
+    task = asyncio.get_running_loop().create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # nobody else asks
+        raise cancelled
+    task.result()

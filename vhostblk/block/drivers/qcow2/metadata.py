@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 
 from vhostblk.block.drivers.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
+from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.tables import (
     Slice,
@@ -35,6 +37,9 @@ from vhostblk.block.drivers.qcow2.tables import (
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ImageError
+
+# Entries of the L1 table to look at for one run.
+_ENOUGH = 4096
 
 
 class Metadata:
@@ -66,12 +71,15 @@ class Metadata:
         self._l1 = l1
         self._refcounts = refcounts
         self.discards = False
-        self._l2_tables = {entry & OFFSET_MASK for entry in l1 if entry}
+        self._overlapping: set[int] = set()
+        if refcounts is not None:
+            self._add_l2_tables(refcounts)
         self._l1_dirty: set[int] = set()
         self._header_dirty = False
         self._l1_moved = False
         self._sync_lock = asyncio.Lock()
         self._growing = asyncio.Lock()
+        self._header_lock = asyncio.Lock()
         self._l2_covers = header.l2_entries << header.cluster_bits
         self.slice_covers = cache.slice_bytes // header.l2_entry_size << header.cluster_bits
 
@@ -96,6 +104,17 @@ class Metadata:
     def may_write(self, refcounts: Refcounts) -> None:
         """From now on."""
         self._refcounts = refcounts
+        self._add_l2_tables(refcounts)
+
+    def _add_l2_tables(self, refcounts: Refcounts) -> None:
+        tables: set[int] = set()
+        for entry in self._l1:
+            table = entry & OFFSET_MASK
+            if table and (table in tables or refcounts.places.has(table)):
+                self._overlapping.add(table)
+            elif table:
+                tables.add(table)
+        refcounts.places.add_all(tables)
 
     # ------------------------------------------------------------------ looking up
 
@@ -115,9 +134,10 @@ class Metadata:
     def without_table(self, offset: int, limit: int) -> tuple[int, int]:
         """The range around `offset` for which there are no L2 tables; no need to look behind `limit`."""
         first = last = offset // self._l2_covers
-        while first and not self._l1[first - 1]:
+        least = max(first - _ENOUGH, 0)
+        while first > least and not self._l1[first - 1]:
             first -= 1
-        most = min(-(-limit // self._l2_covers), len(self._l1))
+        most = min(-(-limit // self._l2_covers), len(self._l1), last + _ENOUGH)
         while last + 1 < most and not self._l1[last + 1]:
             last += 1
         return first * self._l2_covers, (last + 1) * self._l2_covers
@@ -147,6 +167,9 @@ class Metadata:
             ImageError: the L1 table is wrong.
         """
         index = offset // self._l2_covers
+        if self.l2_table(offset) in self._overlapping:
+            # Whoever writes either of them destroys the other.
+            raise ImageError(f"L2 table overlaps another table (L1 index: {index})")
         if not self._l1[index] & COPIED or not self.l2_table(offset):
             async with self._growing:
                 if not self._l1[index] & COPIED or not self.l2_table(offset):
@@ -179,58 +202,62 @@ class Metadata:
         """A new L2 table, with the content of the old one if there is one."""
         size = self.header.cluster_size
         new, _ = await self.refcounts.allocate(1)
-        self.check_not_a_table(new, 1)
-        content = await read_bytes(self._file, old, size) if old else bytearray(size)
         try:
+            content = await read_bytes(self._file, old, size) if old else bytearray(size)
             await self._file.pwritev(new, IoVec.of(content))
         except BaseException:
             await self.refcounts.release(new, 1)
             raise
         self._l1[index] = new | COPIED
         self._l1_dirty.add(index)
-        self._l2_tables.add(new)
+        self.refcounts.places.add_all([new])
+        for at in range(0, size, self.cache.slice_bytes):
+            # Slices of a table that is not ours alone are never dirty; who reads one now finds that it has moved.
+            self.cache.forget(old + at)
+            self.cache.forget(new + at)
         if old:
-            # Slices of a table that is not ours alone are never dirty.
-            for at in range(old, old + size, self.cache.slice_bytes):
-                self.cache.forget(at)
-            self._l2_tables.discard(old)
+            self.refcounts.places.remove(old)
             self.refcounts.give_up(old)
 
-    def check_not_a_table(self, offset: int, clusters: int) -> None:
-        """Free clusters cannot be tables; if they are, counts are wrong, and nothing may be written there.
+    def has_table(self, offset: int, length: int) -> bool:
+        """Whether a table is in this range of the file, so that it cannot be guest data; if somebody writes here."""
+        return self._refcounts is not None and self._refcounts.places.has(offset, length)
+
+    async def make_room(self, size: int) -> None:
+        """A table for a disk of this size.
 
         Raises:
-            ImageError: they are.
-        """
-        size = self.header.cluster_size
-        l1_end = self.header.l1_offset + len(self._l1) * 8
-        for cluster in range(offset, offset + clusters * size, size):
-            is_l1 = cluster < l1_end and self.header.l1_offset < cluster + size
-            if not cluster or is_l1 or cluster in self._l2_tables or cluster in self.refcounts.own:
-                raise ImageError(
-                    f"Preventing invalid allocation at offset {cluster:#x}: it is a table"
-                )
-
-    async def grow(self, size: int) -> None:
-        """Make room for a disk of this size, and make it that large.
-
-        Raises:
-            BlockError: the child's errno, ENOSPC.
-            ImageError: no table is that large.
+            BlockError: the child's errno, ENOSPC, EFBIG.
+            ImageError: free clusters turn out to be tables.
         """
         async with self._growing:
             needed = self.header.l1_entries_needed(size)
+            try:
+                replace(self.header, size=size, l1_entries=max(needed, len(self._l1))).check()
+            except ImageError as error:
+                raise BlockError(errno.EFBIG, str(error)) from None
             if needed > len(self._l1):
                 await self._move_l1(needed)
-            self.header = replace(self.header, size=size)
-            self.header.check()
+
+    async def grow(self, size: int) -> None:
+        """Make the disk that large; there is room in the table.
+
+        Raises:
+            BlockError: the child's errno; then the size is as before.
+        """
+        old = self.header
+        self.header = replace(old, size=size)
+        self._header_dirty = True
+        try:
+            await self.sync()
+        except BaseException:
+            self.header = replace(self.header, size=old.size)
             self._header_dirty = True
-        await self.sync()
+            raise
 
     async def _move_l1(self, entries: int) -> None:
         header = self.header
         clusters = -(-entries * 8 // header.cluster_size)
-        replace(header, l1_entries=entries).check()
         # Contiguous, wherever that is: behind everything else, in the end.
         while True:
             offset, got = await self.refcounts.allocate(clusters)
@@ -241,6 +268,8 @@ class Metadata:
         old_bytes = len(self._l1) * 8
         if old_bytes:
             self.refcounts.give_up(header.l1_offset, old_bytes)
+            self.refcounts.places.remove(header.l1_offset, old_bytes)
+        self.refcounts.places.add_alone("Active L1 table", offset, entries * 8)
         self._l1.extend([0] * (entries - len(self._l1)))
         self.header = replace(header, l1_entries=entries, l1_offset=offset)
         self._l1_moved = self._header_dirty = True
@@ -256,7 +285,7 @@ class Metadata:
         known = self.header.autoclear & sum(AutoClear)
         if known != self.header.autoclear:
             self.header = replace(self.header, autoclear=known)
-            await self._write_header(self.header)
+            await self._write_header(autoclear=known)
             await self._file.flush()
 
     async def mark_corrupt(self) -> None:
@@ -264,18 +293,25 @@ class Metadata:
         marked = self.header.incompatible | Incompatible.CORRUPT
         if self.header.version >= 3:
             with contextlib.suppress(BlockError):
-                await self._write_header(replace(self._on_disk, incompatible=marked))
+                await self._write_header(incompatible=marked)
                 await self._file.flush()
 
-    async def _write_header(self, header: Header) -> None:
-        await self._write_all([(0, header.to_bytes())])
-        self._on_disk = header
+    async def _write_header(self, **fields: int) -> None:
+        """Change these fields, and no others, whoever else changes some meanwhile."""
+        async with self._header_lock:
+            header = replace(self._on_disk, **fields)  # type: ignore[arg-type]
+            await self._write_all([(0, header.to_bytes())])
+            self._on_disk = header
 
     # ------------------------------------------------------------------ writing
 
     @property
     def is_dirty(self) -> bool:
         """Whether the disk does not know everything yet."""
+        return self._sync_lock.locked() or self._has_changes
+
+    @property
+    def _has_changes(self) -> bool:
         return bool(
             self.cache.is_dirty
             or self._l1_dirty
@@ -295,7 +331,7 @@ class Metadata:
             BlockError: a child's errno; all that was not written still has to be.
         """
         async with self._sync_lock:
-            if self.is_dirty:
+            if self._has_changes:
                 await self._sync()
 
     async def _sync(self) -> None:
@@ -307,10 +343,11 @@ class Metadata:
         l1_dirty, l1_moved = self._l1_dirty, self._l1_moved
         self._l1_dirty, self._l1_moved = set(), False
         given_up = refcounts.take_given_up()
-        table_header = None
+        moved = None
         if counts.moved is not None:
-            self.header = _with_table(self.header, *counts.moved)
-            table_header = _with_table(self._on_disk, *counts.moved)
+            offset, clusters = counts.moved
+            moved = {"refcount_table_offset": offset, "refcount_table_clusters": clusters}
+            self.header = replace(self.header, **moved)  # type: ignore[arg-type]
         header, self._header_dirty = (self.header if self._header_dirty else None), False
         l1 = self._l1_writes(l1_dirty, l1_moved)
         try:
@@ -318,9 +355,9 @@ class Metadata:
             if counts.table:
                 await self._file.flush()
                 await self._write_all(counts.table)
-            if table_header is not None:
+            if moved is not None:
                 await self._file.flush()
-                await self._write_header(table_header)
+                await self._write_header(**moved)
             if self._data is not self._file:
                 await self._data.flush()
             await self._file.flush()
@@ -328,7 +365,9 @@ class Metadata:
             await self._write_all(l1)
             if header is not None:
                 await self._file.flush()
-                await self._write_header(header)
+                await self._write_header(
+                    size=header.size, l1_entries=header.l1_entries, l1_offset=header.l1_offset
+                )
             if given_up or header is not None:
                 await self._file.flush()
         except BaseException:
@@ -341,7 +380,7 @@ class Metadata:
             raise
         refcounts.written(counts)
         cache.written(slices)
-        await self._settle(given_up)
+        await to_the_end(self._settle(given_up))
 
     async def _settle(self, given_up: list[int]) -> None:
         """Nobody on the disk refers to these clusters any more: give the host their room, if we may."""
@@ -362,10 +401,6 @@ class Metadata:
     async def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
         for offset, data in writes:
             await self._file.pwritev(offset, IoVec.of(data))
-
-
-def _with_table(header: Header, offset: int, clusters: int) -> Header:
-    return replace(header, refcount_table_offset=offset, refcount_table_clusters=clusters)
 
 
 def _runs(clusters: list[int]) -> Iterator[tuple[int, int]]:

@@ -235,14 +235,14 @@ class Qcow2Node(BlockNode):
 
     # ------------------------------------------------------------------ where bytes come from
 
-    async def _run(self, offset: int, limit: int) -> Run:
-        """The run around `offset`; no need to know what is behind `limit`.
+    async def _run(self, offset: int, limit: int, since: int | None = None) -> Run:
+        """The run around `offset`; no need to know what is behind `limit`, or before `since` (absent: `offset`).
 
         Raises:
             BlockError: EIO: the image is damaged there, or the child's errno.
         """
         try:
-            return await self._clusters.run(offset, limit)
+            return await self._clusters.run(offset, limit, since)
         except ImageError as error:
             raise await self._corrupt(error) from None
 
@@ -345,11 +345,13 @@ class Qcow2Node(BlockNode):
             raise BlockError(errno.ENOTSUP, f"{self.node_name}: no preallocation but 'off'")
         old = self.length
         try:
+            await self._metadata.make_room(length)
+            # Before anybody can see it, also after a crash.
+            await self._hide_backing(old, length)
             await self._metadata.grow(length)
         except ImageError as error:
-            raise BlockError(errno.EFBIG, f"{self.node_name}: {error}") from None
+            raise await self._corrupt(error) from None
         self._header = self._metadata.header
-        await self._hide_backing(old, length)
         self.set_length(length)
 
     async def _hide_backing(self, old: int, new: int) -> None:
@@ -386,6 +388,9 @@ class Qcow2Node(BlockNode):
             ConfigError: it may not be written.
         """
         if reopen.read_only or not self.read_only:
+            if reopen.read_only and not self.read_only:
+                # What the flush before has freed.
+                await self._metadata.sync()
             return
         header = await self._load_header()
         self._check_may_write(header)
@@ -435,7 +440,7 @@ class Qcow2Node(BlockNode):
 
     async def host_extent(self, offset: int, length: int) -> HostExtent | None:
         """What is allocated is the data file's, what is not is the backing file's, or zeroes."""
-        run = await self._run(offset, self.length)
+        run = await self._run(offset, self.length, since=0)
         start, end = run.start, min(run.end, self.length)
         shift = 0
         child: Edge | None = None
@@ -454,11 +459,16 @@ class Qcow2Node(BlockNode):
         if extent is None or shift % extent.request_alignment:
             return None
         extent = extent.cut(start + shift, end + shift)
-        if extent is not None and (
-            self._is_corrupt or not (run.kind is Kind.NORMAL and run.copied)
-        ):
+        if extent is not None and (self._is_corrupt or not self._may_write_alone(run)):
             extent = extent.without(ExtentFlag.WRITE)
         return extent and replace(extent, offset=extent.offset - shift)
+
+    def _may_write_alone(self, run: Run) -> bool:
+        if run.kind is not Kind.NORMAL or not run.copied:
+            return False
+        if self._data is not self._file:
+            return True
+        return not self._metadata.has_table(run.host, run.end - run.start)
 
     def flush_target(self) -> int | FlushTarget:
         """The file's, while no table waits to be written."""

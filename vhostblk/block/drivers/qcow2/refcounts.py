@@ -18,6 +18,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
+from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
+from vhostblk.block.drivers.qcow2.snapshots import snapshot_tables
 from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.errors import BlockError, ImageError
@@ -25,7 +27,6 @@ from vhostblk.errors import BlockError, ImageError
 # Offsets in tables have 56 bits.
 _MAX_OFFSET = 1 << 56
 _TYPES = {3: "B", 4: "H", 5: "I", 6: "Q"}
-_BLOCK_RESERVED = 0x1FF
 
 
 class Codec:
@@ -92,9 +93,12 @@ class Refcounts:
 
     Args:
         blocks: how many blocks to keep in memory.
+        places: of all tables but L2 tables; kept up to date for what is changed here.
     """
 
-    def __init__(self, file: Edge, header: Header, table: Table, blocks: int) -> None:
+    def __init__(
+        self, file: Edge, header: Header, table: Table, blocks: int, places: TablePlaces
+    ) -> None:
         self._file = file
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
@@ -110,9 +114,7 @@ class Refcounts:
         self._hint = 0
         self._given_up: list[int] = []
         self._lock = asyncio.Lock()
-        # Offsets of the table's clusters and of all blocks: nobody may write data there.
-        self.own = {entry & ~_BLOCK_RESERVED for entry in table if entry}
-        self.own.update(self._table_clusters())
+        self.places = places
 
     @classmethod
     async def load(cls, file: Edge, header: Header, cache_bytes: int) -> Refcounts:
@@ -122,12 +124,24 @@ class Refcounts:
             BlockError: the child's errno.
             ImageError: an entry makes no sense.
         """
-        entries = header.refcount_table_clusters * header.cluster_size // 8
-        table = await read_table(file, header.refcount_table_offset, entries)
-        for entry in table:
+        length = header.refcount_table_clusters * header.cluster_size
+        table = await read_table(file, header.refcount_table_offset, length // 8)
+        places = TablePlaces(header.cluster_bits)
+        places.add_alone("Header", 0)
+        places.add_alone("Active L1 table", header.l1_offset, header.l1_entries * 8)
+        places.add_alone("Reference count table", header.refcount_table_offset, length)
+        blocks = [entry for entry in table if entry]
+        for entry in blocks:
             if entry & (header.cluster_size - 1) or entry >= _MAX_OFFSET:
                 raise ImageError(f"Reference count block offset {entry:#x} is wrong")
-        return cls(file, header, table, cache_bytes // header.cluster_size)
+            places.check("Reference count block", entry)
+        if len(set(blocks)) < len(blocks):
+            raise ImageError("Two reference count blocks are at the same place")
+        places.add_all(blocks)
+        for offset, size in await snapshot_tables(file, header):
+            places.check("Table of a snapshot", offset, size)
+            places.add_all(range(offset, offset + size, header.cluster_size))
+        return cls(file, header, table, cache_bytes // header.cluster_size, places)
 
     # ------------------------------------------------------------------ taking and giving up
 
@@ -151,6 +165,7 @@ class Refcounts:
 
         Raises:
             BlockError: EFBIG: the image cannot grow; or the child's errno.
+            ImageError: free clusters turn out to be tables.
         """
         async with self._lock:
             cluster = self._hint
@@ -167,11 +182,15 @@ class Refcounts:
             for place in range(first, min(first + count, self._per_block)):
                 if block.counts[place]:
                     break
-                block.counts[place] = 1
                 got += 1
+            offset = (index * self._per_block + first) << self._cluster_bits
+            # If they are, counts are wrong.
+            self.places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
+            for place in range(first, first + got):
+                block.counts[place] = 1
             self._changed(index, block)
             self._hint = index * self._per_block + first + got
-            return (index * self._per_block + first) << self._cluster_bits, got
+            return offset, got
 
     def skip(self, offset: int, clusters: int) -> None:
         """Do not look for free clusters before the end of this range any more, for now."""
@@ -274,10 +293,6 @@ class Refcounts:
 
     # ------------------------------------------------------------------ blocks
 
-    def _table_clusters(self) -> range:
-        size = len(self._table) * 8
-        return range(self._table_offset, self._table_offset + size, self._cluster_size)
-
     def _changed(self, index: int, block: Block) -> None:
         block.is_dirty = True
         self._dirty[block.offset] = block
@@ -318,13 +333,13 @@ class Refcounts:
         offset = cluster << self._cluster_bits
         if offset >= _MAX_OFFSET:
             raise BlockError(errno.EFBIG, "the image file cannot grow any more")
+        self.places.add_alone("Reference count block that is missing", offset)
         counts = self._codec.decode(bytes(self._cluster_size))
         block = Block(offset, counts)
         self._keep(index, block)
         self._changed(index, block)
         self._table[index] = offset
         self._dirty_entries.add(index)
-        self.own.add(offset)
         return block
 
     def _grow_table(self, index: int) -> Block:
@@ -338,13 +353,17 @@ class Refcounts:
             blocks += 1
         if clusters * self._cluster_size > MAX_REFCOUNT_TABLE_BYTES:
             raise BlockError(errno.EFBIG, "the reference count table cannot grow any more")
-        self.give_up(self._table_offset, len(self._table) * 8)
-        self.own.difference_update(self._table_clusters())
-        self._table.extend([0] * (clusters * self._cluster_size // 8 - len(self._table)))
         first = index * self._per_block
+        place, size = first << self._cluster_bits, (blocks + clusters) << self._cluster_bits
+        if place + size > _MAX_OFFSET:
+            raise BlockError(errno.EFBIG, "the image file cannot grow any more")
+        self.places.check("Preventing invalid allocation", place, size)
+        self.give_up(self._table_offset, len(self._table) * 8)
+        self.places.remove(self._table_offset, len(self._table) * 8)
+        self._table.extend([0] * (clusters * self._cluster_size // 8 - len(self._table)))
         made = [self._make_block(index + n, first + n) for n in range(blocks)]
         self._table_offset = (first + blocks) << self._cluster_bits
-        self.own.update(self._table_clusters())
+        self.places.add_alone("Reference count table", self._table_offset, len(self._table) * 8)
         self._moved = True
         for used in range(blocks + clusters):
             made[used // self._per_block].counts[used % self._per_block] = 1

@@ -84,6 +84,7 @@ class TableCache:
         self._most = max(total_bytes // slice_bytes, 2)
         self._slices: OrderedDict[int, Slice] = OrderedDict()
         self._loading: dict[int, asyncio.Future[None]] = {}
+        self._forgotten: set[int] = set()  # while they are loaded
         self._dirty: dict[int, Slice] = {}
 
     def __len__(self) -> int:
@@ -143,6 +144,8 @@ class TableCache:
         """What was at this offset is no table any more."""
         self._slices.pop(offset, None)
         self._dirty.pop(offset, None)
+        if offset in self._loading:
+            self._forgotten.add(offset)
 
     def clear(self) -> None:
         """Forget all; the image has changed. Nothing waits to be written."""
@@ -156,6 +159,11 @@ class TableCache:
         finally:
             del self._loading[offset]
             loading.set_result(None)
+            forgotten = offset in self._forgotten
+            self._forgotten.discard(offset)
+        if forgotten:
+            # Something else may be there by now: not for the next one who asks.
+            return Slice(offset, table)
         self._make_room()
         loaded = self._slices[offset] = Slice(offset, table)
         return loaded
