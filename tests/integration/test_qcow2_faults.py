@@ -1,0 +1,336 @@
+"""A qcow2 image whose file fails, at any request of a random workload, or which is damaged before it is opened.
+
+After failures `qemu-img check` finds leaks at worst, and what a flush that succeeded has promised is there. Whatever is
+in the image, nobody hangs and nothing but errors of the block layer comes out of it.
+
+VHOSTBLK_FUZZ_SECONDS makes the damaging run for that long for each shape instead of a few images, with other seeds
+each time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.qcow2_images import MIB, contents, create, qemu_img, qemu_io, read
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.drivers.qcow2.header import Header, Incompatible
+from vhostblk.block.filters.filter import FilterNode
+from vhostblk.block.flags import Req
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.iov import IoVec
+from vhostblk.errors import BlockError, ConfigError
+from vhostblk.testing.plugin import ExpectedLog
+from vhostblk.testing.requirements import require
+
+FUZZ_SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", "0"))
+_SEED = time.time_ns() % 1_000_000_000 if FUZZ_SECONDS else 1
+_IMAGES = 12
+"""Damaged ones of each shape, unless they are to go on for some seconds."""
+_LONGEST = 20.0  # seconds for one image
+SIZE = 2 * MIB
+
+
+class Faulty(FilterNode):
+    """Fails some requests that change something."""
+
+    driver_name = "faulty"
+    luck: random.Random | None = None
+
+    def _maybe_fail(self) -> None:
+        if self.luck is not None and self.luck.random() < 0.15:
+            raise BlockError(self.luck.choice([errno.EIO, errno.ENOSPC]))
+
+    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+        self._maybe_fail()
+        await self.file.preadv(offset, iov)
+
+    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+        self._maybe_fail()
+        await self.file.pwritev(offset, iov, flags)
+        self._maybe_fail()
+
+    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        self._maybe_fail()
+        await self.file.pwrite_zeroes(offset, length, flags)
+
+    async def driver_pdiscard(self, offset: int, length: int) -> None:
+        self._maybe_fail()
+        await self.file.pdiscard(offset, length)
+
+    async def driver_flush_to_disk(self) -> None:
+        self._maybe_fail()
+
+
+@pytest.fixture(autouse=True)
+def tools() -> None:
+    require("qemu-img")
+    require("qemu-io")
+
+
+def options(image: Path) -> str:
+    return f"qcow2,node-name=d,discard=unmap,file.driver=faulty,file.file.driver=file,file.file.filename={image}"
+
+
+def look_at(image: Path, raw: Path) -> None:
+    """What QEMU says of an image that is in use; makes a copy of what the disk shows."""
+    done = subprocess.run(
+        ["qemu-img", "check", "-U", image], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode in (0, 3), done.stdout + done.stderr  # 3: leaks
+    qemu_img("convert", "-U", "-O", "raw", image, raw)
+
+
+SHAPES = {
+    "usual": "cluster_size=64k",
+    "4 KiB clusters": "cluster_size=4k",
+    "subclusters": "extended_l2=on",
+    "tiny clusters": "cluster_size=512,refcount_bits=64",
+}
+
+
+class Guest:
+    """Requests that may fail, or be given up, and what the disk may show then, sector by sector."""
+
+    def __init__(self, backend: BlockBackend, content: bytes, rnd: random.Random) -> None:
+        self._backend = backend
+        self._rnd = rnd
+        sectors = range(0, len(content), 512)
+        self.may = [{content[at : at + 512]} for at in sectors]
+
+    async def request(self) -> None:
+        rnd, size = self._rnd, len(self.may) * 512
+        length = rnd.choice([512, 4096, 65536, 150 * 1024])
+        offset = rnd.randrange(0, size - length + 1) // 512 * 512
+        kind = rnd.choice("wwwwzudf")
+        data, work = bytes(512), self._backend.flush()
+        if kind == "w":
+            data = bytes([rnd.randrange(1, 256)]) * 512
+            work.close()
+            work = self._backend.pwritev(offset, IoVec.of(data * (length // 512)))
+        elif kind == "d":
+            work.close()
+            work = self._backend.pdiscard(offset, length)
+        elif kind in "zu":
+            work.close()
+            flags = int(Req.MAY_UNMAP) if kind == "u" else 0
+            work = self._backend.pwrite_zeroes(offset, length, flags)
+        task = asyncio.get_running_loop().create_task(work)
+        if rnd.random() < 0.2:
+            for _ in range(rnd.randrange(12)):
+                await asyncio.sleep(0)
+            task.cancel()
+        done = True
+        try:
+            await task
+        except (BlockError, asyncio.CancelledError):
+            done = False
+        if kind == "f":
+            return
+        for at in range(offset // 512, (offset + length) // 512):
+            if done and kind != "d":
+                self.may[at] = {data}
+            else:
+                self.may[at] = self.may[at] | {data}
+
+    def check(self, found: bytes) -> None:
+        for number, allowed in enumerate(self.may):
+            assert found[number * 512 : number * 512 + 512] in allowed, number
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("how", ["alone", "overlay", "snapshot"])
+def test_failures_and_cancellation_lose_nothing_and_corrupt_nothing(
+    tmp_path: Path, shape: str, how: str, expect_log: ExpectedLog
+) -> None:
+    expect_log.allow("flush at close failed")
+    image, words = tmp_path / "i.qcow2", ["-o", SHAPES[shape]]
+    if how == "overlay":
+        (tmp_path / "base").write_bytes(random.Random(2).randbytes(MIB))
+        words += ["-b", "base", "-F", "raw"]
+    create(image, SIZE, *words)
+    if how == "snapshot":
+        qemu_io(image, "write -P 200 100k 1M")
+        qemu_img("snapshot", "-c", "s", image)
+    before = contents(image, tmp_path)
+    rnd = random.Random(len(shape) + len(how))
+
+    async def run() -> Guest:
+        graph = BlockGraph({**DRIVERS, "faulty": Faulty})
+        node = await graph.add(options(image))
+        faulty = node.children["file"].node
+        assert isinstance(faulty, Faulty)
+        backend = BlockBackend(node, "the guest", writable=True)
+        guest = Guest(backend, before, rnd)
+        for _ in range(5):
+            faulty.luck = rnd
+            for _ in range(12):
+                await guest.request()
+            faulty.luck = None
+            await backend.flush()
+            # As if everything were killed now.
+            look_at(image, tmp_path / "now")
+            guest.check((tmp_path / "now").read_bytes())
+            guest.check(await read(backend, 0, SIZE))
+        await backend.close()
+        await graph.close_all()
+        return guest
+
+    guest = asyncio.run(run())
+    guest.check(contents(image, tmp_path))
+
+
+def test_flush_that_could_not_write_tables_fails_until_it_can(tmp_path: Path) -> None:
+    image = create(tmp_path / "i.qcow2", SIZE)
+
+    async def run() -> None:
+        graph = BlockGraph({**DRIVERS, "faulty": Faulty})
+        node = await graph.add(options(image))
+        faulty = node.children["file"].node
+        assert isinstance(faulty, Faulty)
+        backend = BlockBackend(node, "the guest", writable=True)
+        await backend.pwritev(0, IoVec.of(b"\x07" * 65536))
+
+        class Never(random.Random):
+            def random(self) -> float:
+                return 0.0
+
+        faulty.luck = Never(1)
+        for _ in range(3):
+            with pytest.raises(BlockError):
+                await backend.flush()
+        faulty.luck = None
+        await backend.flush()
+        await backend.close()
+        await graph.close_all()
+
+    asyncio.run(run())
+    qemu_io(image, "read -P 7 0 64k")
+
+
+def damage(image: bytearray, rnd: random.Random) -> None:
+    """Flip bits and put numbers into places where tables are, mostly."""
+    header = Header.parse(bytes(image[:65536]))
+    entry = int.from_bytes(image[header.l1_offset : header.l1_offset + 8]) & ((1 << 56) - 512)
+    block = int.from_bytes(image[header.refcount_table_offset :][:8])
+    places = [(0, 112), (header.l1_offset, 64), (header.refcount_table_offset, 64)]
+    places += [(entry, 512), (entry, 512), (block, 128), (0, len(image))]
+    for _ in range(rnd.choice([1, 1, 2, 5, 30])):
+        start, length = rnd.choice(places)
+        at = start + rnd.randrange(length)
+        if at + 8 > len(image):
+            continue
+        if rnd.random() < 0.6:
+            image[at] ^= 1 << rnd.randrange(8)
+        else:
+            value = rnd.choice([0, 1, 1 << 63, (1 << 64) - 1, rnd.getrandbits(64)])
+            target = rnd.choice([header.l1_offset, header.refcount_table_offset, entry, block, 0])
+            value = rnd.choice([value, target | 1 << 63, target, value & 0xFFFF0000])
+            at = at // 8 * 8
+            image[at : at + 8] = value.to_bytes(8)
+
+
+async def use(image: Path, rnd: random.Random, read_only: bool) -> None:
+    """Whatever comes of it, it is an error of the block layer, or none."""
+    graph = BlockGraph(DRIVERS)
+    words = f"qcow2,backing.driver=null-co,read-only={'on' if read_only else 'off'},discard=unmap"
+    try:
+        node = await graph.add(f"{words},file.driver=file,file.filename={image}")
+    except (ConfigError, BlockError):
+        await graph.close_all()
+        return
+    backend = BlockBackend(node, "the guest", writable=not read_only)
+    size = min(node.length, SIZE)
+    for _ in range(15):
+        length = min(rnd.choice([512, 4096, 65536]), size)
+        offset = rnd.randrange(0, size - length + 1) // 512 * 512 if size else 0
+        kind = rnd.choice("r" if read_only else "wwzudfr")
+        try:
+            if kind == "r":
+                await read(backend, offset, length)
+            elif kind == "w":
+                await backend.pwritev(offset, IoVec.of(b"\x09" * length))
+            elif kind == "d":
+                await backend.pdiscard(offset, length)
+            elif kind == "f":
+                await backend.flush()
+            else:
+                await backend.pwrite_zeroes(offset, length, int(Req.MAY_UNMAP) * (kind == "u"))
+            await backend.extents(offset, length)
+        except BlockError:
+            pass
+    await backend.close()
+    await graph.close_all()
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "compressed", "snapshot", "version 2"])
+def test_damaged_images_give_errors_and_nothing_else(
+    tmp_path: Path, shape: str, expect_log: ExpectedLog
+) -> None:
+    expect_log.allow("image is corrupt", "flush at close failed", "features that nobody")
+    image = tmp_path / "i.qcow2"
+    words = ["-o", {"version 2": "compat=0.10"}.get(shape, SHAPES.get(shape, "cluster_size=4k"))]
+    create(image, SIZE, *words)
+    qemu_io(image, "write -P 3 0 300k", "write -z 500k 64k", "write -P 4 1M 10k")
+    if shape == "snapshot":
+        qemu_img("snapshot", "-c", "s", image)
+        qemu_io(image, "write -P 5 100k 100k")
+    if shape == "compressed":
+        qemu_img("convert", "-c", "-O", "qcow2", *words, image, tmp_path / "c")
+        (tmp_path / "c").rename(image)
+    good = image.read_bytes()
+    start, number = time.monotonic(), 0
+    while number < _IMAGES or time.monotonic() - start < FUZZ_SECONDS:
+        seed = _SEED * 1000 + number
+        rnd = random.Random(seed)
+        number += 1
+        bad = bytearray(good)
+        damage(bad, rnd)
+        for read_only in (True, False):
+            image.write_bytes(bad)
+            try:
+                asyncio.run(asyncio.wait_for(use(image, rnd, read_only), _LONGEST))
+            except BaseException as error:
+                error.add_note(f"seed: {seed}, read-only: {read_only}")
+                raise
+            if read_only:
+                assert image.read_bytes() == bytes(bad)
+
+
+@pytest.mark.parametrize("target", ["L1", "reference counts"])
+def test_cluster_that_is_said_to_be_where_a_table_is_is_not_written(
+    tmp_path: Path, target: str, expect_log: ExpectedLog
+) -> None:
+    expect_log.expect("image is corrupt: Preventing invalid write")
+    image = create(tmp_path / "i.qcow2", SIZE)
+    qemu_io(image, "write 0 64k")
+    data = bytearray(image.read_bytes())
+    header = Header.parse(bytes(data[:65536]))
+    place = {"L1": header.l1_offset, "reference counts": 0x20000}[target]
+    table = int.from_bytes(data[header.l1_offset :][:8]) & ((1 << 56) - 512)
+    data[table : table + 8] = (place | 1 << 63).to_bytes(8)
+    image.write_bytes(data)
+
+    async def run() -> None:
+        graph = BlockGraph(DRIVERS)
+        node = await graph.add(f"qcow2,discard=unmap,file.driver=file,file.filename={image}")
+        backend = BlockBackend(node, "the guest", writable=True)
+        with pytest.raises(BlockError, match="corrupt"):
+            await backend.pwritev(0, IoVec.of(bytes(4096)))
+        with pytest.raises(BlockError):
+            await backend.pdiscard(0, 65536)
+        await backend.close()
+        await graph.close_all()
+
+    asyncio.run(run())
+    after = image.read_bytes()
+    assert after[place : place + 65536] == bytes(data[place : place + 65536])
+    assert Header.parse(after[:65536]).incompatible & Incompatible.CORRUPT
