@@ -17,13 +17,16 @@ import pytest
 
 from tests.requirements import require
 from tests.unit.block.fakes import PassNode
-from vhostblk.block import surgery
+from vhostblk.block import pipeline, submit, surgery
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
 from vhostblk.block.keyval import parse_options
 from vhostblk.block.length import resize
 from vhostblk.block.node import BlockNode
+from vhostblk.block.permissions import Perm
+from vhostblk.block.quiesce import drained
 from vhostblk.block.reopen import reopen
+from vhostblk.block.tracking import RequestType
 from vhostblk.daemon import Daemon, DaemonConfig
 from vhostblk.errors import ConfigError
 from vhostblk.export.options import parse_export
@@ -46,9 +49,8 @@ class Changer:
         self._filters: list[BlockNode] = []
 
     async def change(self) -> None:
-        kind = self._choice.choice(
-            [self.insert, self.drop, self.reopen, self.grow, self.swap, self.snapshot]
-        )
+        kinds = [self.insert, self.drop, self.reopen, self.grow, self.swap, self.snapshot]
+        kind = self._choice.choice([*kinds, self.serialise, self.serialise, self.drain, self.visit])
         await kind()
         self.done[kind.__name__] += 1
         wanted = self._export.statistics().requests + self._choice.choice([0, 1, 50])
@@ -87,6 +89,43 @@ class Changer:
         await asyncio.sleep(0.002)
         await surgery.replace_node(self._graph, other, self._top)
         await self._graph.remove("other")
+
+    async def serialise(self) -> None:
+        """Nobody writes what somebody has to themselves, neither through an extent nor otherwise."""
+        node = self._choice.choice([self._top, self._graph.find("f")])
+        size = self._choice.choice([4096, 65536, _SPAN])
+        offset = self._choice.randrange(_SPAN // size) * size
+        once, again = bytearray(size), bytearray(size)
+        node.in_flight += 1
+        request = node.tracker.begin(RequestType.WRITE, offset, size)
+        try:
+            await pipeline.serialise(node, request, 0)
+            await submit.read(node, offset, IoVec.of(once))
+            await asyncio.sleep(0.002)
+            await submit.read(node, offset, IoVec.of(again))
+        finally:
+            node.tracker.end(request)
+            node.leave()
+        assert once == again, f"somebody wrote into {offset}..{offset + size} of {node!r}"
+
+    async def drain(self) -> None:
+        """Nothing at all is written meanwhile."""
+        once, again = bytearray(_SPAN), bytearray(_SPAN)
+        file = self._graph.find("f")
+        async with drained(self._choice.choice([self._top, file])):
+            await submit.read(file, 0, IoVec.of(once))
+            await asyncio.sleep(0.002)
+            await submit.read(file, 0, IoVec.of(again))
+        assert once == again, "somebody wrote in a drain"
+
+    async def visit(self) -> None:
+        """Another user, who may write, then may not."""
+        visitor = BlockBackend(self._top, "a visitor", writable=True, shared=Perm.ALL)
+        await visitor.flush()
+        await visitor.ask(writable=False)
+        await visitor.preadv(self._choice.randrange(_SPAN), IoVec.of(bytearray(700)))
+        await visitor.ask(writable=True)
+        await visitor.close()
 
     async def snapshot(self) -> None:
         """Old bytes are kept while the engine writes what was copied already; they never change."""
