@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _WRITES = int(Perm.WRITE | Perm.WRITE_UNCHANGED)
 _RESIZE = int(Perm.RESIZE)
-_and = int.__and__  # that of IntFlag makes an object
+# `_value_`, because the operators of IntFlag make objects, and `value` is a call.
 
 
 class Edge:
@@ -78,9 +78,10 @@ class Edge:
 
     def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
         """Write `iov`; see `pipeline.pwritev`."""
-        if not _and(self.perm, _WRITES) or offset + iov.length > self.node.length:
+        node = self.node
+        if offset + iov.length > node.length or not self.perm._value_ & _WRITES:
             self._check_write(offset, iov.length)
-        return pipeline.pwritev(self.node, offset, iov, flags)
+        return pipeline.pwritev(node, offset, iov, flags)
 
     def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> Coroutine[Any, Any, None]:
         """Make a range read as zeroes; see `clear.pwrite_zeroes`."""
@@ -107,7 +108,9 @@ class Edge:
         # Rows B09.9 and B16.6: whoever breaks this has a bug. A read-only node answers EPERM
         # itself.
         node = self.node
-        assert _and(self.perm, _WRITES) or node.read_only, f"{self.describe()}: no write permission"
-        if offset + length > node.length and not _and(self.perm, _RESIZE) and not node.read_only:
+        assert self.perm._value_ & _WRITES or node.read_only, (
+            f"{self.describe()}: no write permission"
+        )
+        if offset + length > node.length and not self.perm._value_ & _RESIZE and not node.read_only:
             # No bug: somebody may have cut the file short under us.
             raise BlockError(errno.EIO, f"{self.describe()}: behind the end of the node")

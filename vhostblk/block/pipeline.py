@@ -241,7 +241,7 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
         check_writable(node)
     length, tracker = iov.length, node.tracker
     if (
-        not flags & ~node.supported_write_flags
+        not (flags and flags & ~node.supported_write_flags)
         and not (node.before_write or node.has_debug_events or node.detect_zeroes)
         and not tracker.serialising
         and 0 <= offset <= node.length - length
