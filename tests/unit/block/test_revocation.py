@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.qcow2_images import create
+from tests.requirements import require
 from tests.unit.block.fakes import ArrayNode, NoOptions, PassNode, put_above, run_now, turns
 from vhostblk.block import pipeline, surgery
 from vhostblk.block.activation import activate, inactivate
@@ -31,6 +34,7 @@ from vhostblk.block.tracking import RequestType
 
 KIB = 1024
 SIZE = 64 * KIB
+CLUSTER = 64 * KIB
 
 
 class MappedNode(ArrayNode):
@@ -324,6 +328,33 @@ def test_change_of_the_graph_takes_everything_back_first_and_waits_for_requests(
         go.set()
         await task
         await write
+        await listener.user.close()
+        await graph.close_all()
+
+    asyncio.run(scenario())
+
+
+# ---------------------------------------------------------------------- images whose clusters move
+
+
+def test_qcow2_image_takes_back_what_moves_and_what_its_children_take_back(tmp_path: Path) -> None:
+    require("qemu-img")
+    base = create(tmp_path / "base", 4 * CLUSTER)
+    image = create(tmp_path / "image", 4 * CLUSTER, "-b", base, "-F", "qcow2")
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        file = {"driver": "file", "filename": str(image), "node-name": "file"}
+        node = await graph.add({"driver": "qcow2", "node-name": "top", "file": file})
+        listener = Listener(node)
+        await listener.user.pwritev(CLUSTER + 512, IoVec.of(b"x" * 512))
+        assert any(start <= CLUSTER < start + length for start, length in listener.ranges)
+        assert listener.flushes
+        listener.ranges.clear()
+        await node.children["backing"].node.revoke(4096, 512)
+        assert listener.ranges == [(4096, 512)]
+        await graph.find("file").revoke(4096, 512)
+        assert listener.ranges[1:] == [(0, 4 * CLUSTER)]
         await listener.user.close()
         await graph.close_all()
 
