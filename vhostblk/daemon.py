@@ -19,7 +19,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.options import ExportConfig
 from vhostblk.export.stats_page import StatsPages
+from vhostblk.export.vq_mapping import VqMapping, assign
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,9 @@ class Daemon:
         self._stop = asyncio.Event()
         self._threads: dict[str, IOThread] = {}
         self._own: list[IOThreadConfig] = []  # for those that name none
+        self._own_of: dict[str, list[IOThreadConfig]] = {}  # by id of the export
         self._next_shared = 0
+        self._use_native = False
         self._pages = StatsPages()
         self._is_durable = True
         self.graph = BlockGraph(config.drivers)
@@ -120,18 +123,18 @@ class Daemon:
             BlockError: a disk cannot be opened, or, after an orderly end, a last flush failed.
             OSError: a socket or the pid file cannot be made.
         """
-        use_native = self._choose_data_path()
+        self._use_native = self._choose_data_path()
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._close_nodes)
             for group in self._config.throttle_groups:
                 self.graph.throttle_groups[group.name] = ThrottleGroup(group.name, group.limits)
             for options in self._config.blockdevs:
                 await self._open_node(options)
-            if use_native:
+            if self._use_native:
                 stack.push_async_callback(self._close_threads)
             for config in self._config.exports:
                 with _told_by(self._export_option(config)):
-                    await self._open_export(config, stack, use_native)
+                    await self._open_export(config, stack)
             pid_file = None
             if self._config.pid_file is not None:
                 pid_file = _PidFile(self._config.pid_file)
@@ -217,20 +220,35 @@ class Daemon:
         """
         await self._find_export(export).activate(self.graph)
 
+    async def move(self, export: str, mapping: Sequence[VqMapping] = ()) -> None:
+        """Have other iothreads serve an export, also while it is used; its front-end notices nothing.
+
+        Args:
+            mapping: as `iothread-vq-mapping`; empty: threads of its own.
+
+        Raises:
+            ConfigError: see `Export.move`; there is no such export or iothread, or the mapping is wrong.
+        """
+        found = self._find_export(export)
+        if self._stop.is_set():
+            raise ConfigError("the daemon is being stopped", errno.ESHUTDOWN)
+        io_threads, queue_threads = assign(tuple(mapping), found.config.num_queues)
+        config = replace(found.config, io_threads=io_threads, queue_threads=queue_threads)
+        threads = self._threads_for(config) if self._use_native else []
+        await found.move(threads, queue_threads)
+
     def _find_export(self, name: str) -> Export:
         if name not in self.exports:
             raise ConfigError(f"Export '{name}' does not exist", errno.ENODEV)
         return self.exports[name]
 
-    async def _open_export(
-        self, config: ExportConfig, stack: AsyncExitStack, use_native: bool
-    ) -> None:
+    async def _open_export(self, config: ExportConfig, stack: AsyncExitStack) -> None:
         if config.id in self.exports:
             raise ConfigError("this id is in use")
         for other in self.exports.values():
             if config.fd is not None and config.fd == other.config.fd:
                 raise ConfigError(f"fd {config.fd} is used by export '{other.config.id}'")
-        threads = self._threads_for(config) if use_native else []
+        threads = self._threads_for(config) if self._use_native else []
         node = self.graph.find(config.node_name)
         if config.writable:
             await acquire_write(self.graph, node)
@@ -248,7 +266,12 @@ class Daemon:
         return [self._thread(thread) for thread in wanted]
 
     def _own_threads(self, config: ExportConfig) -> list[IOThreadConfig]:
-        """New ones; from `MAX_OWN_THREADS` on those of the exports before, in turn."""
+        """New ones; from `MAX_OWN_THREADS` on those of the exports before, in turn. The same, if it had some."""
+        if config.id not in self._own_of:
+            self._own_of[config.id] = self._choose_own_threads(config)
+        return self._own_of[config.id]
+
+    def _choose_own_threads(self, config: ExportConfig) -> list[IOThreadConfig]:
         count = config.own_threads
         if not self._own or len(self._own) + count <= MAX_OWN_THREADS:
             fresh = [IOThreadConfig(f"{config.id}/{number}") for number in range(count)]

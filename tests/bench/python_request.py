@@ -69,6 +69,9 @@ class NoEvents:
     def queue_broken(self, index: int, reason: str) -> None:
         """Never."""
 
+    def queue_lost(self, reason: str) -> None:
+        """Never."""
+
     def memory_faulted(self) -> None:
         """Never."""
 
@@ -106,7 +109,7 @@ async def main() -> None:
     thread, page, engine = IOThread("bench"), StatsPage.private("bench", 1), Engine()
     path = NativeDataPath(device, [thread], NoEvents(), page)
     await path.open()
-    path._memory = native.Memory([])  # what a front-end would have given, for whoever asks
+    path._queues.memory = native.Memory([])  # what a front-end would have given, for whoever asks
     tables = [IOV.pack(native.address_of(piece), _BLOCK) for piece in pieces]
 
     def everything(kind: RequestType) -> Callable[[], None]:

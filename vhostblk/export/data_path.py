@@ -6,11 +6,13 @@ control loop and is the reference the engine is measured against. The same contr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from vhostblk import native
 from vhostblk.block.extent import PastWrites
 from vhostblk.errors import PeerError
+from vhostblk.export.io_thread import IOThread
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 
@@ -49,6 +51,21 @@ class DataPath(Protocol):
 
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """Whether a started queue takes requests."""
+
+    async def move(self, threads: Sequence[IOThread], queue_threads: Sequence[int] = ()) -> None:
+        """Have other threads serve the queues, also while they are busy; returns when they do (row B27).
+
+        Waits for requests that are in flight, one queue after the other. Those that the disk fails meanwhile, and that
+        are parked, keep it waiting until a resume, or until the front-end wants anything of the queues, which reports
+        them.
+
+        Args:
+            queue_threads: for each queue, the number of its thread; empty: they take turns.
+
+        Raises:
+            ConfigError: there are no threads here, or not enough room on these; or EBUSY: requests are parked. All is
+                as before.
+        """
 
     def pause(self, paused: bool) -> None:
         """Whether queues take requests at all; those that have been taken are still served."""
@@ -90,6 +107,9 @@ class DataPathEvents(Protocol):
 
     def queue_broken(self, index: int, reason: str) -> None:
         """The driver broke the rules of this queue; it is idle until it is stopped."""
+
+    def queue_lost(self, reason: str) -> None:
+        """No thread has room for a queue that has run; it is stopped."""
 
     def memory_faulted(self) -> None:
         """The front-end truncated memory it shares."""

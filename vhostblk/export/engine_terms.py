@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
+from collections.abc import Iterable
 
 from vhostblk import native
 from vhostblk.native import Message
@@ -55,6 +57,12 @@ def insist(answer: Message) -> Message:
         code = errno.errorcode.get(-answer[9], answer[9])
         raise RuntimeError(f"the engine refused a command: {code}")
     return answer
+
+
+async def answered(commands: Iterable[asyncio.Future[Message]]) -> None:
+    """Await commands that only a bug of ours can make fail."""
+    for answer in await asyncio.gather(*commands):
+        insist(answer)
 
 
 # What VB_QUEUE_START may be refused for by the front-end's fault, and by the machine's.

@@ -262,6 +262,34 @@ class Export:
         if self._front_end is not None:
             self._front_end.config_changed()
 
+    async def move(self, threads: Sequence[IOThread], queue_threads: Sequence[int] = ()) -> None:
+        """Have other engine threads serve it, also while it is used; its front-end notices nothing (row B27).
+
+        Waits for the requests in flight. Not inside a drained section, which holds them up. Goes on to its end even
+        if whoever waits for it is cancelled.
+
+        Args:
+            queue_threads: for each queue, the number of its thread; empty: they take turns.
+
+        Raises:
+            ConfigError: see `DataPath.move`; all is as before.
+        """
+        if self.config.fixed_iothread:
+            raise ConfigError(f"Export '{self.config.id}' has fixed-iothread=on", errno.EPERM)
+        moving = asyncio.create_task(self._path.move(threads, queue_threads))
+        try:
+            await asyncio.shield(moving)
+        except asyncio.CancelledError:
+            await asyncio.wait([moving])
+            if not moving.cancelled():
+                moving.exception()  # nobody is left to be told
+            raise
+        except ConfigError as exc:
+            reason = f"Export '{self.config.id}' cannot move: {exc}"
+            raise ConfigError(reason, exc.errno) from None
+        names = ", ".join(thread.name for thread in threads)
+        self.log.info("moved to %s: %s", names, self._path.description)
+
     # ------------------------------------------------------------------ images that change hands (row B40)
 
     async def inactivate(self, graph: BlockGraph) -> None:
@@ -391,6 +419,12 @@ class Export:
     def queue_broken(self, index: int, reason: str) -> None:
         """Log it: the front-end has been told through the queue's error fd."""
         self._offences.record(f"queue {index}: broken by the guest", f": {reason}")
+
+    def queue_lost(self, reason: str) -> None:
+        """The session cannot go on without it; the next one may find room again."""
+        self.log.error("the session ends: %s", reason)
+        if self._front_end is not None:
+            self._front_end.disconnect()
 
     def memory_faulted(self) -> None:
         """The session cannot go on in memory that is gone."""

@@ -3,6 +3,8 @@
 Fault, fill, retry: when a request misses the extent map and the graph can map the range, the run around it is
 installed on that thread and the request is given back; otherwise the device executes it here. Messages to a thread
 keep their order, so the retry finds what was installed, and a revocation sent later cannot be overtaken.
+
+Where queues and guest memory are, and how they move, is in engine_queues.py.
 """
 
 from __future__ import annotations
@@ -10,19 +12,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 
 from vhostblk import native
 from vhostblk.block.node import ExtentFlag, PastWrites
-from vhostblk.errors import BlockError, PeerError
+from vhostblk.errors import BlockError
 from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice
-from vhostblk.export.data_path import DataPathEvents, guarded
+from vhostblk.export.data_path import DataPathEvents
+from vhostblk.export.disk_threads import DiskThreads
 from vhostblk.export.eager import run_eagerly
-from vhostblk.export.engine_terms import fd_or_none, insist, queue_config, why_not_started
+from vhostblk.export.engine_queues import EngineQueues
+from vhostblk.export.engine_terms import answered
 from vhostblk.export.error_policy import ErrorPolicy, OnError
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.stats_page import StatsPage
@@ -43,19 +44,6 @@ _OK = int(Status.OK)
 _DO_NOT_MAP = int(native.RequestFlag.RETRIED | native.RequestFlag.UNALIGNED | _FAILED)
 _NEEDS_FLUSH = int(native.RequestFlag.NEEDS_FLUSH)
 _EVERYTHING = 2**63
-_QUEUE_FD = {
-    VringFd.KICK: native.QueueFd.KICK,
-    VringFd.CALL: native.QueueFd.CALL,
-    VringFd.ERR: native.QueueFd.ERR,
-}
-
-
-@dataclass(slots=True)
-class _Queue:
-    index: int
-    thread: IOThread
-    key: int
-    enabled: bool
 
 
 class NativeDataPath:
@@ -72,7 +60,7 @@ class NativeDataPath:
             reads would still end in the old one. vhost-user has no way to tell a VMM that it must not take pages.
 
     Context: the control loop.
-    Owns: the engine's disk, its queues and the memory snapshots; not the threads.
+    Owns: the engine's disk and what is attached to it; not the threads.
     """
 
     def __init__(
@@ -87,10 +75,7 @@ class NativeDataPath:
     ) -> None:
         self._device = device
         self._backend = device.backend
-        self._threads = tuple(threads)
-        self._queue_threads = tuple(queue_threads)
         self._events = events
-        self._page = page
         self._pin_memory = pin_memory
         self._disk = native.Disk(
             disk_id=id(self),
@@ -100,11 +85,9 @@ class NativeDataPath:
             serial=device.serial,
             ask_after_errors=_asked_about(device.policy),
         )
+        self._threads = DiskThreads(self._disk, self, threads, queue_threads)
         self._record = WriteRecord(self._disk, device.capacity)
-        self._queues: dict[int, _Queue] = {}  # by index, while started
-        self._by_key: dict[tuple[IOThread, int], _Queue] = {}
-        self._memory: native.Memory | None = None
-        self._paused = False
+        self._queues = EngineQueues(device, self._disk, self._threads, page, events)
         self._write_through = False
         self._flush_failed = False  # of the engine, and the block layer knows
         self._has_flushed = False  # the engine had the right to flush a file, and may have it now
@@ -119,124 +102,50 @@ class NativeDataPath:
         Raises:
             BlockError: a thread is out of memory; no thread knows the disk then.
         """
-        kind = "threads" if await self._maps_with(ExtentFlag.POOL) else self._threads[0].io_kind
-        count = len(self._threads)
-        self.description = f"{count} engine thread{'s' * (count > 1)} with {kind}"
-        attached: list[IOThread] = []
         try:
-            for thread in self._threads:
-                command = thread.command(MessageType.DISK_ATTACH, disk=self._disk.pointer)
-                error = (await command)[9]
-                if error < 0:
-                    raise BlockError(-error, f"{thread.name}: {os.strerror(-error)}")
-                thread.add_sink(self._disk.id, self)
-                attached.append(thread)
+            await self._threads.attach(self._threads.serving)
+            await self._describe()
         except BaseException:
-            await self._detach(attached)
+            await self._threads.detach(self._threads.attached)
             self._disk.close()
             raise
 
-    def _thread_of(self, queue: int) -> IOThread:
-        if self._queue_threads:
-            return self._threads[self._queue_threads[queue]]
-        return self._threads[queue % len(self._threads)]
+    async def _describe(self) -> None:
+        threads = self._threads.serving
+        kind = "threads" if await self._maps_with(ExtentFlag.POOL) else threads[0].io_kind
+        self.description = f"{len(threads)} engine thread{'s' * (len(threads) > 1)} with {kind}"
 
     # ------------------------------------------------------------------ DataPath
 
     async def set_memory(self, memory: MemTable | None) -> None:
         """See `DataPath.set_memory`."""
-        fresh = guarded(memory) if memory is not None else None
-        try:
-            answers = await self._send_memory(self._threads, fresh)
-            if any(answer[9] == -errno.ENOMEM for answer in answers):
-                # Threads that have moved already go back.
-                moved = [t for t, a in zip(self._threads, answers, strict=True) if a[9] == 0]
-                for answer in await self._send_memory(moved, self._memory):
-                    insist(answer)
-                raise PeerError("guest memory: the engine is out of memory")
-            for answer in answers:
-                insist(answer)
-        except BaseException:
-            if fresh is not None:
-                fresh.close()
-            raise
-        if self._memory is not None:
-            self._memory.close()
-        self._memory = fresh
-
-    async def _send_memory(
-        self, threads: Sequence[IOThread], memory: native.Memory | None
-    ) -> list[Message]:
-        flags = 0
-        if memory is not None and self._pin_memory:
-            flags = int(await self._maps_with(ExtentFlag.FIXED))
-        return await asyncio.gather(
-            *(
-                thread.command(
-                    MessageType.MEMORY_SET,
-                    disk=self._disk.pointer,
-                    flags=flags,
-                    pointer=memory.pointer if memory else 0,
-                    keep=memory,
-                )
-                for thread in threads
-            )
-        )
+        pins = memory is not None and self._pin_memory and await self._maps_with(ExtentFlag.FIXED)
+        await self._queues.set_memory(memory, pins=pins)
 
     async def start_queue(self, vring: VringSnapshot, features: int) -> None:
         """See `DataPath.start_queue`."""
-        thread = self._thread_of(vring.index)
-        queue = _Queue(vring.index, thread, thread.new_queue_key(), vring.enabled)
-        stats = native.QueueStats(self._page.queue(vring.index))
-        enabled = vring.enabled and not self._paused
-        config = queue_config(vring, features, self._disk, stats, enabled=enabled)
-        self._by_key[thread, queue.key] = queue
-        answer = await thread.command(
-            MessageType.QUEUE_START,
-            disk=self._disk.pointer,
-            queue=queue.key,
-            pointer=config.pointer,
-            keep=config,
-        )
-        if answer[9] < 0:
-            del self._by_key[thread, queue.key]
-            raise PeerError(f"queue {vring.index}: {why_not_started(-answer[9])}")
-        self._queues[vring.index] = queue
+        await self._queues.start(vring, features)
 
     async def stop_queue(self, index: int) -> int:
         """See `DataPath.stop_queue`."""
-        queue = self._queues.pop(index)
-        answer = await self._check(queue.thread.command(MessageType.QUEUE_STOP, queue=queue.key))
-        del self._by_key[queue.thread, queue.key]
-        return answer[10]
+        return await self._queues.stop(index)
 
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """See `DataPath.enable_queue`."""
-        queue = self._queues[index]
-        queue.enabled = enabled
-        await self._check(self._tell_enabled(queue))
-
-    def pause(self, paused: bool) -> None:
-        """See `DataPath.pause`."""
-        self._paused = paused
-        for queue in self._by_key.values():  # also those that are just being started
-            self._tell_enabled(queue)
-
-    def _tell_enabled(self, queue: _Queue) -> asyncio.Future[Message]:
-        flags = int(queue.enabled and not self._paused)
-        return queue.thread.command(MessageType.QUEUE_ENABLE, queue=queue.key, flags=flags)
+        await self._queues.enable(index, enabled)
 
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
         """See `DataPath.set_queue_fd`."""
-        queue = self._queues[index]
-        set_fd = partial(
-            queue.thread.command, MessageType.QUEUE_FD, queue=queue.key, aux=_QUEUE_FD[which]
-        )
-        answer = await set_fd(result=fd_or_none(fd))
-        if answer[9] < 0:
-            # The old one is closed whatever happens, so it must be out of use: the ring is polled from here on.
-            await self._check(set_fd(result=fd_or_none(None)))
-            raise PeerError(f"queue {index}: {why_not_started(-answer[9])}")
+        await self._queues.set_fd(index, which, fd)
+
+    async def move(self, threads: Sequence[IOThread], queue_threads: Sequence[int] = ()) -> None:
+        """See `DataPath.move`."""
+        await self._queues.move(threads, queue_threads)
+        await self._describe()
+
+    def pause(self, paused: bool) -> None:
+        """See `DataPath.pause`."""
+        self._queues.pause(paused)
 
     async def set_write_through(self, write_through: bool) -> None:
         """See `DataPath.set_write_through`."""
@@ -250,21 +159,14 @@ class NativeDataPath:
 
     async def revoke(self, offset: int, length: int) -> None:
         """See `DataPath.revoke`. A revocation of everything includes the right to flush."""
-        disk = self._disk.pointer
-        commands = [
-            thread.command(MessageType.REVOKE, disk=disk, offset=offset, length=length)
-            for thread in self._threads
-        ]
+        commands = self._threads.tell(MessageType.REVOKE, offset=offset, length=length)
         is_everything = offset == 0 and length >= self._backend.length
         if is_everything:
             # Until extents are installed again, see `_fault`.
             self._disk.set_write_through(self._write_through)
-            commands += [
-                thread.command(MessageType.FLUSH_SET, disk=disk, result=native.FLUSH_MISS)
-                for thread in self._threads
-            ]
+            commands += self._threads.tell(MessageType.FLUSH_SET, result=native.FLUSH_MISS)
         with self._record.revocation(is_everything):
-            await asyncio.gather(*(self._check(command) for command in commands))
+            await answered(commands)
         self._learn_of_failed_flush()
 
     async def revoke_flush(self) -> None:
@@ -273,15 +175,7 @@ class NativeDataPath:
         Not remembered per thread: an answer to somebody else's FLUSH_SET may be outstanding, and must be waited for.
         """
         if self._has_flushed:
-            disk = self._disk.pointer
-            await asyncio.gather(
-                *(
-                    self._check(
-                        thread.command(MessageType.FLUSH_SET, disk=disk, result=native.FLUSH_MISS)
-                    )
-                    for thread in self._threads
-                )
-            )
+            await answered(self._threads.tell(MessageType.FLUSH_SET, result=native.FLUSH_MISS))
             self._learn_of_failed_flush()
 
     def take_writes(self, ranges: bool) -> PastWrites:
@@ -290,14 +184,8 @@ class NativeDataPath:
 
     async def close(self) -> None:
         """See `DataPath.close`."""
-        await self.set_memory(None)
-        await self._detach(self._threads)
+        await self._queues.close()
         self._disk.close()
-
-    async def _detach(self, threads: Sequence[IOThread]) -> None:
-        for thread in threads:
-            await self._check(thread.command(MessageType.DISK_DETACH, disk=self._disk.pointer))
-            thread.remove_sink(self._disk.id)
 
     # ------------------------------------------------------------------ Sink: what the engine says
 
@@ -364,11 +252,11 @@ class NativeDataPath:
         """A broken queue, or a request that the engine failed."""
         kind, _, key, _, _, offset, length, _, _, result, aux = message
         if kind == MessageType.QUEUE_BROKEN:
-            queue = self._by_key.get((thread, key))
+            index = self._queues.broken(thread, key)
             if result == native.Broken.MEMORY_FAULT:
                 self._events.memory_faulted()
-            elif queue is not None:
-                self._events.queue_broken(queue.index, native.Broken(result).name.lower())
+            elif index is not None:
+                self._events.queue_broken(index, native.Broken(result).name.lower())
         elif kind == MessageType.IO_ERROR:
             self._device.engine_failed(aux, -result, offset, length)
             if aux == _FLUSH:
@@ -383,14 +271,16 @@ class NativeDataPath:
             self._backend.flush_failed(self._disk.flush_failed)
 
     def _memory_faulted(self) -> bool:
-        if self._memory is None or not self._memory.faulted:
+        memory = self._queues.memory
+        if memory is None or not memory.faulted:
             return False
         self._events.memory_faulted()
         return True
 
     def _is_truncated(self, vector: int, count: int) -> bool:
         """Touch what is to be written, see `BlkDevice.transfer`."""
-        faulted = self._memory is not None and self._memory.touch(vector, count)
+        memory = self._queues.memory
+        faulted = memory is not None and memory.touch(vector, count)
         return faulted and self._memory_faulted()
 
     async def _fault(self, thread: IOThread, offset: int, length: int, write: bool) -> bool:
@@ -429,10 +319,6 @@ class NativeDataPath:
     async def _maps_with(self, flag: ExtentFlag) -> bool:
         extents = await self._backend.extents(0, self._backend.block_sizes.logical)
         return any(extent.flags & flag for extent in extents)
-
-    async def _check(self, command: asyncio.Future[Message]) -> Message:
-        """Await a command that only a bug of ours can make fail."""
-        return insist(await command)
 
 
 def _asked_about(policy: ErrorPolicy) -> list[Op]:

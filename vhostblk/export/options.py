@@ -50,6 +50,7 @@ class ExportConfig:
         logical_block_size: bytes; None: the disk's own.
         pin_memory: with O_DIRECT, keep guest memory pinned. Only for guests that never give memory back.
         errors: what becomes of requests that the disk fails.
+        fixed_iothread: it is not to be moved to other threads.
     """
 
     id: str
@@ -67,6 +68,7 @@ class ExportConfig:
     io_threads: tuple[str, ...] = ()
     queue_threads: tuple[int, ...] = ()
     own_threads: int = 1
+    fixed_iothread: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_queues <= MAX_QUEUES:
@@ -99,7 +101,7 @@ class _Options:
     iothread_vq_mapping: tuple[vq_mapping.VqMapping, ...] | None = option(
         vq_mapping.MAPPING, None, about="several iothread objects, and which queues each serves"
     )
-    fixed_iothread: bool = option(BOOLEAN, False, about="accepted; exports never change threads")
+    fixed_iothread: bool = option(BOOLEAN, False, about="never move it to other threads")
     logical_block_size: int | None = option(SIZE, None, about="what the guest is told, bytes")
     num_queues: int = option(INTEGER, DEFAULT_QUEUES, about="most queues a guest may use")
     max_segments: int = option(
@@ -172,4 +174,5 @@ def parse_export(options: Mapping[str, Any]) -> ExportConfig:
         errors=ErrorPolicy(OnError(parsed.rerror), OnError(parsed.werror)),
         io_threads=io_threads,
         queue_threads=queue_threads,
+        fixed_iothread=parsed.fixed_iothread,
     )

@@ -7,15 +7,18 @@ read what the engine does. A turn takes what is available up to the queue's size
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
+from collections.abc import Sequence
 
 from vhostblk import native
 from vhostblk.block.extent import PastWrites
-from vhostblk.errors import GuestError, PeerError
+from vhostblk.errors import ConfigError, GuestError, PeerError
 from vhostblk.export import event_fd
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.eager import run_eagerly
+from vhostblk.export.io_thread import IOThread
 from vhostblk.export.statistics import QueueCounters
 from vhostblk.export.stats_layout import OPERATIONS
 from vhostblk.export.stats_page import StatsPage
@@ -100,6 +103,10 @@ class PythonDataPath:
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """See `DataPath.enable_queue`."""
         self._queues[index].enable(enabled)
+
+    async def move(self, threads: Sequence[IOThread], queue_threads: Sequence[int] = ()) -> None:
+        """See `DataPath.move`."""
+        raise ConfigError("the Python data path has no threads", errno.ENOTSUP)
 
     def pause(self, paused: bool) -> None:
         """See `DataPath.pause`."""

@@ -74,7 +74,7 @@ async def serve(export: Export, message: Message) -> int | None:
     """What becomes of a request that the engine has passed on: its status, or None if the engine is to do it."""
     path = export._path
     assert isinstance(path, NativeDataPath)
-    answers = Answers(path._threads[0])
+    answers = Answers(path._threads.attached[0])
     await path._serve(answers, message)  # type: ignore[arg-type]
     (answer,) = answers.given
     return answer
@@ -127,7 +127,7 @@ def test_nothing_is_durable_with_no_flush_and_everything_again_after_a_revocatio
         path = export._path
         await path.set_write_through(True)
         assert said == [True]
-        assert await path._fault(path._threads[0], 0, 512, True)
+        assert await path._fault(path._threads.attached[0], 0, 512, True)
         assert said == [True, False]
         await path.revoke(0, 65536)  # who knows what the graph is going to be
         assert said == [True, False, True]
@@ -193,6 +193,10 @@ def guest() -> Iterator[MemTable]:
     table.close()
 
 
+def memory_of(path: NativeDataPath | PythonDataPath) -> object:
+    return path._queues.memory if isinstance(path, NativeDataPath) else path._memory
+
+
 def test_memory_that_cannot_be_guarded_is_refused_and_the_old_map_stays(
     image: Path, guest: MemTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,12 +209,12 @@ def test_memory_that_cannot_be_guarded_is_refused_and_the_old_map_stays(
         for path in (export._path, PythonDataPath(export.device, export, export._page)):
             assert isinstance(path, NativeDataPath | PythonDataPath)
             await path.set_memory(guest)
-            before = path._memory
+            before = memory_of(path)
             with monkeypatch.context() as patch:
                 patch.setattr(native, "Memory", full)
                 with pytest.raises(PeerError, match="guest memory: No space left"):
                     await path.set_memory(guest)
-            assert path._memory is before
+            assert memory_of(path) is before
             await path.set_memory(None)
 
     with_export(image, "", scenario)

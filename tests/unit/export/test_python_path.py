@@ -20,6 +20,9 @@ class NoEvents:
     def queue_broken(self, index: int, reason: str) -> None:
         raise AssertionError(reason)
 
+    def queue_lost(self, reason: str) -> None:
+        raise AssertionError(reason)
+
     def memory_faulted(self) -> None:
         raise AssertionError
 
