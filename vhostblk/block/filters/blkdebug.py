@@ -124,7 +124,6 @@ class BlkdebugNode(FilterNode):
     options: BlkdebugOptions
     child_key = "image"
     child_keys = ("image",)
-    has_debug_events = True
 
     def __init__(self, name: str, common: Any, options: BlkdebugOptions) -> None:
         super().__init__(name, common, options)
@@ -134,6 +133,13 @@ class BlkdebugNode(FilterNode):
         self._active: list[InjectError] = []
         self._breakpoints: list[tuple[str, str]] = []  # (event, tag)
         self._suspended: dict[str, list[asyncio.Future[None]]] = {}
+        self._notice_rules()
+
+    def _notice_rules(self) -> None:
+        """Events cost time: they are told of only while one can mean something."""
+        self.has_debug_events = bool(
+            self._errors or self._states or self._breakpoints or self._suspended
+        )
 
     @classmethod
     def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:
@@ -169,6 +175,7 @@ class BlkdebugNode(FilterNode):
                 raise ConfigError(f"{self.options.config}: there is no group '{name}'")
         await super().open(context)
         self._apply("none")
+        self._notice_rules()
 
     def refresh_limits(self) -> None:
         """As demanded."""
@@ -240,6 +247,7 @@ class BlkdebugNode(FilterNode):
         if rule.once:
             self._active.remove(rule)
             self._errors.remove(rule)
+            self._notice_rules()
         if not rule.immediately:
             await asyncio.sleep(0)
         if rule.errno:
@@ -280,6 +288,7 @@ class BlkdebugNode(FilterNode):
         if event not in EVENTS:
             raise BlockError(errno.ENOENT, f"{self.node_name}: no event '{event}'")
         self._breakpoints.append((event, tag))
+        self._notice_rules()
 
     def remove_breakpoint(self, tag: str) -> None:
         """Forget the breakpoints with this tag, and let go who is suspended there.
@@ -293,6 +302,7 @@ class BlkdebugNode(FilterNode):
         self._breakpoints = left
         if self.is_suspended(tag):
             self.resume(tag)
+        self._notice_rules()
 
     def resume(self, tag: str) -> None:
         """Let go who is suspended with this tag.
@@ -306,6 +316,7 @@ class BlkdebugNode(FilterNode):
         for waiter in waiters:
             if not waiter.done():
                 waiter.set_result(None)
+        self._notice_rules()
 
     def is_suspended(self, tag: str) -> bool:
         """Whether a request is suspended with this tag."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.keyval import parse_flat
-from vhostblk.block.modes import CACHE_MODES, CacheMode
+from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_discard_mode
 from vhostblk.block.reopen import reopen as reopen_nodes
 from vhostblk.cli.io.command import (
     Arguments,
@@ -19,7 +18,6 @@ from vhostblk.cli.io.command import (
 from vhostblk.cli.io.session import Modes, Session
 from vhostblk.errors import ConfigError
 
-_DISCARD: Mapping[str, str] = {"ignore": "ignore", "off": "ignore", "unmap": "unmap", "on": "unmap"}
 _CACHE_OPTIONS = ("cache.direct", "cache.no-flush")
 
 
@@ -40,9 +38,10 @@ def discard_mode(word: str) -> str:
     Raises:
         RefusedError: there is no such mode.
     """
-    if word not in _DISCARD:
-        raise RefusedError(f"Invalid discard option: {word}")
-    return _DISCARD[word]
+    try:
+        return "unmap" if parse_discard_mode(word) else "ignore"
+    except ConfigError:
+        raise RefusedError(f"Invalid discard option: {word}") from None
 
 
 def aio_mode(word: str) -> str:
