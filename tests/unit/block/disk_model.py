@@ -131,7 +131,14 @@ class DiskModel:
                 segment.candidates = {old for old in segment.candidates if old.ended >= write.began}
             segment.candidates.add(write)
             if succeeded and durable:
-                segment.durable = segment.candidates | segment.active
+                # Not what it rules out for reads: a write that came while this one went on may have been overwritten
+                # by another that is lost.
+                segment.durable = {
+                    old
+                    for old in segment.durable
+                    if old in segment.active or old.ended >= write.began
+                }
+                segment.durable.add(write)
 
     def begin_read(self, offset: int, length: int) -> Read:
         """A read is about to be asked for."""
