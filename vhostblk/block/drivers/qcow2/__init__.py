@@ -8,7 +8,8 @@
 | `refcounts` | who uses which cluster of the file |
 | `metadata` | all tables of an image, and the order in which they reach the disk |
 | `clusters` | where guest clusters are, and how they get a place |
-| `overlaps`, `snapshots` | where all the other tables are, which nobody may overwrite |
+| `snapshots`, `bitmaps` | the table of internal snapshots, the directory of bitmaps and their tables |
+| `overlaps` | where all tables are, which nobody may overwrite |
 | `locks` | who uses which range of the disk |
 | `compressed` | decompression |
 | `node` | the driver |

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
-from vhostblk.block.drivers.qcow2.snapshots import snapshot_tables
+from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
 from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.errors import BlockError, ImageError
@@ -138,7 +138,7 @@ class Refcounts:
         if len(set(blocks)) < len(blocks):
             raise ImageError("Two reference count blocks are at the same place")
         places.add_all(blocks)
-        for offset, size in await snapshot_tables(file, header):
+        for offset, size in (await load_snapshots(file, header)).places():
             places.check("Table of a snapshot", offset, size)
             places.add_all(range(offset, offset + size, header.cluster_size))
         return cls(file, header, table, cache_bytes // header.cluster_size, places)

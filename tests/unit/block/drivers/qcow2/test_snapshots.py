@@ -1,0 +1,144 @@
+"""The table of internal snapshots: what is read, what is refused, and that nothing gets lost."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import random
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.block.drivers.qcow2.files import BytesFile
+from tests.unit.block.drivers.qcow2.test_header import HEADER
+from vhostblk.block.drivers.qcow2.snapshots import Snapshot, SnapshotTable, load_snapshots
+from vhostblk.errors import ImageError
+
+PLACE = 0x10000
+
+u32, u64 = st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1)
+complete = st.builds(
+    Snapshot,
+    l1_offset=st.integers(1, 1000).map(lambda cluster: cluster << 16),
+    l1_entries=st.integers(0, 1000),
+    id=st.text(max_size=20),
+    name=st.text(max_size=100),
+    seconds=u32,
+    nanoseconds=u32,
+    vm_clock=u64,
+    vm_state_size=u64,
+    disk_size=u64,
+    icount=u64,
+    unknown=st.binary(max_size=1000),
+)
+older = st.builds(
+    dataclasses.replace,
+    complete,
+    disk_size=st.none() | u64,
+    icount=st.none(),
+    unknown=st.just(b""),
+)
+
+
+def load(data: bytes, count: int) -> SnapshotTable:
+    header = dataclasses.replace(HEADER, snapshots=count, snapshots_offset=PLACE if count else 0)
+    return asyncio.run(load_snapshots(BytesFile(bytes(PLACE) + data).edge, header))
+
+
+def refused(data: bytes, count: int = 1) -> str:
+    with pytest.raises(ImageError) as caught:
+        load(data, count)
+    return str(caught.value)
+
+
+@given(snapshots=st.lists(complete | older, max_size=8))
+def test_what_is_written_is_what_is_read(snapshots: list[Snapshot]) -> None:
+    data = b"".join(snapshot.to_bytes() for snapshot in snapshots)
+    table = load(data + b"\xff" * 100, len(snapshots))
+    assert table.snapshots == tuple(snapshots)
+    places = [(one.l1_offset, one.l1_entries * 8) for one in snapshots if one.l1_entries]
+    assert table.places() == places + ([(PLACE, table.length)] if snapshots else [])
+    assert len(data) - 8 < table.length <= len(data)
+
+
+SNAPSHOT = Snapshot(0x60000, 2, "7", "before", 1, 2, 3, 4, 1 << 30, 5, b"later")
+
+
+def test_each_field_is_where_the_specification_has_it() -> None:
+    data = SNAPSHOT.to_bytes()
+    assert struct.unpack_from(">QIHHIIQIIQQQ", data) == (
+        *(0x60000, 2, 1, 6, 1, 2, 3, 4, 29, 4, 1 << 30, 5),
+    )
+    assert data[64:] == b"later7before".ljust(16, b"\0")
+
+
+def test_state_of_more_than_4_gib_is_not_cut_for_those_who_know_32_bits() -> None:
+    data = dataclasses.replace(SNAPSHOT, vm_state_size=(1 << 32) + 4).to_bytes()
+    assert struct.unpack_from(">I", data, 32) == (0,)
+    assert load(data, 1).snapshots[0].vm_state_size == (1 << 32) + 4
+
+
+def test_fields_that_are_cut_off_are_not_there() -> None:
+    entry = (
+        struct.pack(">QIHHIIQII", 0x60000, 2, 1, 1, 0, 0, 0, 9, 12) + bytes(7) + b"\5" + b"\1" * 4
+    )
+    (found,) = load(entry + b"in", 1).snapshots
+    assert (found.vm_state_size, found.disk_size, found.icount) == (5, None, None)
+    assert (found.id, found.name) == ("i", "n")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"l1_offset": 0x60200}, "L1 table of snapshot '7'"),
+        ({"l1_offset": 1 << 57}, "L1 table of snapshot '7'"),
+        ({"l1_offset": 0}, "L1 table of snapshot '7'"),
+        ({"l1_entries": (32 << 20) // 8 + 1}, "L1 table of snapshot '7'"),
+        ({"unknown": bytes(1001)}, "Too much extra metadata in snapshot table entry 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(change: dict[str, int], why: str) -> None:
+    assert why in refused(dataclasses.replace(SNAPSHOT, **change).to_bytes())  # type: ignore[arg-type]
+
+
+def test_table_that_never_ends_is_refused() -> None:
+    snapshot = dataclasses.replace(SNAPSHOT, name="n" * 65535, id="i" * 65535)
+    assert "too large" in refused(snapshot.to_bytes() * 600, 600)
+
+
+@given(seed=st.integers(0, 1 << 32))
+def test_random_bytes_are_snapshots_or_refused(seed: int) -> None:
+    rnd = random.Random(seed)
+    data = bytearray(SNAPSHOT.to_bytes() * 3)
+    for _ in range(rnd.randrange(1, 6)):
+        data[rnd.randrange(len(data))] = rnd.randrange(256)
+    try:
+        table = load(bytes(data), 3)
+    except ImageError:
+        return
+    assert len(table.snapshots) == 3
+
+
+def test_snapshots_are_found_by_id_by_name_and_by_either() -> None:
+    names = [("1", "a"), ("2", "1"), ("x", "a"), ("30 apples", "2")]
+    table = SnapshotTable(0, 0, tuple(Snapshot(0, 0, *pair) for pair in names))
+
+    def which(found: Snapshot | None) -> str | None:
+        return found and found.id
+
+    assert which(table.find("1", None)) == "1"
+    assert which(table.find(None, "a")) == "1"
+    assert which(table.find("x", "a")) == "x"
+    assert which(table.find("2", "a")) is None
+    assert which(table.find_either("1")) == "1"
+    assert which(table.find_either("a")) == "1"
+    assert which(table.find_either("b")) is None
+    assert table.next_id() == "31"
+    assert SnapshotTable().next_id() == "1"
+
+
+def test_strings_that_are_too_long_are_refused() -> None:
+    with pytest.raises(ImageError, match="name of a snapshot is too long"):
+        dataclasses.replace(SNAPSHOT, name="é" * 32768).to_bytes()
