@@ -4,7 +4,7 @@
 |---|---|
 | `header` | the header and its extensions |
 | `entries` | what an entry of an L2 table says |
-| `tables` | reading tables, and keeping slices of them |
+| `tables`, `cache` | tables as bytes and as numbers; parts of them in memory |
 | `refcounts` | who uses which cluster of the file |
 | `metadata` | all tables of an image, and the order in which they reach the disk |
 | `clusters` | where guest clusters are, and how they get a place |
@@ -12,7 +12,7 @@
 | `overlaps` | where all tables are, which nobody may overwrite |
 | `locks` | who uses which range of the disk |
 | `compressed` | decompression |
-| `node` | the driver |
+| `options`, `node` | what users may ask for, the driver |
 """
 
 from __future__ import annotations

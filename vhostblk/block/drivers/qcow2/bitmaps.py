@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
-from vhostblk.block.drivers.qcow2.header import AutoClear, Extension, ExtensionType, Header
+from vhostblk.block.drivers.qcow2.header import (
+    MAX_OFFSET,
+    AutoClear,
+    Extension,
+    ExtensionType,
+    Header,
+)
 from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.errors import ImageError
@@ -30,8 +36,6 @@ MAX_BYTES = 512 << 20
 """Of one bitmap, in whole clusters."""
 _MAX_TABLE_ENTRIES = 1 << 27
 _MAX_DIRECTORY = 64 << 20
-# Offsets in tables have 56 bits.
-_MAX_OFFSET = 1 << 56
 
 ALL_ONES = 1
 """An entry of a bitmap table without a place: all its bits are 1."""
@@ -140,7 +144,7 @@ async def load_directory(file: Edge, header: Header) -> BitmapDirectory:
         raise ImageError(f"bitmaps_ext: impossible number of bitmaps: {count}")
     if not 0 < length <= _MAX_DIRECTORY:
         raise ImageError(f"bitmaps_ext: impossible size of the bitmap directory: {length}")
-    if not offset or offset % header.cluster_size or offset > _MAX_OFFSET - length:
+    if not offset or offset % header.cluster_size or offset > MAX_OFFSET - length:
         raise ImageError("bitmaps_ext: invalid bitmap directory offset")
     data = bytes(await read_bytes(file, offset, length))
     bitmaps = tuple(_parse(data, header))
@@ -187,7 +191,7 @@ def _problem(
         return f"a name of {len(name)} bytes"
     if not MIN_GRANULARITY_BITS <= bits <= MAX_GRANULARITY_BITS:
         return f"granularity 2^{bits}"
-    if not offset or offset % header.cluster_size or offset > _MAX_OFFSET - entries * 8:
+    if not offset or offset % header.cluster_size or offset > MAX_OFFSET - entries * 8:
         return f"table offset {offset:#x}"
     size = entries * header.cluster_size
     if not 0 < entries <= _MAX_TABLE_ENTRIES or size > MAX_BYTES:

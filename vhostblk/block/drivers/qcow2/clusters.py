@@ -25,6 +25,7 @@ from vhostblk.block.drivers.qcow2.entries import (
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
 from vhostblk.block.drivers.qcow2.locks import RangeLocks, to_the_end
 from vhostblk.block.drivers.qcow2.metadata import Metadata
+from vhostblk.block.drivers.qcow2.tables import Table
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Req
 from vhostblk.block.iov import IoVec, concat
@@ -185,16 +186,16 @@ class Clusters:
         if not self._is_external and self._metadata.has_table(host, length):
             raise ImageError(f"Preventing invalid write at offset {host:#x}: it is a table")
 
-    def _check_sound(self, table: object, offset: int, start: int, end: int) -> None:
+    def _check_sound(self, table: Table, offset: int, start: int, end: int) -> None:
         """All entries make sense; so what they give up is theirs."""
         base = self._metadata.slice_start(offset)
         for at in range(start, end, self._size):
-            run = self._entries.part_at(table, base, at)  # type: ignore[arg-type]
+            run = self._entries.part_at(table, base, at)
             if run.has_host:
                 length = run.compressed if run.kind is Kind.COMPRESSED else self._size
                 self._check_not_a_table(run.host, length)
 
-    def _how_many(self, table: object, offset: int, end: int) -> int:
+    def _how_many(self, table: Table, offset: int, end: int) -> int:
         """Clusters from the one of `offset` on that need a place, as far as one write may go."""
         slice_start = self._metadata.slice_start(offset)
         start = align_down(offset, self._size)
@@ -203,7 +204,7 @@ class Clusters:
             end = align_down(end, self._size) if offset == start else start
         count = 0
         for at in range(start, end, self._size):
-            run = self._entries.part_at(table, slice_start, at)  # type: ignore[arg-type]
+            run = self._entries.part_at(table, slice_start, at)
             if count and (_is_in_place(run) or (run.has_host and run.copied)):
                 break
             count += 1
@@ -316,14 +317,14 @@ class Clusters:
                 await to_the_end(self._let_go(start, limit, old))
             at = stop
 
-    def _check_clearable(self, table: object, start: int, end: int) -> None:
+    def _check_clearable(self, table: Table, start: int, end: int) -> None:
         """A part of a compressed cluster cannot be cleared."""
         for at in (start, end - 1):
             cluster = align_down(at, self._size)
             if start <= cluster and cluster + self._size <= end:
                 continue
             base = self._metadata.slice_start(at)
-            run = self._entries.part_at(table, base, at)  # type: ignore[arg-type]
+            run = self._entries.part_at(table, base, at)
             if run.kind is Kind.COMPRESSED:
                 raise BlockError(errno.ENOTSUP)
 

@@ -34,9 +34,9 @@ MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 _MAX_SNAPSHOTS = 65536
 _MAX_REFCOUNT_ORDER = 6
 _V2_REFCOUNT_ORDER = 4
-# Offsets in tables have 56 bits.
-_MAX_OFFSET = 1 << 56
 SUBCLUSTERS = 32
+MAX_OFFSET = 1 << 56
+"""Offsets in tables have 56 bits."""
 
 
 class Incompatible(enum.IntFlag):
@@ -296,7 +296,7 @@ class Header:
     def _check_table(self, name: str, offset: int, length: int, most: int) -> None:
         if length > most:
             raise ImageError(f"{name} too large")
-        if offset % self.cluster_size or offset > _MAX_OFFSET - length or (length and not offset):
+        if offset % self.cluster_size or offset > MAX_OFFSET - length or (length and not offset):
             raise ImageError(f"{name} offset invalid")
 
 

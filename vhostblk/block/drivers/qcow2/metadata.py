@@ -22,17 +22,17 @@ import errno
 from collections.abc import Iterator
 from dataclasses import replace
 
+from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
 from vhostblk.block.drivers.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
 from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.tables import (
-    Slice,
+    OFFSETS,
     Table,
-    TableCache,
+    entry_writes,
     read_bytes,
     read_table,
-    table_bytes,
 )
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
@@ -339,7 +339,7 @@ class Metadata:
         # One moment:
         counts = refcounts.take_writes()
         slices = cache.take_dirty()
-        pictures = [(slice_.offset, table_bytes(slice_.table)) for slice_ in slices]
+        pictures = cache.writes(slices)
         l1_dirty, l1_moved = self._l1_dirty, self._l1_moved
         self._l1_dirty, self._l1_moved = set(), False
         given_up = refcounts.take_given_up()
@@ -395,8 +395,8 @@ class Metadata:
     def _l1_writes(self, dirty: set[int], moved: bool) -> list[tuple[int, bytes]]:
         start = self.header.l1_offset
         if moved:
-            return [(start, table_bytes(self._l1))]
-        return [(start + 8 * index, self._l1[index].to_bytes(8)) for index in sorted(dirty)]
+            return [(start, OFFSETS.encode(self._l1))]
+        return entry_writes(start, self._l1, dirty)
 
     async def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
         for offset, data in writes:

@@ -15,10 +15,11 @@ import asyncio
 import errno
 import logging
 from collections.abc import Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.driver import NodeInfo, OpenContext
+from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import Decompress, decompressor
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
@@ -30,15 +31,15 @@ from vhostblk.block.drivers.qcow2.header import (
     cluster_size_of,
 )
 from vhostblk.block.drivers.qcow2.metadata import Metadata
+from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
-from vhostblk.block.drivers.qcow2.tables import TableCache
+from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.node import BlockNode
-from vhostblk.block.options import SIZE, option
 from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
@@ -50,29 +51,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAY_UNMAP = int(Req.MAY_UNMAP)
-_MAX_L2_CACHE = 32 << 20
-_MAX_SLICE = 64 << 10
-_MIN_SLICE = 512
-
-
-@dataclass(frozen=True, slots=True)
-class Qcow2Options:
-    """QEMU's options for qcow2, besides `file`, `backing` and `data-file`."""
-
-    l2_cache_size: int | None = option(
-        SIZE, None, about="bytes of L2 tables to keep; absent: enough for the disk, at most 32 MiB"
-    )
-    l2_cache_entry_size: int | None = option(
-        SIZE,
-        None,
-        about="bytes of an L2 table to read at a time, a power of two; absent: a cluster, at most 64 KiB",
-    )
-    refcount_cache_size: int | None = option(
-        SIZE, None, about="bytes of reference counts to keep; absent: four clusters"
-    )
-    cache_size: int | None = option(
-        SIZE, None, about="bytes for tables of all kinds; what `l2-cache-size` does not say"
-    )
 
 
 class Qcow2Node(BlockNode):
@@ -129,14 +107,18 @@ class Qcow2Node(BlockNode):
         except BlockError as error:
             raise ConfigError(f"Could not read qcow2 header: {error.strerror}") from None
 
+    def _make_cache(self, header: Header) -> TableCache:
+        slice_bytes = self.options.slice_bytes(header)
+        return TableCache(self._file, OFFSETS, slice_bytes, self.options.l2_bytes(header))
+
     async def _load_tables(self) -> None:
         header, file = self._header, self._file
         refcounts = None
         try:
             if not self.read_only:
-                refcounts = await Refcounts.load(file, header, self._refcount_cache_size())
+                refcounts = await Refcounts.load(file, header, self.options.refcount_bytes())
             self._metadata = await Metadata.load(
-                file, self._data, header, self._make_cache(), refcounts
+                file, self._data, header, self._make_cache(header), refcounts
             )
         except ImageError as error:
             raise ConfigError(f"Image is not usable: {error}") from None
@@ -199,28 +181,6 @@ class Qcow2Node(BlockNode):
         self._data = self._file
         if await context.open_optional_child(self, "data-file", Role.DATA) is not None:
             raise ConfigError("'data-file' can only be set for images with an external data file")
-
-    def _make_cache(self) -> TableCache:
-        header, options = self._header, self.options
-        slice_size = options.l2_cache_entry_size or min(header.cluster_size, _MAX_SLICE)
-        if slice_size.bit_count() != 1 or not _MIN_SLICE <= slice_size <= header.cluster_size:
-            raise ConfigError(
-                "Parameter 'l2-cache-entry-size' must be a power of two between "
-                f"{_MIN_SLICE} and the cluster size ({header.cluster_size})"
-            )
-        total, both = options.l2_cache_size, options.cache_size
-        if total is not None and both is not None and total > both:
-            raise ConfigError("Parameter 'l2-cache-size' may not exceed 'cache-size'")
-        if total is None:
-            tables = header.l1_entries_needed(header.size) * header.cluster_size
-            total = min(tables, _MAX_L2_CACHE) if both is None else both
-        return TableCache(self._file, slice_size, total)
-
-    def _refcount_cache_size(self) -> int:
-        options = self.options
-        if options.refcount_cache_size is not None:
-            return options.refcount_cache_size
-        return max((options.cache_size or 0) - (options.l2_cache_size or 0), 0)
 
     def info(self) -> NodeInfo:
         """Sizes of clusters; what a guest's state would be saved behind; whether it was closed."""
@@ -399,7 +359,7 @@ class Qcow2Node(BlockNode):
                 f"Node '{self.node_name}': Image has features that nobody here knows; open it for writing anew"
             )
         try:
-            self._reopened = await Refcounts.load(self._file, header, self._refcount_cache_size())
+            self._reopened = await Refcounts.load(self._file, header, self.options.refcount_bytes())
         except (ImageError, BlockError) as error:
             raise ConfigError(f"Could not read the reference counts: {error}") from None
 

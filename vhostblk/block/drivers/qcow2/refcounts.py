@@ -12,67 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import sys
-from array import array
-from collections import OrderedDict
 from dataclasses import dataclass
 
-from vhostblk.block.drivers.qcow2.header import MAX_REFCOUNT_TABLE_BYTES, Header
+from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
+from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
-from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
+from vhostblk.block.drivers.qcow2.tables import (
+    OFFSETS,
+    Codec,
+    Table,
+    entry_writes,
+    read_table,
+)
 from vhostblk.block.edge import Edge
 from vhostblk.errors import BlockError, ImageError
-
-# Offsets in tables have 56 bits.
-_MAX_OFFSET = 1 << 56
-_TYPES = {3: "B", 4: "H", 5: "I", 6: "Q"}
-
-
-class Codec:
-    """Blocks of reference counts, as bytes and as numbers."""
-
-    def __init__(self, order: int) -> None:
-        self._order = order
-        self.largest = (1 << (1 << order)) - 1
-
-    def decode(self, data: bytes | bytearray) -> Table:
-        """Bytes to numbers."""
-        if self._order >= 3:
-            block = array(_TYPES[self._order])
-            block.frombytes(data)
-            return _native(block)
-        bits, mask = 1 << self._order, self.largest
-        block = array("B")
-        for byte in data:
-            block.extend(byte >> shift & mask for shift in range(0, 8, bits))
-        return block
-
-    def encode(self, block: Table) -> bytes:
-        """Numbers to bytes."""
-        if self._order >= 3:
-            return _native(block[:]).tobytes()
-        bits = 1 << self._order
-        each = 8 // bits
-        return bytes(
-            sum(block[at + n] << n * bits for n in range(each)) for at in range(0, len(block), each)
-        )
-
-
-def _native(block: Table) -> Table:
-    if sys.byteorder == "little":
-        block.byteswap()
-    return block
-
-
-@dataclass(slots=True, eq=False)
-class Block:
-    """Reference counts of as many clusters as fit into one cluster."""
-
-    offset: int
-    counts: Table
-    is_dirty: bool = False
-    pins: int = 0
 
 
 @dataclass(slots=True)
@@ -85,30 +39,27 @@ class RefcountWrites:
     blocks: list[tuple[int, bytes]]
     table: list[tuple[int, bytes]]
     moved: tuple[int, int] | None
-    taken: list[Block]
+    taken: list[Slice]
 
 
 class Refcounts:
     """Reference counts of one image.
 
     Args:
-        blocks: how many blocks to keep in memory.
+        cache_bytes: of blocks to keep in memory.
         places: of all tables but L2 tables; kept up to date for what is changed here.
     """
 
     def __init__(
-        self, file: Edge, header: Header, table: Table, blocks: int, places: TablePlaces
+        self, file: Edge, header: Header, table: Table, cache_bytes: int, places: TablePlaces
     ) -> None:
-        self._file = file
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self._codec = Codec(header.refcount_order)
         self._per_block = header.cluster_size * 8 >> header.refcount_order
         self._table = table
         self._table_offset = header.refcount_table_offset
-        self._most = max(blocks, 4)
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
-        self._dirty: dict[int, Block] = {}
+        codec = Codec(header.refcount_order)
+        self._blocks = TableCache(file, codec, header.cluster_size, cache_bytes)
         self._dirty_entries: set[int] = set()
         self._moved = False
         self._hint = 0
@@ -132,7 +83,7 @@ class Refcounts:
         places.add_alone("Reference count table", header.refcount_table_offset, length)
         blocks = [entry for entry in table if entry]
         for entry in blocks:
-            if entry & (header.cluster_size - 1) or entry >= _MAX_OFFSET:
+            if entry & (header.cluster_size - 1) or entry >= MAX_OFFSET:
                 raise ImageError(f"Reference count block offset {entry:#x} is wrong")
             places.check("Reference count block", entry)
         if len(set(blocks)) < len(blocks):
@@ -141,19 +92,19 @@ class Refcounts:
         for offset, size in (await load_snapshots(file, header)).places():
             places.check("Table of a snapshot", offset, size)
             places.add_all(range(offset, offset + size, header.cluster_size))
-        return cls(file, header, table, cache_bytes // header.cluster_size, places)
+        return cls(file, header, table, cache_bytes, places)
 
     # ------------------------------------------------------------------ taking and giving up
 
     @property
     def is_dirty(self) -> bool:
         """Whether something has to be written, or settled."""
-        return bool(self._dirty or self._dirty_entries or self._given_up)
+        return bool(self._blocks.is_dirty or self._dirty_entries or self._given_up)
 
     @property
     def is_full(self) -> bool:
         """Whether so much waits to be written that it is time."""
-        return 2 * len(self._dirty) >= self._most or len(self._given_up) > 1 << 16
+        return self._blocks.is_full or len(self._given_up) > 1 << 16
 
     async def allocate(self, count: int) -> tuple[int, int]:
         """Take free clusters that are next to each other.
@@ -174,21 +125,21 @@ class Refcounts:
                 block = await self._existing_block(index)
                 if block is None:
                     block = await self._new_block(index)
-                first = _find_free(block.counts, at)
+                first = _find_free(block.table, at)
                 if first is not None:
                     break
                 cluster = (index + 1) * self._per_block
             got = 0
             for place in range(first, min(first + count, self._per_block)):
-                if block.counts[place]:
+                if block.table[place]:
                     break
                 got += 1
             offset = (index * self._per_block + first) << self._cluster_bits
             # If they are, counts are wrong.
             self.places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
             for place in range(first, first + got):
-                block.counts[place] = 1
-            self._changed(index, block)
+                block.table[place] = 1
+            self._blocks.changed(block)
             self._hint = index * self._per_block + first + got
             return offset, got
 
@@ -205,7 +156,7 @@ class Refcounts:
         async with self._lock:
             index, at = divmod(offset >> self._cluster_bits, self._per_block)
             block = await self._existing_block(index)
-            return block.counts[at] if block is not None else 0
+            return block.table[at] if block is not None else 0
 
     def give_up(self, offset: int, length: int = 1) -> None:
         """One user less of the clusters that the range touches, when nobody on the disk refers to them any more."""
@@ -243,106 +194,68 @@ class Refcounts:
             for cluster in clusters:
                 index, at = divmod(cluster, self._per_block)
                 block = await self._existing_block(index)
-                if block is None or not block.counts[at]:
+                if block is None or not block.table[at]:
                     raise BlockError(
                         errno.EIO, f"reference count of cluster {cluster} is 0 already"
                     )
-                block.counts[at] -= 1
-                self._changed(index, block)
-                if not block.counts[at]:
+                block.table[at] -= 1
+                self._blocks.changed(block)
+                if not block.table[at]:
                     self._hint = min(self._hint, cluster)
 
     # ------------------------------------------------------------------ what is written
 
     def take_writes(self) -> RefcountWrites:
         """What has to be written now; stays in memory until `written` or `not_written`."""
-        taken = list(self._dirty.values())
-        self._dirty.clear()
-        for block in taken:
-            block.is_dirty = False
-            block.pins += 1
-        blocks = [(block.offset, self._codec.encode(block.counts)) for block in taken]
+        taken = self._blocks.take_dirty()
+        blocks = self._blocks.writes(taken)
         moved = None
         if self._moved:
-            whole = _native(self._table[:]).tobytes()
+            whole = OFFSETS.encode(self._table)
             table = [(self._table_offset, whole)]
             moved = self._table_offset, len(whole) >> self._cluster_bits
         else:
-            table = [
-                (self._table_offset + 8 * index, self._table[index].to_bytes(8))
-                for index in sorted(self._dirty_entries)
-            ]
+            table = entry_writes(self._table_offset, self._table, self._dirty_entries)
         self._moved = False
         self._dirty_entries.clear()
         return RefcountWrites(blocks, table, moved, taken)
 
     def written(self, writes: RefcountWrites) -> None:
         """They are on the disk."""
-        for block in writes.taken:
-            block.pins -= 1
+        self._blocks.written(writes.taken)
 
     def not_written(self, writes: RefcountWrites) -> None:
         """They are not; they still have to be."""
-        for block in writes.taken:
-            block.pins -= 1
-            block.is_dirty = True
-            self._dirty[block.offset] = block
+        self._blocks.not_written(writes.taken)
         self._moved |= writes.moved is not None
         if not writes.moved:
             self._dirty_entries.update((at - self._table_offset) // 8 for at, _ in writes.table)
 
     # ------------------------------------------------------------------ blocks
 
-    def _changed(self, index: int, block: Block) -> None:
-        block.is_dirty = True
-        self._dirty[block.offset] = block
-        self._blocks[index] = block
-
-    async def _existing_block(self, index: int) -> Block | None:
-        block = self._blocks.get(index)
-        if block is not None:
-            self._blocks.move_to_end(index)
-            return block
+    async def _existing_block(self, index: int) -> Slice | None:
         offset = self._table[index] if index < len(self._table) else 0
-        if not offset:
-            return None
-        data = await read_bytes(self._file, offset, self._cluster_size)
-        block = Block(offset, self._codec.decode(data))
-        self._keep(index, block)
-        return block
+        return await self._blocks.get(offset) if offset else None
 
-    def _keep(self, index: int, block: Block) -> None:
-        while len(self._blocks) >= self._most:
-            for other, old in self._blocks.items():
-                if not old.is_dirty and not old.pins:
-                    del self._blocks[other]
-                    break
-            else:
-                break
-        self._blocks[index] = block
-
-    async def _new_block(self, index: int) -> Block:
+    async def _new_block(self, index: int) -> Slice:
         """A block for clusters that none is for yet: it is in the first of them."""
         if index >= len(self._table):
             return self._grow_table(index)
         block = self._make_block(index, index * self._per_block)
-        block.counts[0] = 1
+        block.table[0] = 1
         return block
 
-    def _make_block(self, index: int, cluster: int) -> Block:
+    def _make_block(self, index: int, cluster: int) -> Slice:
         offset = cluster << self._cluster_bits
-        if offset >= _MAX_OFFSET:
+        if offset >= MAX_OFFSET:
             raise BlockError(errno.EFBIG, "the image file cannot grow any more")
         self.places.add_alone("Reference count block that is missing", offset)
-        counts = self._codec.decode(bytes(self._cluster_size))
-        block = Block(offset, counts)
-        self._keep(index, block)
-        self._changed(index, block)
+        block = self._blocks.add(offset)
         self._table[index] = offset
         self._dirty_entries.add(index)
         return block
 
-    def _grow_table(self, index: int) -> Block:
+    def _grow_table(self, index: int) -> Slice:
         """A larger table, in clusters that the new blocks are for, with these blocks before it."""
         clusters = -(-(index + 1) * 12 // self._cluster_size) + 1  # half as large again
         blocks = 1
@@ -355,7 +268,7 @@ class Refcounts:
             raise BlockError(errno.EFBIG, "the reference count table cannot grow any more")
         first = index * self._per_block
         place, size = first << self._cluster_bits, (blocks + clusters) << self._cluster_bits
-        if place + size > _MAX_OFFSET:
+        if place + size > MAX_OFFSET:
             raise BlockError(errno.EFBIG, "the image file cannot grow any more")
         self.places.check("Preventing invalid allocation", place, size)
         self.give_up(self._table_offset, len(self._table) * 8)
@@ -366,7 +279,7 @@ class Refcounts:
         self.places.add_alone("Reference count table", self._table_offset, len(self._table) * 8)
         self._moved = True
         for used in range(blocks + clusters):
-            made[used // self._per_block].counts[used % self._per_block] = 1
+            made[used // self._per_block].table[used % self._per_block] = 1
         return made[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
-from vhostblk.block.drivers.qcow2.header import Header
+from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, Header
 from vhostblk.block.drivers.qcow2.tables import read_bytes
 from vhostblk.block.edge import Edge
 from vhostblk.errors import ImageError
@@ -21,8 +21,6 @@ _MAX_TABLE = 64 << 20
 _MAX_L1_BYTES = 32 << 20
 _MAX_EXTRA = 1024
 _MAX_STRING = (1 << 16) - 1
-# Offsets in tables have 56 bits.
-_MAX_OFFSET = 1 << 56
 _PIECE = 64 << 10
 NO_ICOUNT = (1 << 64) - 1
 """What `Snapshot.icount` is when nobody has counted instructions."""
@@ -162,7 +160,7 @@ async def _load_one(reader: _Reader, number: int) -> Snapshot:
 def _check_l1(snapshot: Snapshot, header: Header) -> None:
     if (
         snapshot.l1_offset % header.cluster_size
-        or snapshot.l1_offset > _MAX_OFFSET
+        or snapshot.l1_offset > MAX_OFFSET
         or snapshot.l1_bytes > _MAX_L1_BYTES
         or (snapshot.l1_entries and not snapshot.l1_offset)
     ):

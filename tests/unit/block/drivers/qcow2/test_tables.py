@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import pytest
 
+from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
-from vhostblk.block.drivers.qcow2.tables import TableCache
+from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import ImageError
 
@@ -29,7 +30,7 @@ class SlowFile:
 def test_slice_that_is_forgotten_while_it_is_read_is_read_anew_by_the_next_one() -> None:
     async def scenario() -> None:
         file = SlowFile()
-        cache = TableCache(cast(Any, file), 512, 4096)
+        cache = TableCache(cast(Any, file), OFFSETS, 512, 4096)
         reading = asyncio.create_task(cache.get(1024))
         await asyncio.sleep(0)
         cache.forget(1024)

@@ -1,0 +1,67 @@
+"""What users may ask of a qcow2 node: QEMU's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vhostblk.block.drivers.qcow2.header import Header
+from vhostblk.block.options import SIZE, option
+from vhostblk.errors import ConfigError
+
+_MAX_L2_CACHE = 32 << 20
+_MAX_SLICE = 64 << 10
+_MIN_SLICE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2Options:
+    """QEMU's options for qcow2, besides `file`, `backing` and `data-file`."""
+
+    l2_cache_size: int | None = option(
+        SIZE, None, about="bytes of L2 tables to keep; absent: enough for the disk, at most 32 MiB"
+    )
+    l2_cache_entry_size: int | None = option(
+        SIZE,
+        None,
+        about="bytes of an L2 table to read at a time, a power of two; absent: a cluster, at most 64 KiB",
+    )
+    refcount_cache_size: int | None = option(
+        SIZE, None, about="bytes of reference counts to keep; absent: four clusters"
+    )
+    cache_size: int | None = option(
+        SIZE, None, about="bytes for tables of all kinds; what `l2-cache-size` does not say"
+    )
+
+    def slice_bytes(self, header: Header) -> int:
+        """Of an L2 table to read at a time.
+
+        Raises:
+            ConfigError: not what this image allows.
+        """
+        size = self.l2_cache_entry_size or min(header.cluster_size, _MAX_SLICE)
+        if size.bit_count() != 1 or not _MIN_SLICE <= size <= header.cluster_size:
+            raise ConfigError(
+                "Parameter 'l2-cache-entry-size' must be a power of two between "
+                f"{_MIN_SLICE} and the cluster size ({header.cluster_size})"
+            )
+        return size
+
+    def l2_bytes(self, header: Header) -> int:
+        """Of L2 tables to keep.
+
+        Raises:
+            ConfigError: more than all tables together may have.
+        """
+        total, both = self.l2_cache_size, self.cache_size
+        if total is not None and both is not None and total > both:
+            raise ConfigError("Parameter 'l2-cache-size' may not exceed 'cache-size'")
+        if total is not None:
+            return total
+        tables = header.l1_entries_needed(header.size) * header.cluster_size
+        return min(tables, _MAX_L2_CACHE) if both is None else both
+
+    def refcount_bytes(self) -> int:
+        """Of reference counts to keep."""
+        if self.refcount_cache_size is not None:
+            return self.refcount_cache_size
+        return max((self.cache_size or 0) - (self.l2_cache_size or 0), 0)
