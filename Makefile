@@ -7,7 +7,7 @@
 #   make format      ruff format, ruff --fix, clang-format -i
 #   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
 #   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300)
-#   make hunt        random requests and schedules of the block layer, HUNT (default 20) times as many as usual
+#   make hunt        other random requests and schedules, HUNT (default 20) times as many as usual
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
 #   make bench-scaling  queues, threads, sizes of requests, depths, idle guests
@@ -85,7 +85,7 @@ verify: $(stamps)/system-test build
 	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py -s $(ARGS)
 
 hunt: $(stamps)/system-test build
-	VHOSTBLK_HUNT=$(HUNT) $(python) -m pytest tests/unit/block -o timeout=0 $(ARGS)
+	VHOSTBLK_HUNT=$(HUNT) $(python) -m pytest tests/unit tests/contract/test_node_contract.py -o timeout=0 $(ARGS)
 
 qtest: $(stamps)/system-test build
 	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon

@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
+from hypothesis import HealthCheck, settings
+
+from tests.schedule import HUNT
+
+# A run tries the same as the last one, so that what fails is what was changed; VHOSTBLK_HUNT looks for more.
+settings.register_profile(
+    "vhostblk",
+    max_examples=100 * HUNT,
+    derandomize=HUNT == 1,
+    deadline=None,  # machines are slow at times
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("vhostblk")
+
 pytest_plugins = [
     "vhostblk.testing.plugin",
     "tests.daemons",

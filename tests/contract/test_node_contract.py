@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.schedule import HUNT
 from vhostblk import native
 from vhostblk.block import host_io
 from vhostblk.block.backend import BlockBackend
@@ -394,7 +395,8 @@ requests = st.lists(
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25 * HUNT,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(requests)
 @pytest.mark.parametrize("case", KEEPING, ids=str)

@@ -22,7 +22,6 @@ EXAMPLES = int(os.environ.get("VHOSTBLK_DIFFERENTIAL", "0"))
 HARD = settings(
     max_examples=EXAMPLES or 40,
     derandomize=not EXAMPLES,
-    deadline=None,
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # shrinking takes minutes
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

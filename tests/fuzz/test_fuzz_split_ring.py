@@ -255,7 +255,7 @@ def test_mutations_of_the_corpus_keep_the_invariant() -> None:
     assert len(outcomes) >= 8, f"mutations are too tame: {outcomes}"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=4 + MEMORY))
 def test_arbitrary_bytes_keep_the_invariant(data: bytes) -> None:
     run(data)

@@ -487,14 +487,14 @@ encoded = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(encoded | st.just(start()) | st.just(STOP), max_size=30).map(b"".join))
 def test_messages_in_any_order_keep_the_invariant(data: bytes) -> None:
     run(data)
     run(HELLO + data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=300))
 def test_any_bytes_keep_the_invariant(data: bytes) -> None:
     run(data)

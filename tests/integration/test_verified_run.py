@@ -40,7 +40,9 @@ from vhostblk.testing.daemon_process import VHOSTBLK
 from vhostblk.testing.resources import Resources, wait_until_released
 
 _SECONDS = float(os.environ.get("VHOSTBLK_LONG", "0"))
-_SEED = int(os.environ.get("VHOSTBLK_SEED", "0")) or time.time_ns() % 1_000_000_000
+_SEED = int(os.environ.get("VHOSTBLK_SEED", "0")) or (
+    time.time_ns() % 1_000_000_000 if _SECONDS else 1
+)
 _IMAGE = 64 << 20
 _SPANS = [1 << 20, 16 << 20]  # a part of the disk, so that requests meet
 _QUEUES = 4

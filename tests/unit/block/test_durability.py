@@ -117,8 +117,7 @@ class Script:
 @pytest.mark.parametrize("leaf", LEAVES)
 @settings(
     max_examples=25 * HUNT,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(script=scripts, write_cache=st.booleans(), seed=st.integers(0, 1 << 30))
 def test_no_power_cut_takes_what_was_promised(

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.schedule import HUNT
 from tests.unit.block.fakes import NoOptions, PassNode
 from vhostblk.block import surgery
 from vhostblk.block.activation import activate, inactivate
@@ -278,8 +279,7 @@ class GraphMachine(RuleBasedStateMachine):
 
 TestGraphMachine = GraphMachine.TestCase
 TestGraphMachine.settings = settings(
-    max_examples=60,
+    max_examples=60 * HUNT,
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )

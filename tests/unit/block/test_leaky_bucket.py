@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vhostblk.block.leaky_bucket import LARGEST, LeakyBucket, ThrottleLimits
@@ -42,7 +42,6 @@ def test_a_burst_lasts_as_long_as_it_may_and_then_the_rate_holds() -> None:
     assert 1000 <= serve(LeakyBucket(100, 1000, 1), 1e-9) <= 1001
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.integers(1, 500), st.integers(0, 4), st.integers(1, 4), st.integers(1, 5))
 def test_no_bucket_lets_through_more_than_rate_and_burst_allow(
     rate: int, factor: int, burst: int, seconds: int

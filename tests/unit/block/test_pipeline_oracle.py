@@ -11,6 +11,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.schedule import HUNT
 from tests.unit.block.fakes import ArrayNode, PassNode, put_above, turns
 from vhostblk.block import clear, pipeline
 from vhostblk.block.edge import Edge
@@ -87,7 +88,7 @@ def pattern(value: int, length: int) -> bytes:
     return (bytes((value + position) % 255 + 1 for position in range(255)) * 17)[:length]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 * HUNT)
 @given(
     limits().filter(valid),
     st.lists(steps, max_size=12),
@@ -160,7 +161,7 @@ concurrent = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 * HUNT)
 @given(
     st.lists(concurrent, min_size=2, max_size=8),
     st.lists(st.integers(0, 4), min_size=1, max_size=30),
@@ -232,7 +233,7 @@ class Engine:
         return True
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100 * HUNT)
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.integers(0, 5)), min_size=1, max_size=12),
     st.lists(st.tuples(st.integers(0, 500), st.integers(1, 100)), min_size=1, max_size=6),

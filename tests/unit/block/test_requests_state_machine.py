@@ -444,6 +444,5 @@ TestRequestsMachine = RequestsMachine.TestCase
 TestRequestsMachine.settings = settings(
     max_examples=50 * HUNT,
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )

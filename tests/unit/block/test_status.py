@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.schedule import HUNT
 from tests.unit.block.fakes import EASY, ArrayNode, CowNode, put_above, run_now
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.flags import StatusFlag
@@ -146,7 +147,7 @@ class AlignedNode(ArrayNode):
         return BlockStatus(flags, count, map=offset)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * HUNT)
 @given(
     st.lists(st.booleans(), min_size=1, max_size=12),
     st.integers(1, 12),
@@ -195,7 +196,7 @@ def chain(shape: list[tuple[int, set[int]]]) -> list[CowNode]:
     return nodes
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300 * HUNT)
 @given(layers, st.integers(0, 8 * CLUSTER), st.integers(0, 8 * CLUSTER))
 def test_three_layers_of_different_lengths_agree_with_a_byte_model(
     shape: list[tuple[int, set[int]]], offset: int, length: int

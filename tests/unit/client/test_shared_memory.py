@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.schedule import HUNT
 from vhostblk.client.shared_memory import Kind, SharedMemory
 from vhostblk.errors import StateError
 from vhostblk.virtio.driver import Buffer
@@ -131,7 +132,7 @@ def test_spread_uses_every_region() -> None:
         memory.close()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50 * HUNT)
 @given(
     st.lists(
         st.tuples(

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.rings import RingPair
+from tests.schedule import HUNT
 from vhostblk.virtio.chain import DescriptorChain
 from vhostblk.virtio.driver import Used
 
@@ -167,4 +168,4 @@ class Ring(RuleBasedStateMachine):
 
 
 TestRing = Ring.TestCase
-TestRing.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestRing.settings = settings(max_examples=150 * HUNT, stateful_step_count=60)
