@@ -14,6 +14,7 @@ from pathlib import Path
 from tests.bench.measure import Measure, Metrics, Settings, become_realtime
 from tests.bench.profile import PROFILED, measure_profiles, need_perf
 from tests.bench.python_path import PYTHON_ROWS, measure_python_path
+from tests.bench.qcow2 import QCOW2_ROWS, measure_qcow2
 from tests.bench.scaling import SECTIONS, measure_section
 from tests.bench.servers import BOTH, Files, command_of, give_up, qemu_version
 from tests.bench.tables import Table, as_csv, markdown, replace_part, text
@@ -28,6 +29,7 @@ _NAMES = {
     "scaling": SECTIONS,
     "profile": tuple(PROFILED),
     "python": PYTHON_ROWS,
+    "qcow2": QCOW2_ROWS,
 }
 """Reports, and what each consists of."""
 
@@ -40,6 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scaling", action="store_true", help="instead: queues, threads, sizes, depths, idle")
     add("--profile", action="store_true", help="instead: where daemons spend their time (perf)")
     add("--python", action="store_true", help="instead: a disk made of Python, against nbdkit's")
+    add("--qcow2", action="store_true", help="instead: qcow2 images, also first writes")
     add("--quick", action="store_true", help="shorter runs, smaller files")
     add("--runs", type=int, help="on each side (default: 5, quick scaling 3)")
     add("--duration", type=float, help="seconds of a run (default: 3, scaling 1.5)")
@@ -101,6 +104,8 @@ def _tables(report: str, measure: Measure, is_wanted: Callable[[str], bool]) -> 
         yield measure_profiles(measure, is_wanted)
     elif report == "python":
         yield measure_python_path(measure, is_wanted)
+    elif report == "qcow2":
+        yield measure_qcow2(measure, is_wanted)
     else:
         yield measure_targets(measure, is_wanted)
 

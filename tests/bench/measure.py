@@ -97,13 +97,23 @@ class Measure:
 
     def client(self, disk: Disk, options: BenchOptions, daemon: Daemon) -> Runner:
         """One run of our client against a daemon, to be called later."""
-        settings = self.settings
-        return partial(
-            self._run,
-            disk,
-            replace(options, duration=settings.duration, ramp=settings.ramp, size=0),
-            daemon,
+        return partial(self._run, disk, self.asking(options, daemon))
+
+    def asking(
+        self, options: BenchOptions, daemon: Daemon, duration: float = 0, ramp: float = 0
+    ) -> Runner:
+        """The same, whatever the daemon serves: nothing is brought into the page cache.
+
+        Args:
+            duration, ramp: seconds, if not as long as all others.
+        """
+        timed = replace(
+            options,
+            duration=duration or self.settings.duration,
+            ramp=ramp or self.settings.ramp,
+            size=0,
         )
+        return lambda: metrics_of(bench(str(daemon.socket), timed))
 
     def fio(self, disk: Disk, job: Fio) -> Runner:
         """One run of fio on the file of a disk, to be called later."""
@@ -158,9 +168,9 @@ class Measure:
                 return found, disturbed
         return found, False
 
-    def _run(self, disk: Disk, options: BenchOptions, daemon: Daemon) -> Metrics:
+    def _run(self, disk: Disk, ask: Runner) -> Metrics:
         self._warm(disk)
-        return metrics_of(bench(str(daemon.socket), options))
+        return ask()
 
     def _fio(self, disk: Disk, job: Fio) -> Metrics:
         self._warm(disk)

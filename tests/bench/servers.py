@@ -29,6 +29,7 @@ __all__ = [
     "fio_command",
     "fs_type",
     "give_up",
+    "qcow2_command",
     "qemu_version",
     "run_daemon",
     "serving",
@@ -70,13 +71,13 @@ class Files:
 
     def __init__(self, folder: Path, mebibytes: int) -> None:
         self.size = mebibytes * _MIB
-        self._folder = folder
+        self.folder = folder
         self._made: dict[Path, None] = {}
 
     def path(self, disk: Disk) -> Path:
         """The image of a kind of disk."""
         name, piece = _FILE_OF.get(disk, ("disk", _PAGE))
-        folder = Path("/dev/shm") if disk == "tmpfs" else self._folder
+        folder = Path("/dev/shm") if disk == "tmpfs" else self.folder
         path = folder / f"vhostblk-bench-{os.getpid()}-{name}.img"
         if path not in self._made:
             self._made[path] = None
@@ -128,6 +129,37 @@ BOTH = {"ours": OURS, "qemu": QEMU}
 
 def command_of(server: Server, disk: Disk, files: Files, socket: Path, *, aio: str) -> list[str]:
     """The command line of a daemon: the same for both but for the program, and for what only we have."""
+    direct = disk == "direct"
+    if disk == "null":
+        blockdevs = [f"driver=null-co,node-name=d,size={1 << 30}"]
+    else:
+        blockdevs = [_file_node(server, "d", files.path(disk), direct=direct, aio=aio)]
+    return _command(server, blockdevs, socket, pins=direct)
+
+
+def qcow2_command(
+    server: Server, image: Path, socket: Path, *, direct: bool, aio: str
+) -> list[str]:
+    """The same for a qcow2 image."""
+    file = _file_node(server, "f", image, direct=direct, aio=aio)
+    direct_or_not = f"cache.direct={'on' if direct else 'off'}"
+    blockdevs = [file, f"driver=qcow2,node-name=d,file=f,{direct_or_not}"]
+    return _command(server, blockdevs, socket, pins=direct)
+
+
+def _file_node(server: Server, name: str, path: Path, *, direct: bool, aio: str) -> str:
+    node = f"driver=file,node-name={name},filename={path},locking=off"
+    node += f",cache.direct={'on' if direct else 'off'}"
+    return f"{node},aio={aio}" if server.program == "qemu" or aio != "io_uring" else node
+
+
+def _command(server: Server, blockdevs: list[str], socket: Path, *, pins: bool) -> list[str]:
+    """A daemon's command line.
+
+    Args:
+        blockdevs: the last one is node `d`.
+        pins: ours may pin guest memory.
+    """
     if server.program == "ours":
         program = [sys.executable, "-m", "vhostblk", "--log-level", "warning", "storage-daemon"]
     else:
@@ -143,21 +175,12 @@ def command_of(server: Server, disk: Disk, files: Files, socket: Path, *, aio: s
             export += f",iothread-vq-mapping.{number}.iothread={name}"
     if server.queues:
         export += f",num-queues={server.queues}"
-    if disk == "null":
-        blockdev = f"driver=null-co,node-name=d,size={1 << 30}"
-    else:
-        direct = "on" if disk == "direct" else "off"
-        blockdev = (
-            f"driver=file,node-name=d,filename={files.path(disk)},locking=off,cache.direct={direct}"
-        )
-        if server.program == "qemu" or aio != "io_uring":
-            blockdev += f",aio={aio}"
-        if server.program == "ours" and disk == "direct":
-            export += ",pin-memory=on"
+    if server.program == "ours" and pins:
+        export += ",pin-memory=on"
     return [
         *program,
         *(word for name in names for word in ("--object", f"iothread,id={name},poll-max-ns=32768")),
-        *("--blockdev", blockdev),
+        *(word for node in blockdevs for word in ("--blockdev", node)),
         *("--export", export),
         *("--pidfile", f"{socket}.pid"),
     ]

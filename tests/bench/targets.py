@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from tests.bench.measure import Measure, Runner, Side
 from tests.bench.rows import ROWS, Row, Target
 from tests.bench.servers import BOTH, fs_type, give_up
 from tests.bench.tables import Table, number, ratio
 
-__all__ = ["TARGET_ROWS", "measure_targets", "need_disk"]
+__all__ = ["TARGET_ROWS", "lines_of", "measure_targets", "need_disk"]
 
 _IDLE = "idle"
 TARGET_ROWS = (*(row.name for row in ROWS), _IDLE)
@@ -22,7 +22,7 @@ def measure_targets(measure: Measure, is_wanted: Callable[[str], bool]) -> Table
     table = Table("targets", "", [["", "metric", "ours", "theirs", "ratio", "wanted", ""]])
     for row in ROWS:
         if is_wanted(row.name):
-            table.rows += _lines(row, _measure(measure, row))
+            table.rows += lines_of(row.title, row.targets, _measure(measure, row))
     if is_wanted(_IDLE):
         with measure.serving("null", BOTH) as daemons:
             spent = measure.idle(_IDLE, daemons, 1)
@@ -44,9 +44,10 @@ def _measure(measure: Measure, row: Row) -> dict[str, Side]:
         return measure.alternate(row.name, runners, [daemon.pid for daemon in daemons.values()])
 
 
-def _lines(row: Row, sides: Mapping[str, Side]) -> list[list[str]]:
-    titles = [row.title, *("" for _ in row.targets[1:])]
-    return [[title, *_cells(t, sides)] for title, t in zip(titles, row.targets, strict=True)]
+def lines_of(title: str, targets: Sequence[Target], sides: Mapping[str, Side]) -> list[list[str]]:
+    """A line of a table for each target of a row."""
+    titles = [title, *("" for _ in targets[1:])]
+    return [[title, *_cells(t, sides)] for title, t in zip(titles, targets, strict=True)]
 
 
 def _cells(target: Target, sides: Mapping[str, Side]) -> list[str]:

@@ -6,8 +6,9 @@ Numbers in, facts out. An entry is one number, or two where the image has subclu
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from array import array
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
 from vhostblk.errors import ImageError
@@ -20,6 +21,10 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED = 0x7F00_0000_0000_01FF
 _SECTOR = 512
 _ALL = (1 << SUBCLUSTERS) - 1
+# Clusters that are compared at first, to see whether a run goes on.
+_FIRST_PIECE = 16
+
+Table: TypeAlias = "array[int]"
 
 
 class Kind(enum.Enum):
@@ -65,9 +70,7 @@ class EntryReader:
         # "Compressed Clusters Descriptor".
         self._offset_bits = 62 - (header.cluster_bits - 8)
 
-    def run_at(
-        self, table: Sequence[int], base: int, offset: int, limit: int, since: int = 0
-    ) -> Run:
+    def run_at(self, table: Table, base: int, offset: int, limit: int, since: int = 0) -> Run:
         """The longest run around `offset`, within what the table covers.
 
         Args:
@@ -79,32 +82,103 @@ class EntryReader:
         Raises:
             ImageError: the entry at `offset` is wrong.
         """
-        found = self.part_at(table, base, offset)
-        if found.kind is Kind.COMPRESSED:
-            return found
-        end_of_table = base + len(table) // (2 if self._extended else 1) * self._cluster_size
-        start, end, last = found.start, found.end, found
-        while end < min(limit, end_of_table):
-            following = self._neighbour(table, base, end)
-            if following is None or not _continues(last, following):
+        run = self.part_at(table, base, offset)
+        if run.kind is Kind.COMPRESSED:
+            return run
+        size = self._cluster_size
+        count = len(table) // (2 if self._extended else 1)
+        stop = min(-(-(limit - base) // size), count)
+        run = self._grown(run, table, base, stop)
+        while run.end < min(limit, base + count * size):
+            following = self._neighbour(table, base, run.end)
+            if following is None or not _continues(run, following):
                 break
-            last, end = following, following.end
-        host = found.host
-        while start > max(base, since):
-            before = self._neighbour(table, base, start - 1)
-            if before is None or not _continues(before, found):
+            following = self._grown(following, table, base, stop)
+            run = replace(run, end=following.end)
+        least = max((since - base) // size, 0)
+        run = self._grown_back(run, table, base, least)
+        while run.start > max(base, since):
+            before = self._neighbour(table, base, run.start - 1)
+            if before is None or not _continues(before, run):
                 break
-            found, start, host = before, before.start, before.host
-        return Run(found.kind, start, end, host, found.has_host, copied=found.copied)
+            before = self._grown_back(before, table, base, least)
+            run = replace(run, start=before.start, host=before.host)
+        return run
 
-    def _neighbour(self, table: Sequence[int], base: int, offset: int) -> Run | None:
+    # Most runs are long. Numbers are compared many at a time: neighbours of a whole cluster that are more of the same
+    # have the same entry, but for where the cluster is.
+
+    def _grown(self, run: Run, table: Table, base: int, stop: int) -> Run:
+        """A run that ends with a whole cluster, with clusters behind it that are more of it, below number `stop`."""
+        size = self._cluster_size
+        first = (run.end - base >> self._cluster_bits) - 1
+        if (run.end - base) % size or run.end - run.start < size:
+            return run
+        step = size if run.has_host else 0
+        # Sums stay numbers that an entry can have.
+        if step:
+            last_host = run.host + run.end - run.start - size
+            stop = min(stop, first + (OFFSET_MASK - last_host >> self._cluster_bits))
+        done, piece = first + 1, _FIRST_PIECE
+        while done < stop:
+            last = min(done + piece, stop)
+            differs = self._differs(table, first, done, last, step)
+            if differs:
+                done += differs.index(True)
+                break
+            done, piece = last, piece * 4
+        return run if done == first + 1 else replace(run, end=base + done * size)
+
+    def _grown_back(self, run: Run, table: Table, base: int, least: int) -> Run:
+        """The same to the other side, from number `least` on."""
+        size = self._cluster_size
+        last = run.start - base >> self._cluster_bits
+        if (run.start - base) % size or run.end - run.start < size:
+            return run
+        step = size if run.has_host else 0
+        if step:
+            # Place 0 is none, but in an external data file.
+            least = max(least, last - (run.host >> self._cluster_bits) + (not self._has_data_file))
+        done, piece = last, _FIRST_PIECE
+        while done > least:
+            first = max(done - piece, least)
+            differs = self._differs(table, last, first, done, step)
+            if differs:
+                done = first + len(differs) - differs[::-1].index(True)
+                break
+            done, piece = first, piece * 4
+        if done == last:
+            return run
+        return replace(
+            run, start=base + done * size, host=run.host - (last - done) * step if step else 0
+        )
+
+    def _differs(self, table: Table, known: int, first: int, last: int, step: int) -> list[bool]:
+        """Which of the clusters `first`..`last` are not more of the same as `known`; empty if all are."""
+        each = 2 if self._extended else 1
+        entry = table[each * known] + (first - known) * step
+        count = last - first
+        alike = array("Q", range(entry, entry + count * step, step) if step else [entry])
+        if not step:
+            alike *= count
+        found = table[each * first : each * last : each]
+        if not self._extended:
+            return [] if found == alike else [a != b for a, b in zip(found, alike, strict=True)]
+        bitmaps = table[each * first + 1 : each * last : each]
+        whole = array("Q", [table[each * known + 1]]) * count
+        if found == alike and bitmaps == whole:
+            return []
+        pairs = zip(found, alike, bitmaps, whole, strict=True)
+        return [a != b or c != d for a, b, c, d in pairs]
+
+    def _neighbour(self, table: Table, base: int, offset: int) -> Run | None:
         """None if the entry is wrong: that is the business of whoever reads there."""
         try:
             return self.part_at(table, base, offset)
         except ImageError:
             return None
 
-    def part_at(self, table: Sequence[int], base: int, offset: int) -> Run:
+    def part_at(self, table: Table, base: int, offset: int) -> Run:
         """What one entry says of the subclusters around `offset` that are alike.
 
         Raises:

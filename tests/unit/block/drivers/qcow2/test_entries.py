@@ -103,6 +103,41 @@ def test_longest_run_of_subclusters(entries: list[tuple[int, int]], data: st.Dat
     check(EXTENDED, array("Q", [word for pair in entries for word in pair]), len(entries), offset)
 
 
+LENGTHS = st.sampled_from([1, 2, 15, 16, 17, 18, 80, 81, 82, 83, 300])
+BITS = st.sampled_from([0, 1, COPIED])
+RUNS = st.lists(st.tuples(LENGTHS, st.integers(0, 6), BITS), min_size=1, max_size=6)
+
+
+@given(RUNS, st.booleans(), st.data())
+def test_longest_run_where_runs_are_long(
+    runs: list[tuple[int, int, int]], extended: bool, data: st.DataObject
+) -> None:
+    words = []
+    for length, first, bits in runs:
+        for number in range(length):
+            host = (first + number) * CLUSTER if first else 0
+            if not extended:
+                words.append(host | (bits if first else bits & 1))
+            else:
+                bitmap = (0xFFFFFFFF if bits == COPIED else 0xFF00000000) if host else 0
+                words += [host | (bits & COPIED if host else 0), bitmap]
+    clusters = len(words) // (2 if extended else 1)
+    offset = BASE + data.draw(st.integers(0, clusters * CLUSTER - 1))
+    check(EXTENDED if extended else PLAIN, array("Q", words), clusters, offset)
+
+
+def test_run_ends_where_offsets_do() -> None:
+    last = (1 << 56) - CLUSTER
+    run = EntryReader(PLAIN).run_at(array("Q", [last - CLUSTER, last, 1 << 56]), 0, 0, 3 * CLUSTER)
+    assert (run.start, run.end) == (0, 2 * CLUSTER)
+
+
+def test_run_begins_where_offsets_do() -> None:
+    table = array("Q", [0, CLUSTER, 2 * CLUSTER])
+    run = EntryReader(PLAIN).run_at(table, 0, 2 * CLUSTER, 3 * CLUSTER)
+    assert (run.start, run.host) == (CLUSTER, CLUSTER)
+
+
 def test_run_of_many_clusters_and_of_one_that_is_there_twice() -> None:
     hosts = [2, 3, 4, 5, 5, 6]
     table = array("Q", [host * CLUSTER for host in hosts])
