@@ -11,8 +11,9 @@ out fails with ENOTSUP and is emulated by the pipeline (block layer rows B03.6 a
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
@@ -25,6 +26,7 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
+    from vhostblk.block.create import Creation
     from vhostblk.block.edge import Edge
     from vhostblk.block.host_io import HostIO
     from vhostblk.block.iov import IoVec
@@ -116,6 +118,13 @@ class Driver:
     protocol_name: ClassVar[str | None] = None
     # Options that name or describe a child (`file=...` or `file.*`).
     child_keys: ClassVar[tuple[str, ...]] = ()
+    # What a new image of this driver can be like, made of `options.option()` fields in the spelling of `qemu-img create
+    # -o`; None: the driver cannot make images (row B35). The dataclass refuses what contradicts itself.
+    create_options_type: ClassVar[type[Any] | None] = None
+    # Other names that programs write for some of them.
+    create_aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    # Children in which images are made.
+    create_child_keys: ClassVar[tuple[str, ...]] = ()
     # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10).
     supported_write_flags: int = 0
     supported_zero_flags: int = 0
@@ -162,6 +171,19 @@ class Driver:
     def probe_device(cls, filename: str) -> int:
         """How sure it is that this is the name of a device for this protocol driver; 0: it is not (row B04.7)."""
         return 0
+
+    @classmethod
+    async def create(cls, creation: Creation, options: Any) -> None:
+        """Make an image in children that `creation` gives; look at the options before asking for them (row B35.1).
+
+        Args:
+            options: of `create_options_type`.
+
+        Raises: ConfigError, BlockError: what was written so far does not look like an image.
+        """
+        raise ConfigError(
+            f"Driver '{cls.driver_name}' does not support image creation", errno.ENOTSUP
+        )
 
     # ------------------------------------------------------------------ what a driver states
 

@@ -28,6 +28,7 @@ __all__ = [
     "leftover",
     "list_of",
     "option",
+    "option_names",
     "parse_keyval",
     "parse_options",
     "refuse_changes",
@@ -204,6 +205,11 @@ def option(
 
 def _name(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata["name"]) or field.name.replace("_", "-")
+
+
+def option_names(options_type: type[Any]) -> frozenset[str]:
+    """QEMU's names of all options of a set."""
+    return frozenset(_name(field) for field in dataclasses.fields(options_type))
 
 
 def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:

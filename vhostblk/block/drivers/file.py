@@ -6,10 +6,17 @@ import errno
 import os
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.locking import ImageLock
+from vhostblk.block.drivers.new_file import (
+    DeviceCreateOptions,
+    FileCreateOptions,
+    check_device,
+    make_file,
+    remove,
+)
 from vhostblk.block.drivers.posix import PosixNode
 from vhostblk.block.filename import protocol_prefix
 from vhostblk.block.node import OpenContext
@@ -18,6 +25,7 @@ from vhostblk.block.permissions import Perm
 from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from vhostblk.block.create import Creation
     from vhostblk.block.reopen import Reopen
 
 # By the file's mode, by its attributes, by its file system.
@@ -59,6 +67,7 @@ class FileNode(PosixNode):
     driver_name = "file"
     protocol_name = "file"
     options_type = FileOptions
+    create_options_type: ClassVar[type[Any] | None] = FileCreateOptions
     options: FileOptions
     _lock: ImageLock | None = None
     _next: _Opened | None = None  # while the file is reopened
@@ -66,6 +75,13 @@ class FileNode(PosixNode):
     _old_fd = -1  # until it is closed after that
 
     # ------------------------------------------------------------------ life
+
+    @classmethod
+    async def create(cls, creation: Creation, options: FileCreateOptions) -> None:
+        """Make the file, or empty the one that there is; see `new_file.py`."""
+        io = creation.host_io()
+        new = await io.call(make_file, options, undo=remove)
+        creation.on_failure(lambda: io.call(remove, new))
 
     async def open(self, context: OpenContext) -> None:
         """Open the file, find out what it is and can do.
@@ -205,6 +221,12 @@ class HostDeviceNode(FileNode):
 
     driver_name = "host_device"
     protocol_name = "host_device"
+    create_options_type: ClassVar[type[Any] | None] = DeviceCreateOptions
+
+    @classmethod
+    async def create(cls, creation: Creation, options: Any) -> None:
+        """The device is there; it has to be large enough."""
+        await creation.host_io().call(check_device, options)
 
     @classmethod
     def probe_device(cls, filename: str) -> int:

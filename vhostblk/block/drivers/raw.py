@@ -26,7 +26,7 @@ from vhostblk.block.node import (
     Req,
     Role,
 )
-from vhostblk.block.options import SIZE, option
+from vhostblk.block.options import SIZE, choice, option
 from vhostblk.block.permissions import Perm
 from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.registry import PROBE_SIZE, DriverRegistry
@@ -34,6 +34,7 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
+    from vhostblk.block.create import Creation
     from vhostblk.block.reopen import Reopen
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,16 @@ class RawOptions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RawCreateOptions:
+    """QEMU's options for new raw images."""
+
+    size: int = option(SIZE, about="bytes of the disk")
+    preallocation: str = option(
+        choice("off", "falloc", "full"), "off", about="whether the disk gets its room now"
+    )
+
+
 class RawNode(BlockNode):
     """A window onto its child; the whole of it makes a transparent layer (row B08.4)."""
 
@@ -62,6 +73,8 @@ class RawNode(BlockNode):
     options_type = RawOptions
     options: RawOptions
     child_keys = ("file",)
+    create_options_type = RawCreateOptions
+    create_child_keys = ("file",)
     # The child's pipeline does, or emulates, all of these.
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
@@ -72,6 +85,24 @@ class RawNode(BlockNode):
     def probe(cls, header: bytes, filename: str) -> int:
         """Anything may be raw; whatever else is recognised is surer."""
         return 1
+
+    @classmethod
+    async def create(cls, creation: Creation, options: RawCreateOptions) -> None:
+        """A file of this length that is zero; or a device that is that long, as it is.
+
+        Raises:
+            ConfigError: ENOSPC: it is not.
+            BlockError: the child's errno.
+        """
+        file = await creation.child("file")
+        if await creation.emptied(file):
+            await file.truncate(options.size, Preallocation(options.preallocation))
+        elif file.length < options.size:
+            raise ConfigError(
+                f"Node '{file.node.node_name}' is too small: {file.length} bytes, not {options.size}",
+                errno.ENOSPC,
+            )
+        await file.flush()
 
     async def open(self, context: OpenContext) -> None:
         """Open the child and check that the window is inside.

@@ -12,6 +12,7 @@
 | `overlaps` | where all tables are, which nobody may overwrite |
 | `locks` | who uses which range of the disk |
 | `compressed` | decompression |
+| `layout`, `create` | where things are in a new image; making one |
 | `options`, `node` | what users may ask for, the driver |
 """
 

@@ -27,7 +27,7 @@ _V3_LENGTH = _V2.size + _V3.size
 # The specification's limits, and those of everybody who reads such images.
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
-_MIN_EXTENDED_CLUSTER_BITS = 14
+MIN_EXTENDED_CLUSTER_BITS = 14
 _MAX_BACKING_NAME = 1023
 _MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
@@ -81,6 +81,18 @@ class Compression(enum.IntEnum):
 
 
 _INCOMPATIBLE = sum(Incompatible)
+# "Feature name table": type, bit and name of each feature, for programs that do not know it.
+_FEATURE_NAMES = (
+    (0, 0, b"dirty bit"),
+    (0, 1, b"corrupt bit"),
+    (0, 2, b"external data file"),
+    (0, 3, b"compression type"),
+    (0, 4, b"extended L2 entries"),
+    (1, 0, b"lazy refcounts"),
+    (2, 0, b"bitmaps"),
+    (2, 1, b"raw external data"),
+)
+_LEAST_FOR_NAMES = 8192
 _CRYPT_METHODS = ("none", "AES", "LUKS")
 
 
@@ -262,7 +274,7 @@ class Header:
         Raises:
             ImageError: what does not.
         """
-        if self.has_subclusters and self.cluster_bits < _MIN_EXTENDED_CLUSTER_BITS:
+        if self.has_subclusters and self.cluster_bits < MIN_EXTENDED_CLUSTER_BITS:
             raise ImageError("Extended L2 entries need clusters of at least 16 KiB")
         if self.refcount_order > _MAX_REFCOUNT_ORDER:
             raise ImageError("Reference count entry width too large; may not exceed 64 bits")
@@ -272,32 +284,47 @@ class Header:
             raise ImageError(f"Unknown compression type {self.compression}")
         if self.autoclear & AutoClear.RAW_DATA_FILE and self.backing_name:
             raise ImageError("An image with a raw external data file cannot have a backing file")
-        if self.size > MAX_LENGTH:
-            raise ImageError(f"Image is too large: {self.size} bytes")
-        self._check_table("Active L1 table", self.l1_offset, self.l1_entries * 8, _MAX_L1_BYTES)
+        self.check_sizes()
+        self._check_offset("Active L1 table", self.l1_offset, self.l1_entries * 8)
         if self.l1_entries < self.l1_entries_needed(self.size):
             raise ImageError("L1 table is too small")
         refcount_bytes = self.refcount_table_clusters * self.cluster_size
-        self._check_table(
-            *("Reference count table", self.refcount_table_offset),
-            *(refcount_bytes, MAX_REFCOUNT_TABLE_BYTES),
-        )
+        self._check_offset("Reference count table", self.refcount_table_offset, refcount_bytes)
         if not self.refcount_table_clusters:
             raise ImageError("Image does not contain a reference count table")
         if self.snapshots > _MAX_SNAPSHOTS:
             raise ImageError("Too many snapshots")
         if self.snapshots:
-            self._check_table("Snapshot table", self.snapshots_offset, 0, 0)
+            self._check_offset("Snapshot table", self.snapshots_offset, 0)
+
+    def check_sizes(self) -> None:
+        """Nothing is larger than anybody would read.
+
+        Raises:
+            ImageError: what is.
+        """
+        if self.size > MAX_LENGTH:
+            raise ImageError(f"Image is too large: {self.size} bytes")
+        if self.l1_entries * 8 > _MAX_L1_BYTES:
+            raise ImageError("Active L1 table too large")
+        if self.refcount_table_clusters * self.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+            raise ImageError("Reference count table too large")
 
     def l1_entries_needed(self, size: int) -> int:
         """Entries that the L1 table of a disk of this size has."""
         return -(-size // (self.cluster_size * self.l2_entries))
 
-    def _check_table(self, name: str, offset: int, length: int, most: int) -> None:
-        if length > most:
-            raise ImageError(f"{name} too large")
+    def _check_offset(self, name: str, offset: int, length: int) -> None:
         if offset % self.cluster_size or offset > MAX_OFFSET - length or (length and not offset):
             raise ImageError(f"{name} offset invalid")
+
+
+def feature_names(cluster_size: int) -> tuple[Extension, ...]:
+    """The extension that names all features, if clusters are so large that something else has room, too."""
+    if cluster_size < _LEAST_FOR_NAMES:
+        return ()
+    names = b"".join(_FEATURE.pack(*feature) for feature in _FEATURE_NAMES)
+    return (Extension(ExtensionType.FEATURE_NAMES, names),)
 
 
 def cluster_size_of(data: bytes | bytearray) -> int:

@@ -16,12 +16,14 @@ import errno
 import logging
 from collections.abc import Coroutine
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.driver import NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import Decompress, decompressor
+from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
 from vhostblk.block.drivers.qcow2.header import (
     MAGIC,
@@ -46,6 +48,7 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 if TYPE_CHECKING:
+    from vhostblk.block.create import Creation
     from vhostblk.block.reopen import Reopen
 
 log = logging.getLogger(__name__)
@@ -60,6 +63,9 @@ class Qcow2Node(BlockNode):
     options_type = Qcow2Options
     options: Qcow2Options
     child_keys = ("file", "backing", "data-file")
+    create_options_type = Qcow2CreateOptions
+    create_aliases = MappingProxyType({"version": "compat"})
+    create_child_keys = ("file", "data-file")
     _header: Header
     _file: Edge
     _data: Edge
@@ -71,6 +77,11 @@ class Qcow2Node(BlockNode):
     def probe(cls, header: bytes, filename: str) -> int:
         """By the magic, and a version that is known."""
         return 100 if header[:4] == MAGIC and header[4:8] in (b"\0\0\0\2", b"\0\0\0\3") else 0
+
+    @classmethod
+    async def create(cls, creation: Creation, options: Qcow2CreateOptions) -> None:
+        """See `create.py`."""
+        await create(creation, options)
 
     async def open(self, context: OpenContext) -> None:
         """Read and check the header and the L1 table; open the data file and the backing file.

@@ -1,0 +1,292 @@
+"""Making qcow2 images (block layer row B35).
+
+Theory of operation: everything that a new image has is known before anything is written (`layout.py`). The old header
+goes first, the new one comes last, with a flush before: a file whose making ended early is no image. What a header says
+is checked as for an image that is opened.
+
+Options are those of `qemu-img create -o`. Knows nothing about names, and backing files that have to be there:
+`block/create.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers.qcow2.compressed import decompressor
+from vhostblk.block.drivers.qcow2.header import (
+    MAX_CLUSTER_BITS,
+    MIN_CLUSTER_BITS,
+    MIN_EXTENDED_CLUSTER_BITS,
+    AutoClear,
+    Compatible,
+    Compression,
+    Extension,
+    ExtensionType,
+    Header,
+    Incompatible,
+    feature_names,
+)
+from vhostblk.block.drivers.qcow2.layout import Layout
+from vhostblk.block.flags import Preallocation
+from vhostblk.block.introspection import filename
+from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import SECTOR_SIZE
+from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, OptionType, choice, option
+from vhostblk.errors import BlockError, ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from vhostblk.block.create import Creation
+
+_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+_NEEDS_V3 = "compatibility level 1.1 and above (use compat=1.1 or greater)"
+
+
+def to_version(name: str, value: object) -> int:
+    """A compatibility level, as a version of the format."""
+    if isinstance(value, str) and value in _VERSIONS:
+        return _VERSIONS[value]
+    raise ConfigError(f"Invalid compatibility level: '{value}'")
+
+
+VERSION = OptionType(to_version, "0.10|1.1")
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2CreateOptions:
+    """QEMU's options for new qcow2 images."""
+
+    size: int = option(SIZE, about="bytes of the disk")
+    compat: int = option(VERSION, 3, about="version of the format: 0.10 is 2, 1.1 is 3")
+    backing_file: str | None = option(
+        STRING, None, name="backing_file", about="where what is not written yet comes from"
+    )
+    backing_fmt: str | None = option(
+        STRING, None, name="backing_fmt", about="driver of the backing file"
+    )
+    cluster_size: int = option(
+        SIZE, 65536, name="cluster_size", about="bytes that get a place together"
+    )
+    preallocation: str = option(
+        choice("off", "metadata", "falloc", "full"),
+        "off",
+        about="what gets its place now: nothing, tables only, data without being written, data",
+    )
+    lazy_refcounts: bool = option(
+        BOOLEAN, False, name="lazy_refcounts", about="reference counts may be written late"
+    )
+    refcount_bits: int = option(
+        INTEGER, 16, name="refcount_bits", about="width of a reference count"
+    )
+    data_file_raw: bool = option(
+        BOOLEAN, False, name="data_file_raw", about="the external data file is a raw image, too"
+    )
+    compression_type: str = option(
+        choice("zlib", "zstd"), "zlib", name="compression_type", about="of compressed clusters"
+    )
+    extended_l2: bool = option(
+        BOOLEAN, False, name="extended_l2", about="parts of clusters can be allocated"
+    )
+    encryption: bool = option(BOOLEAN, False, about="not supported")
+    encrypt_format: str | None = option(STRING, None, name="encrypt.format", about="not supported")
+
+    def __post_init__(self) -> None:
+        if self.encryption or self.encrypt_format is not None:
+            raise ConfigError("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+        if self.size % SECTOR_SIZE:
+            raise ConfigError(f"Image size must be a multiple of {SECTOR_SIZE} bytes")
+        check_cluster_size(self.cluster_size, extended_l2=self.extended_l2)
+        check_refcount_bits(self.refcount_bits, self.compat)
+        self._check_version()
+        if self.backing_file is None and self.backing_fmt is not None:
+            raise ConfigError("Backing format cannot be used without backing file")
+        if self.backing_file is not None:
+            if self.preallocation != "off" and not self.extended_l2:
+                raise ConfigError(
+                    "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+                )
+            if self.data_file_raw:
+                raise ConfigError("Backing file and data_file_raw cannot be used at the same time")
+
+    def _check_version(self) -> None:
+        if self.compat >= 3:
+            return
+        if self.extended_l2:
+            raise ConfigError(f"Extended L2 entries are only supported with {_NEEDS_V3}")
+        if self.lazy_refcounts:
+            raise ConfigError(f"Lazy refcounts only supported with {_NEEDS_V3}")
+        if self.compression_type != "zlib":
+            raise ConfigError(f"Non-zlib compression type is only supported with {_NEEDS_V3}")
+
+
+def check_cluster_size(size: int, *, extended_l2: bool) -> None:
+    """Refuse a size that no image can have.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    least, most = 1 << MIN_CLUSTER_BITS, 1 << MAX_CLUSTER_BITS
+    if size.bit_count() != 1 or not least <= size <= most:
+        raise ConfigError(f"Cluster size must be a power of two between {least} and {most >> 10}k")
+    if extended_l2 and size < 1 << MIN_EXTENDED_CLUSTER_BITS:
+        raise ConfigError(
+            "Extended L2 entries are only supported with cluster sizes of at least "
+            f"{1 << MIN_EXTENDED_CLUSTER_BITS} bytes"
+        )
+
+
+def check_refcount_bits(bits: int, version: int) -> None:
+    """Refuse a width that reference counts of this version cannot have.
+
+    Raises:
+        ConfigError: says which there are.
+    """
+    if bits > 64 or bits.bit_count() != 1:
+        raise ConfigError("Refcount width must be a power of two and may not exceed 64 bits")
+    if version < 3 and bits != 16:
+        raise ConfigError(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above "
+            "(use compat=1.1 or greater)"
+        )
+
+
+def plan(options: Qcow2CreateOptions, *, data_file: str | None) -> tuple[Layout, Header]:
+    """What a new image has, and its header.
+
+    Args:
+        data_file: the name of the external data file.
+
+    Raises:
+        ConfigError: EFBIG: the disk is too large for such clusters; names are too long; options contradict each other.
+    """
+    if data_file is None and options.data_file_raw:
+        raise ConfigError("data_file_raw requires data_file")
+    if data_file is not None and options.compat < 3:
+        raise ConfigError(f"External data files are only supported with {_NEEDS_V3}")
+    layout = Layout(
+        size=options.size,
+        cluster_size=options.cluster_size,
+        refcount_order=options.refcount_bits.bit_length() - 1,
+        l2_entry_size=16 if options.extended_l2 else 8,
+        # A raw data file shows the same with tables and without: they say where everything is.
+        preallocated=options.preallocation != "off" or options.data_file_raw,
+        external=data_file is not None,
+    )
+    header = Header(
+        version=options.compat,
+        cluster_bits=options.cluster_size.bit_length() - 1,
+        size=options.size,
+        l1_entries=layout.l1_entries,
+        l1_offset=layout.l1_offset,
+        refcount_table_offset=layout.refcount_table_offset,
+        refcount_table_clusters=layout.refcount_table_clusters,
+        incompatible=_incompatible(options, data_file),
+        compatible=Compatible.LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        autoclear=AutoClear.RAW_DATA_FILE if options.data_file_raw else 0,
+        refcount_order=layout.refcount_order,
+        compression=Compression[options.compression_type.upper()],
+        backing_name=options.backing_file or "",
+        extensions=_extensions(options, data_file),
+    )
+    try:
+        header.check_sizes()
+    except ImageError as error:
+        raise ConfigError(str(error), errno.EFBIG) from None
+    try:
+        # What nobody could open must not be made.
+        Header.parse(header.to_bytes())
+    except ImageError as error:
+        raise ConfigError(f"Image would not be usable: {error}") from None
+    return layout, header
+
+
+def _incompatible(options: Qcow2CreateOptions, data_file: str | None) -> int:
+    found = Incompatible(0)
+    if data_file is not None:
+        found |= Incompatible.DATA_FILE
+    if options.compression_type != "zlib":
+        found |= Incompatible.COMPRESSION
+    if options.extended_l2:
+        found |= Incompatible.EXTENDED_L2
+    return found
+
+
+def _extensions(options: Qcow2CreateOptions, data_file: str | None) -> tuple[Extension, ...]:
+    found = []
+    if options.backing_fmt is not None:
+        found.append(Extension(ExtensionType.BACKING_FORMAT, _bytes(options.backing_fmt)))
+    if data_file is not None:
+        found.append(Extension(ExtensionType.DATA_FILE, _bytes(data_file)))
+    if options.compat >= 3:
+        found += feature_names(options.cluster_size)
+    return tuple(found)
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")
+
+
+async def create(creation: Creation, options: Qcow2CreateOptions) -> None:
+    """Make an image in the child `file`, with its data in the child `data-file` if there is one.
+
+    Raises:
+        ConfigError: the options; or the children are not to be had.
+        BlockError: a child's errno; the file has no header then.
+    """
+    has_data_file = creation.has_child("data-file")
+    plan(options, data_file="" if has_data_file else None)  # before anything is touched
+    if options.compression_type != "zlib":
+        decompressor(Compression.ZSTD)
+    file = await creation.child("file")
+    data = await creation.child("data-file") if has_data_file else None
+    layout, header = plan(options, data_file=filename(data.node) if data is not None else None)
+    mode = Preallocation(options.preallocation)
+    if data is not None:
+        await _prepare_data_file(data, layout, mode)
+        mode = Preallocation.OFF
+    await _make_room(creation, file, layout, mode)
+    for offset, tables in layout.refcount_tables():
+        await file.pwritev(offset, IoVec.of(tables))
+    for offset, tables in layout.mapping_tables():
+        await file.pwritev(offset, IoVec.of(tables))
+    await file.flush()
+    try:
+        await file.pwritev(0, IoVec.of(header.to_bytes().ljust(layout.cluster_size, b"\0")))
+        await file.flush()
+    except BaseException:
+        with contextlib.suppress(BlockError):
+            await file.pwrite_zeroes(0, SECTOR_SIZE)
+        raise
+
+
+async def _prepare_data_file(data: BlockBackend, layout: Layout, mode: Preallocation) -> None:
+    """As long as the disk; what it has is kept."""
+    size = layout.guest_clusters * layout.cluster_size if layout.preallocated else layout.size
+    if data.length != size:
+        grows = data.length < size and mode is not Preallocation.METADATA
+        await data.truncate(size, mode if grows else Preallocation.OFF)
+
+
+async def _make_room(
+    creation: Creation, file: BlockBackend, layout: Layout, mode: Preallocation
+) -> None:
+    """A file that is long enough, has no header, and is zero where nothing else will be written."""
+    if await creation.emptied(file):
+        await file.truncate(
+            layout.end, Preallocation.OFF if mode is Preallocation.METADATA else mode
+        )
+        if file.node.has_zero_init():
+            return
+    elif file.length < layout.end:
+        raise ConfigError(
+            f"Node '{file.node.node_name}' is too small: {file.length} bytes, not {layout.end}",
+            errno.ENOSPC,
+        )
+    await file.pwrite_zeroes(0, min(layout.cluster_size, layout.end))
+    await file.flush()
+    start = layout.l1_offset
+    if start:
+        await file.pwrite_zeroes(start, layout.end - start)
