@@ -12,7 +12,8 @@ The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `re
 `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
 where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
 `reopen.py`, `activation.py` and `length.py`; `create.py` makes images. What users write and read:
-`options.py`, `keyval.py`, `filename.py`, `modes.py`, `introspection.py`. `throttle_group.py` and `leaky_bucket.py` are budgets.
+`options.py`, `keyval.py`, `filename.py`, `modes.py`, `introspection.py`. `throttle_group.py` and
+`leaky_bucket.py` are budgets.
 `backend.py` is the view from outside, `no_medium.py` what it stands on without a disk, `host_io.py`
 file I/O, `drivers/` and `filters/` one node class per file.
 
