@@ -44,7 +44,7 @@ _NO_FALLBACK = int(Req.NO_FALLBACK)
 
 
 @dataclass(slots=True)
-class _Old:
+class Old:
     """What a cluster was, and gives up."""
 
     offset: int
@@ -147,7 +147,7 @@ class Clusters:
             self._check_not_a_table(host, self._size)
         else:
             wanted = self._how_many(slice_.table, offset, end)
-            self._check_sound(slice_.table, offset, start, start + wanted * self._size)
+            self.check_sound(slice_.table, offset, start, start + wanted * self._size)
             host, count = await self._new_clusters(start, wanted)
         end = min(end, start + count * self._size)
         first, last = self._copied_around(offset, end, entry, bitmap)
@@ -166,7 +166,7 @@ class Clusters:
             at = start + number * self._size
             was, bits = self._metadata.entry(slice_, at)
             if not reuses:
-                old += self._gives_up(was)
+                old += self.gives_up(was)
             new_bits = (
                 _new_bits(
                     bits, max(first - at, 0) // self._sub, min(last - at, self._size) // self._sub
@@ -175,10 +175,11 @@ class Clusters:
                 else 0
             )
             self._metadata.change(slice_, at, (host + at - start) | COPIED, new_bits)
-        await to_the_end(self._let_go(start, start + count * self._size, old))
+        await to_the_end(self.let_go(start, start + count * self._size, old))
         return end - offset
 
-    async def _let_go(self, start: int, end: int, old: list[_Old]) -> None:
+    async def let_go(self, start: int, end: int, old: list[Old]) -> None:
+        """Clusters of the disk have another place, or none: when nobody uses the old ones any more, they are given up."""
         await self._changed(start, end)
         self._give_up(old)
 
@@ -186,8 +187,16 @@ class Clusters:
         if not self._is_external and self._metadata.has_table(host, length):
             raise ImageError(f"Preventing invalid write at offset {host:#x}: it is a table")
 
-    def _check_sound(self, table: Table, offset: int, start: int, end: int) -> None:
-        """All entries make sense; so what they give up is theirs."""
+    def check_sound(self, table: Table, offset: int, start: int, end: int) -> None:
+        """All entries make sense; so what they give up is theirs.
+
+        Args:
+            table: a slice, the one for `offset`.
+            start, end: of the disk, within the slice.
+
+        Raises:
+            ImageError: one does not.
+        """
         base = self._metadata.slice_start(offset)
         for at in range(start, end, self._size):
             run = self._entries.part_at(table, base, at)
@@ -299,8 +308,8 @@ class Clusters:
                     at = stop
                     continue
                 slice_ = await self._metadata.own_slice(at)
-                old: list[_Old] = []
-                self._check_sound(slice_.table, at, start, align_up(stop, self._size))
+                old: list[Old] = []
+                self.check_sound(slice_.table, at, start, align_up(stop, self._size))
                 self._check_clearable(slice_.table, at, stop)
                 for cluster in range(start, stop, self._size):
                     entry, bits = self._metadata.entry(slice_, cluster)
@@ -312,9 +321,9 @@ class Clusters:
                     )
                     if new != (entry, bits):
                         if entry & OFFSET_MASK and not new[0] & OFFSET_MASK:
-                            old += self._gives_up(entry)
+                            old += self.gives_up(entry)
                         self._metadata.change(slice_, cluster, *new)
-                await to_the_end(self._let_go(start, limit, old))
+                await to_the_end(self.let_go(start, limit, old))
             at = stop
 
     def _check_clearable(self, table: Table, start: int, end: int) -> None:
@@ -349,16 +358,17 @@ class Clusters:
 
     # ------------------------------------------------------------------ giving up
 
-    def _gives_up(self, entry: int) -> list[_Old]:
+    def gives_up(self, entry: int) -> list[Old]:
+        """What an entry refers to."""
         if self._is_external:
             return []
         if entry & COMPRESSED:
             host, length = self._entries.compressed_place(entry)
-            return [_Old(host, length)]
+            return [Old(host, length)]
         host = entry & OFFSET_MASK
-        return [_Old(host, self._size)] if host else []
+        return [Old(host, self._size)] if host else []
 
-    def _give_up(self, old: list[_Old]) -> None:
+    def _give_up(self, old: list[Old]) -> None:
         for place in old:
             self._metadata.refcounts.give_up(place.offset, place.length)
 
