@@ -2,16 +2,18 @@
 
 Every write and flush that reaches the image's file is recorded. A state after a crash has all that was written before
 the last flush, and of what came later any subset, sectors of it torn. In each state `qemu-img check` finds leaks at
-worst, and what a completed flush has promised is there.
+worst, and what a completed flush has promised is there; so are internal snapshots, whole or not at all.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.flags import Req
 from vhostblk.block.graph import BlockGraph
+from vhostblk.block.internal_snapshot import create_snapshot, delete_snapshot, go_to_snapshot
 from vhostblk.block.iov import IoVec
 from vhostblk.testing.requirements import require
 
@@ -68,15 +71,29 @@ class Promise:
         self.touched: list[tuple[int, int, int]] = []
 
 
-class Workload:
-    """One guest request after the other, with flushes between."""
+@dataclass(frozen=True)
+class SnapshotsChange:
+    """From entry `start` of the log on there may be these, from `done` on there are: what each one shows."""
 
-    def __init__(self, image: Path, content: bytes, seed: int) -> None:
+    start: int
+    done: int
+    after: dict[str, bytes]
+
+
+class Workload:
+    """One guest request after the other, with flushes between.
+
+    Args: kinds: of requests; some come more often.
+    """
+
+    def __init__(self, image: Path, content: bytes, seed: int, kinds: str = "wwwwwzudff") -> None:
         self.before = image.read_bytes()
         self.log: list[Entry] = []
         self.promises = [Promise(0, content)]
         self._model = bytearray(content)
         self._rnd = random.Random(seed)
+        self._kinds = kinds
+        self.snapshots = [SnapshotsChange(0, 0, {})]
         asyncio.run(self._run(image))
 
     async def _run(self, image: Path) -> None:
@@ -87,6 +104,7 @@ class Workload:
         assert isinstance(recorder, Recorder)
         recorder.log = self.log
         backend = BlockBackend(node, "the guest", writable=True)
+        self._graph, self._node = graph, node
         for _ in range(60):
             await self._request(backend)
         await backend.close()
@@ -97,7 +115,10 @@ class Workload:
         length = rnd.choice([SECTOR, 4096, 65536, 150 * 1024])
         offset = rnd.randrange(0, len(self._model) - length + 1) // SECTOR * SECTOR
         end = offset + length
-        kind = rnd.choice("wwwwwzudff")
+        kind = rnd.choice(self._kinds)
+        if kind in "SDG":
+            await self._change_snapshots(kind)
+            return
         if kind == "f":
             # What had completed when it began is what it promises.
             content = bytes(self._model)
@@ -118,6 +139,40 @@ class Workload:
         else:
             await backend.pwrite_zeroes(offset, length, int(Req.MAY_UNMAP) if kind == "u" else 0)
             self._model[offset:end] = bytes(length)
+
+    async def _change_snapshots(self, kind: str) -> None:
+        """Make one, delete one, or go back to one."""
+        start, there = len(self.log), dict(self.snapshots[-1].after)
+        name = self._rnd.choice([*there, ""])
+        if kind == "S" and len(there) < 3:
+            name = f"snapshot {len(self.snapshots)}"
+            await create_snapshot(self._graph, self._node, name)
+            there[name] = bytes(self._model)
+        elif kind == "D" and name:
+            await delete_snapshot(self._graph, self._node, name=name)
+            del there[name]
+        elif kind == "G" and name:
+            for promise in self.promises:
+                promise.touched.append((start, 0, len(self._model)))
+            await go_to_snapshot(self._graph, self._node, name)
+            self._model[:] = there[name]
+        else:
+            return
+        self.promises.append(Promise(len(self.log), bytes(self._model)))
+        self.snapshots.append(SnapshotsChange(start, len(self.log), there))
+
+    def check_snapshots(self, end: int, image: Path, folder: Path) -> None:
+        """There are those before or those after what was being done, and each shows what it should."""
+        found = json.loads(qemu_img("info", "--output=json", image)).get("snapshots", [])
+        names = {one["name"] for one in found}
+        last = max(n for n, change in enumerate(self.snapshots) if change.done <= end)
+        allowed = [
+            c.after for c in self.snapshots[last : last + 2] if c.done <= end or c.start < end
+        ]
+        assert names in [set(after) for after in allowed]
+        for name in names:
+            qemu_img("convert", "-l", f"snapshot.name={name}", "-O", "raw", image, folder / "shown")
+            assert (folder / "shown").read_bytes() == allowed[-1].get(name, allowed[0].get(name))
 
     def state(self, end: int, rnd: random.Random) -> bytes:
         """The file, if the power goes after so many entries of the log."""
@@ -165,7 +220,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("how", ["alone", "overlay", "snapshot"])
+@pytest.mark.parametrize("how", ["alone", "overlay", "snapshot", "snapshots come and go"])
 def test_no_crash_corrupts_an_image_or_loses_what_was_flushed(
     tmp_path: Path, shape: str, how: str
 ) -> None:
@@ -181,7 +236,8 @@ def test_no_crash_corrupts_an_image_or_loses_what_was_flushed(
         qemu_io(image, "write -P 200 100k 1M")
         qemu_img("snapshot", "-c", "s", image)
     seed = len(shape) + len(how)
-    workload = Workload(image, contents(image, tmp_path), seed)
+    kinds = "wwwwzdfSSDDG" if how == "snapshots come and go" else "wwwwwzudff"
+    workload = Workload(image, contents(image, tmp_path), seed, kinds)
     rnd = random.Random(seed)
     ends = [rnd.randrange(len(workload.log) + 1) for _ in range(STATES)]
     for end in [*ends, len(workload.log)]:
@@ -191,3 +247,5 @@ def test_no_crash_corrupts_an_image_or_loses_what_was_flushed(
         )
         assert done.returncode in (0, 3), f"after {end} entries: {done.stdout}{done.stderr}"
         workload.check(end, contents(image, tmp_path))
+        if how == "snapshots come and go":
+            workload.check_snapshots(end, image, tmp_path)

@@ -6,7 +6,7 @@ Where to look. Requests: `driver.py` is the contract of a driver, `node.py` what
 drain. What they need: `iov.py` and `bounce.py` memory, `registered_buf.py` where it is, `limits.py`
 how much at once, `flags.py` QEMU's names, `extent.py` what may be done without asking, `dirty_map.py`
 and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and `block_copy.py`, and
-`snapshot.py` is how old ones are shown.
+`snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an image keeps.
 
 The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` drivers,
 `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vhostblk.block.create import Creation
     from vhostblk.block.edge import Edge
     from vhostblk.block.host_io import HostIO
+    from vhostblk.block.internal_snapshot import SnapshotInfo
     from vhostblk.block.iov import IoVec
     from vhostblk.block.node import BlockNode
     from vhostblk.block.registry import DriverRegistry
@@ -130,6 +131,8 @@ class Driver:
     supported_zero_flags: int = 0
     # Bytes in which this layer allocates; 0: unknown (row B14.14).
     cluster_size: int = 0
+    # Whether the image can keep states of the disk (row B36): `driver_snapshot_*`.
+    has_internal_snapshots: ClassVar[bool] = False
     # Whether `driver_debug_event` wants to hear (row B43).
     has_debug_events: bool = False
 
@@ -295,6 +298,26 @@ class Driver:
         self, source: BlockNode, source_offset: int, offset: int, length: int, flags: int
     ) -> None:
         """The other half: `source` is the leaf that has the bytes."""
+        raise BlockError(errno.ENOTSUP)
+
+    async def driver_snapshots(self) -> tuple[SnapshotInfo, ...]:
+        """The image's snapshots, in its order; of this and the next ones see `internal_snapshot.py`."""
+        raise BlockError(errno.ENOTSUP)
+
+    async def driver_snapshot_create(self, snapshot: SnapshotInfo) -> SnapshotInfo:
+        """Keep what the disk shows; nothing is in flight. EEXIST if the ID is taken; returns what it is now."""
+        raise BlockError(errno.ENOTSUP)
+
+    async def driver_snapshot_delete(self, id_: str | None, name: str | None) -> SnapshotInfo:
+        """Forget one; nothing is in flight. ENOENT if there is none; returns what it was."""
+        raise BlockError(errno.ENOTSUP)
+
+    async def driver_snapshot_goto(self, id_: str) -> None:
+        """Show what this one has, in its length; nothing is in flight."""
+        raise BlockError(errno.ENOTSUP)
+
+    async def driver_snapshot_load(self, id_: str | None, name: str | None) -> SnapshotInfo:
+        """Show it without changing the image, which is read-only; returns what it is."""
         raise BlockError(errno.ENOTSUP)
 
     def driver_cancel_in_flight(self) -> None:

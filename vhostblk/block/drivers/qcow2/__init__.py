@@ -9,6 +9,7 @@
 | `metadata` | all tables of an image, and the order in which they reach the disk |
 | `clusters` | where guest clusters are, and how they get a place |
 | `snapshots`, `bitmaps` | the table of internal snapshots, the directory of bitmaps and their tables |
+| `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
 | `overlaps` | where all tables are, which nobody may overwrite |
 | `locks` | who uses which range of the disk |
 | `compressed` | decompression |

@@ -31,7 +31,7 @@ MIN_EXTENDED_CLUSTER_BITS = 14
 _MAX_BACKING_NAME = 1023
 _MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
-_MAX_SNAPSHOTS = 65536
+MAX_SNAPSHOTS = 65536
 _MAX_REFCOUNT_ORDER = 6
 _V2_REFCOUNT_ORDER = 4
 SUBCLUSTERS = 32
@@ -292,7 +292,7 @@ class Header:
         self._check_offset("Reference count table", self.refcount_table_offset, refcount_bytes)
         if not self.refcount_table_clusters:
             raise ImageError("Image does not contain a reference count table")
-        if self.snapshots > _MAX_SNAPSHOTS:
+        if self.snapshots > MAX_SNAPSHOTS:
             raise ImageError("Too many snapshots")
         if self.snapshots:
             self._check_offset("Snapshot table", self.snapshots_offset, 0)

@@ -285,7 +285,7 @@ class Metadata:
         known = self.header.autoclear & sum(AutoClear)
         if known != self.header.autoclear:
             self.header = replace(self.header, autoclear=known)
-            await self._write_header(autoclear=known)
+            await self.write_header(autoclear=known)
             await self._file.flush()
 
     async def mark_corrupt(self) -> None:
@@ -293,11 +293,15 @@ class Metadata:
         marked = self.header.incompatible | Incompatible.CORRUPT
         if self.header.version >= 3:
             with contextlib.suppress(BlockError):
-                await self._write_header(incompatible=marked)
+                await self.write_header(incompatible=marked)
                 await self._file.flush()
 
-    async def _write_header(self, **fields: int) -> None:
-        """Change these fields, and no others, whoever else changes some meanwhile."""
+    async def write_header(self, **fields: int) -> None:
+        """Change these fields on the disk, and no others, whoever else changes some meanwhile.
+
+        Raises:
+            BlockError: the child's errno.
+        """
         async with self._header_lock:
             header = replace(self._on_disk, **fields)  # type: ignore[arg-type]
             await self._write_all([(0, header.to_bytes())])
@@ -357,7 +361,7 @@ class Metadata:
                 await self._write_all(counts.table)
             if moved is not None:
                 await self._file.flush()
-                await self._write_header(**moved)
+                await self.write_header(**moved)
             if self._data is not self._file:
                 await self._data.flush()
             await self._file.flush()
@@ -365,7 +369,7 @@ class Metadata:
             await self._write_all(l1)
             if header is not None:
                 await self._file.flush()
-                await self._write_header(
+                await self.write_header(
                     size=header.size, l1_entries=header.l1_entries, l1_offset=header.l1_offset
                 )
             if given_up or header is not None:

@@ -35,13 +35,13 @@ from vhostblk.block.drivers.qcow2.header import (
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
-from vhostblk.block.node import BlockNode
 from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 
 
-class Qcow2Node(BlockNode):
+class Qcow2Node(SnapshotNode):
     """A qcow2 image."""
 
     driver_name = "qcow2"
@@ -348,8 +348,7 @@ class Qcow2Node(BlockNode):
 
     async def driver_activate(self) -> None:
         """Read anew what somebody else may have changed."""
-        self._header = await self._load_header()
-        await self._load_tables()
+        await self._reload()
         self.set_length(align_down(self._header.size, SECTOR_SIZE))
 
     async def reopen_prepare(self, reopen: Reopen) -> None:

@@ -19,12 +19,14 @@ class TablePlaces:
     def __init__(self, cluster_bits: int) -> None:
         self._bits = cluster_bits
         self._clusters = array("Q")
+        self._lookup: frozenset[int] | None = None  # the same, for many questions
 
     def add_all(self, offsets: Iterable[int]) -> None:
         """Tables of one cluster each; twice the same is one."""
         places = {offset >> self._bits for offset in offsets}
         places.update(self._clusters)
         self._clusters = array("Q", sorted(places))
+        self._lookup = None
 
     def add_alone(self, what: str, offset: int, length: int = 1) -> None:
         """A table that must not be where another one is.
@@ -33,11 +35,13 @@ class TablePlaces:
             ImageError: it is.
         """
         self.check(f"{what} overlaps another table", offset, length)
+        self._lookup = None
         for cluster in self._range(offset, length):
             insort(self._clusters, cluster)
 
     def remove(self, offset: int, length: int = 1) -> None:
         """There is no table any more."""
+        self._lookup = None
         for cluster in self._range(offset, length):
             at = bisect_left(self._clusters, cluster)
             if at < len(self._clusters) and self._clusters[at] == cluster:
@@ -48,6 +52,12 @@ class TablePlaces:
         clusters = self._range(offset, length)
         at = bisect_left(self._clusters, clusters.start)
         return at < len(self._clusters) and self._clusters[at] < clusters.stop
+
+    def has_any(self, clusters: Iterable[int]) -> bool:
+        """Whether a table is in one of these clusters."""
+        if self._lookup is None:
+            self._lookup = frozenset(self._clusters)
+        return not self._lookup.isdisjoint(clusters)
 
     def check(self, what: str, offset: int, length: int = 1) -> None:
         """Nothing is there.

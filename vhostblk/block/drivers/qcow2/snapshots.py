@@ -17,7 +17,7 @@ from vhostblk.errors import ImageError
 # L1 table: offset, entries; lengths of ID and name; date, clock, size of the guest's state; length of what follows.
 _ENTRY = struct.Struct(">QIHHIIQII")
 # The specification has no limit; these are those of everybody who reads such images.
-_MAX_TABLE = 64 << 20
+MAX_TABLE = 64 << 20
 _MAX_L1_BYTES = 32 << 20
 _MAX_EXTRA = 1024
 _MAX_STRING = (1 << 16) - 1
@@ -179,7 +179,7 @@ class _Reader:
     async def take(self, length: int) -> bytes:
         """The next ones."""
         self.taken += length
-        if self.taken > _MAX_TABLE:
+        if self.taken > MAX_TABLE:
             raise ImageError("Snapshot table is too large")
         while len(self._read) < length:
             self._read += await read_bytes(self._file, self._at, _PIECE)
