@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.disks import read
 from tests.schedule import HUNT
 from vhostblk import native
 from vhostblk.block import host_io
@@ -152,12 +153,6 @@ def run(
         assert set(os.listdir("/proc/self/fd")) == before
 
     asyncio.run(everything())
-
-
-async def read(backend: BlockBackend, offset: int, length: int) -> bytes:
-    buffer = bytearray(b"\xee" * length)
-    await backend.preadv(offset, IoVec.of(buffer))
-    return bytes(buffer)
 
 
 def pattern(length: int, seed: int = 1) -> bytes:

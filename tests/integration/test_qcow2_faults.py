@@ -13,13 +13,14 @@ import asyncio
 import errno
 import os
 import random
-import subprocess
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.qcow2_images import MIB, contents, create, qemu_img, qemu_io, read
+from tests.qcow2_images import MIB, contents, create, no_worse_than_leaks, qemu_img, qemu_io, read
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
@@ -27,9 +28,9 @@ from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.flags import Req
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import align_down, align_up
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.plugin import ExpectedLog
-from vhostblk.testing.requirements import require
 
 FUZZ_SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", "0"))
 _SEED = time.time_ns() % 1_000_000_000 if FUZZ_SECONDS else 1
@@ -70,22 +71,23 @@ class Faulty(FilterNode):
         self._maybe_fail()
 
 
-@pytest.fixture(autouse=True)
-def tools() -> None:
-    require("qemu-img")
-    require("qemu-io")
-
-
-def options(image: Path) -> str:
-    return f"qcow2,node-name=d,discard=unmap,file.driver=faulty,file.file.driver=file,file.file.filename={image}"
+@asynccontextmanager
+async def faulty_disk(image: Path) -> AsyncIterator[tuple[Faulty, BlockBackend]]:
+    """An image whose file fails when it is told to."""
+    graph = BlockGraph({**DRIVERS, "faulty": Faulty})
+    file = f"file.driver=faulty,file.file.driver=file,file.file.filename={image}"
+    node = await graph.add(f"qcow2,node-name=d,discard=unmap,{file}")
+    faulty = node.children["file"].node
+    assert isinstance(faulty, Faulty)
+    backend = BlockBackend(node, "the guest", writable=True)
+    yield faulty, backend
+    await backend.close()
+    await graph.close_all()
 
 
 def look_at(image: Path, raw: Path) -> None:
     """What QEMU says of an image that is in use; makes a copy of what the disk shows."""
-    done = subprocess.run(
-        ["qemu-img", "check", "-U", image], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert done.returncode in (0, 3), done.stdout + done.stderr  # 3: leaks
+    no_worse_than_leaks(image, "-U")
     qemu_img("convert", "-U", "-O", "raw", image, raw)
 
 
@@ -110,12 +112,20 @@ class Guest:
         rnd, size = self._rnd, len(self.may) * 512
         length = rnd.choice([512, 4096, 65536, 150 * 1024])
         offset = rnd.randrange(0, size - length + 1) // 512 * 512
-        kind = rnd.choice("wwwwzudf")
+        kind = rnd.choice("wwwwzudfc")
+        if kind == "c":
+            unit = self._backend.node.cluster_size
+            offset, length = align_down(offset, unit), align_up(length, unit)
         data, work = bytes(512), self._backend.flush()
         if kind == "w":
             data = bytes([rnd.randrange(1, 256)]) * 512
             work.close()
             work = self._backend.pwritev(offset, IoVec.of(data * (length // 512)))
+        elif kind == "c":
+            data = rnd.randbytes(100).ljust(512, b"\x05")
+            work.close()
+            memory = IoVec.of(data * (length // 512))
+            work = self._backend.pwritev(offset, memory, int(Req.WRITE_COMPRESSED))
         elif kind == "d":
             work.close()
             work = self._backend.pdiscard(offset, length)
@@ -164,24 +174,18 @@ def test_failures_and_cancellation_lose_nothing_and_corrupt_nothing(
     rnd = random.Random(len(shape) + len(how))
 
     async def run() -> Guest:
-        graph = BlockGraph({**DRIVERS, "faulty": Faulty})
-        node = await graph.add(options(image))
-        faulty = node.children["file"].node
-        assert isinstance(faulty, Faulty)
-        backend = BlockBackend(node, "the guest", writable=True)
-        guest = Guest(backend, before, rnd)
-        for _ in range(5):
-            faulty.luck = rnd
-            for _ in range(12):
-                await guest.request()
-            faulty.luck = None
-            await backend.flush()
-            # As if everything were killed now.
-            look_at(image, tmp_path / "now")
-            guest.check((tmp_path / "now").read_bytes())
-            guest.check(await read(backend, 0, SIZE))
-        await backend.close()
-        await graph.close_all()
+        async with faulty_disk(image) as (faulty, backend):
+            guest = Guest(backend, before, rnd)
+            for _ in range(5):
+                faulty.luck = rnd
+                for _ in range(12):
+                    await guest.request()
+                faulty.luck = None
+                await backend.flush()
+                # As if everything were killed now.
+                look_at(image, tmp_path / "now")
+                guest.check((tmp_path / "now").read_bytes())
+                guest.check(await read(backend, 0, SIZE))
         return guest
 
     guest = asyncio.run(run())
@@ -191,26 +195,19 @@ def test_failures_and_cancellation_lose_nothing_and_corrupt_nothing(
 def test_flush_that_could_not_write_tables_fails_until_it_can(tmp_path: Path) -> None:
     image = create(tmp_path / "i.qcow2", SIZE)
 
+    class Never(random.Random):
+        def random(self) -> float:
+            return 0.0
+
     async def run() -> None:
-        graph = BlockGraph({**DRIVERS, "faulty": Faulty})
-        node = await graph.add(options(image))
-        faulty = node.children["file"].node
-        assert isinstance(faulty, Faulty)
-        backend = BlockBackend(node, "the guest", writable=True)
-        await backend.pwritev(0, IoVec.of(b"\x07" * 65536))
-
-        class Never(random.Random):
-            def random(self) -> float:
-                return 0.0
-
-        faulty.luck = Never(1)
-        for _ in range(3):
-            with pytest.raises(BlockError):
-                await backend.flush()
-        faulty.luck = None
-        await backend.flush()
-        await backend.close()
-        await graph.close_all()
+        async with faulty_disk(image) as (faulty, backend):
+            await backend.pwritev(0, IoVec.of(b"\x07" * 65536))
+            faulty.luck = Never(1)
+            for _ in range(3):
+                with pytest.raises(BlockError):
+                    await backend.flush()
+            faulty.luck = None
+            await backend.flush()
 
     asyncio.run(run())
     qemu_io(image, "read -P 7 0 64k")
@@ -252,12 +249,16 @@ async def use(image: Path, rnd: random.Random, read_only: bool) -> None:
     for _ in range(15):
         length = min(rnd.choice([512, 4096, 65536]), size)
         offset = rnd.randrange(0, size - length + 1) // 512 * 512 if size else 0
-        kind = rnd.choice("r" if read_only else "wwzudfr")
+        kind = rnd.choice("r" if read_only else "wwczudfr")
         try:
             if kind == "r":
                 await read(backend, offset, length)
             elif kind == "w":
                 await backend.pwritev(offset, IoVec.of(b"\x09" * length))
+            elif kind == "c":
+                memory = IoVec.of(b"\x09" * min(node.cluster_size, size - size // 2))
+                start = align_down(offset // 2, node.cluster_size)
+                await backend.pwritev(start, memory, int(Req.WRITE_COMPRESSED))
             elif kind == "d":
                 await backend.pdiscard(offset, length)
             elif kind == "f":

@@ -29,13 +29,6 @@ from vhostblk.block.status import block_status
 from vhostblk.client.client import Client
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.plugin import DaemonStarter, ExpectedLog
-from vhostblk.testing.requirements import require
-
-
-@pytest.fixture(autouse=True)
-def tools() -> None:
-    require("qemu-img")
-    require("qemu-io")
 
 
 def assert_same(path: Path, expected: bytes, **options: Any) -> None:

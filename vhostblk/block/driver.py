@@ -126,7 +126,8 @@ class Driver:
     create_aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Children in which images are made.
     create_child_keys: ClassVar[tuple[str, ...]] = ()
-    # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10).
+    # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10), except for
+    # WRITE_COMPRESSED, which nobody else can do.
     supported_write_flags: int = 0
     supported_zero_flags: int = 0
     # Bytes in which this layer allocates; 0: unknown (row B14.14).
@@ -234,7 +235,10 @@ class Driver:
         return self._filtered().preadv(offset, iov)
 
     def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> Request:
-        """Write `iov` at `offset`. `flags` are within `supported_write_flags`."""
+        """Write `iov` at `offset`. `flags` are within `supported_write_flags`.
+
+        With WRITE_COMPRESSED the request is neither cut nor bounced (row B16.11); EINVAL for parts of clusters.
+        """
         return self._filtered().pwritev(offset, iov, flags)
 
     def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> Request:

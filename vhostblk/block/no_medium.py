@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from vhostblk.block.iov import IoVec
-from vhostblk.block.node import BlockNode
+from vhostblk.block.node import BlockNode, Req
 from vhostblk.block.options import NodeOptions
 from vhostblk.errors import BlockError
 
@@ -26,6 +26,7 @@ class NoMediumNode(BlockNode):
 
     driver_name = "no-medium"
     options_type = _NoOptions
+    supported_write_flags = int(Req.WRITE_COMPRESSED)  # row B16.11: what is missing is the medium
 
     def __init__(self) -> None:
         super().__init__("", NodeOptions(), _NoOptions())

@@ -60,6 +60,7 @@ _COPY_ON_READ = int(Req.COPY_ON_READ)
 _REGISTERED_BUF = int(Req.REGISTERED_BUF)
 _SERIALISING = int(Req.SERIALISING)
 _NO_WAIT = int(Req.NO_WAIT)
+_WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _WRITE_UNCHANGED = int(Req.WRITE_UNCHANGED)
 _MASK = int(Req.MASK)
@@ -232,10 +233,10 @@ async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> N
     """Write `iov`.
 
     Args:
-        flags: of `Req`: FUA, SERIALISING, NO_WAIT, WRITE_UNCHANGED, REGISTERED_BUF.
+        flags: of `Req`: FUA, SERIALISING, NO_WAIT, WRITE_UNCHANGED, WRITE_COMPRESSED, REGISTERED_BUF.
 
-    Raises: BlockError: EPERM on a read-only node, EBUSY for NO_WAIT, else the driver's errno; part
-        of the range may have been written then.
+    Raises: BlockError: EPERM on a read-only node, EBUSY for NO_WAIT, ENOTSUP for WRITE_COMPRESSED if the
+        driver cannot, else the driver's errno; part of the range may have been written then.
     """
     if node.read_only or node.inactive:
         check_writable(node)
@@ -348,7 +349,10 @@ async def _aligned_write(
         if zeroes:
             if node.detect_zeroes == "unmap":
                 flags |= _MAY_UNMAP
-            return await submit.write_zeroes(node, offset, end, flags & ~_REGISTERED_BUF)
+            flags &= ~(_REGISTERED_BUF | _WRITE_COMPRESSED)
+            return await submit.write_zeroes(node, offset, end, flags)
+        if flags & _WRITE_COMPRESSED:
+            return await submit.write_compressed(node, offset, iov, flags)
         return await submit.write(node, offset, iov, flags)
     finally:
         node.wrote(offset, end)

@@ -30,6 +30,7 @@ _FUA = int(Req.FUA)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _NO_FALLBACK = int(Req.NO_FALLBACK)
 _REGISTERED_BUF = int(Req.REGISTERED_BUF)
+_WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
 
 async def read(node: BlockNode, offset: int, iov: IoVec) -> None:
@@ -71,6 +72,20 @@ async def write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
             else:
                 await node.driver_pwritev(offset, part.length, part, driver_flags)
             offset += part.length
+    return bool(flags & ~driver_flags & _FUA)
+
+
+async def write_compressed(node: BlockNode, offset: int, iov: IoVec, flags: int) -> bool:
+    """The same, for data to be stored compressed: not cut, because only whole clusters can be (row B16.11).
+
+    Raises:
+        BlockError: ENOTSUP: the driver cannot; it is not written plainly instead.
+    """
+    if not node.supported_write_flags & _WRITE_COMPRESSED:
+        raise BlockError(errno.ENOTSUP, f"{node.node_name}: cannot compress")
+    driver_flags = flags & node.supported_write_flags
+    if iov.length:
+        await node.driver_pwritev(offset, iov.length, iov, driver_flags)
     return bool(flags & ~driver_flags & _FUA)
 
 

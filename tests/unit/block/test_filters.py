@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.disks import read
 from tests.schedule import replay
 from tests.unit.block.fakes import ArrayNode, CowNode, NoOptions, turns
 from vhostblk.block.backend import BlockBackend
@@ -66,12 +67,6 @@ def run(scenario: Callable[[BlockGraph], Awaitable[None]]) -> None:
 
 async def user_of(graph: BlockGraph, options: dict[str, Any]) -> BlockBackend:
     return BlockBackend(await graph.add(options), "user", writable=True, shared=Perm.ALL)
-
-
-async def read(user: BlockBackend, offset: int, length: int) -> bytes:
-    buffer = bytearray(length)
-    await user.preadv(offset, IoVec.of(buffer))
-    return bytes(buffer)
 
 
 # ---------------------------------------------------------------- copy on read

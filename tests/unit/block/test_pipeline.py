@@ -14,6 +14,7 @@ from tests.unit.block.fakes import ArrayNode, put_above, run_now, turns
 from vhostblk.block import clear, pipeline
 from vhostblk.block.iov import IoVec, address_of
 from vhostblk.block.limits import MAX_BOUNCING, MAX_LENGTH, MAX_REQUEST, BlockLimits
+from vhostblk.block.no_medium import NoMediumNode
 from vhostblk.block.node import Req
 from vhostblk.block.options import NodeOptions
 from vhostblk.errors import BlockError
@@ -206,6 +207,42 @@ def test_memory_the_driver_cannot_take_is_bounced_both_ways() -> None:
     run_now(pipeline.preadv(node, 0, IoVec([odd])))
     assert bytes(odd) == b"ab" * 512
     assert memory[3 + 1024] == 0
+
+
+COMPRESSED = int(Req.WRITE_COMPRESSED)
+
+
+def test_compressed_write_is_neither_cut_nor_bounced() -> None:
+    limits = BlockLimits(max_transfer=4096, min_mem_alignment=512, opt_mem_alignment=512, max_iov=1)
+    seen: list[tuple[int, int, int]] = []
+
+    class Compressing(ArrayNode):
+        async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+            seen.append((offset, length, flags))
+            assert iov.tobytes() == b"ab" * 5000 + b"c" * 6384
+
+    node = Compressing(limits=limits, write_flags=COMPRESSED)
+    memory = IoVec.of(b"ab" * 5000, b"c" * 6384)
+    run_now(pipeline.pwritev(node, 8192, memory, COMPRESSED | int(Req.FUA)))
+    assert seen == [(8192, 16384, COMPRESSED)]
+    assert node.asked.count("flush") == 1
+    assert idle(node)
+
+
+@pytest.mark.parametrize("length", [0, 512, 16384])
+def test_who_cannot_compress_says_so_rather_than_write_plainly(length: int) -> None:
+    node = ArrayNode()
+    with pytest.raises(BlockError) as caught:
+        write(node, 0, b"x" * length, COMPRESSED)
+    assert caught.value.errno == errno.ENOTSUP
+    assert not node.asked.calls
+    assert idle(node)
+
+
+def test_compressed_write_without_a_medium_misses_the_medium() -> None:
+    with pytest.raises(BlockError) as caught:
+        run_now(pipeline.pwritev(NoMediumNode(), 0, IoVec.of(b"x" * 512), COMPRESSED))
+    assert caught.value.errno == errno.ENOMEDIUM
 
 
 @pytest.mark.parametrize(

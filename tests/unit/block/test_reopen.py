@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.disks import read
 from tests.unit.block.fakes import NoOptions, PassNode
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
@@ -81,12 +82,6 @@ def picture(graph: BlockGraph) -> list[Any]:
 
 async def write(backend: BlockBackend, offset: int, data: bytes) -> None:
     await backend.pwritev(offset, IoVec([memoryview(data)]))
-
-
-async def read(backend: BlockBackend, offset: int, length: int) -> bytes:
-    data = bytearray(length)
-    await backend.preadv(offset, IoVec([memoryview(data)]))
-    return bytes(data)
 
 
 def test_modes_of_a_chain_change_together_because_inline_children_inherit(image: str) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from tests.qcow2_images import create
-from tests.requirements import require
 from tests.unit.block.fakes import ArrayNode, NoOptions, PassNode, put_above, run_now, turns
 from vhostblk.block import pipeline, surgery
 from vhostblk.block.activation import activate, inactivate
@@ -338,7 +337,6 @@ def test_change_of_the_graph_takes_everything_back_first_and_waits_for_requests(
 
 
 def test_qcow2_image_takes_back_what_moves_and_what_its_children_take_back(tmp_path: Path) -> None:
-    require("qemu-img")
     base = create(tmp_path / "base", 4 * CLUSTER)
     image = create(tmp_path / "image", 4 * CLUSTER, "-b", base, "-F", "qcow2")
 

@@ -153,6 +153,17 @@ def test_detected_zeroes_become_zero_writes(mode: str, zero_flags: int | None) -
     assert bool(extent.flags & ExtentFlag.WRITE) == (mode == "off")
 
 
+def test_detected_zeroes_of_a_compressed_write_are_not_compressed() -> None:
+    compressed = int(Req.WRITE_COMPRESSED)
+    for zeroes in (True, False):
+        node = ArrayNode(
+            zeroes=zeroes, write_flags=compressed, common=NodeOptions(detect_zeroes="on")
+        )
+        write(node, 0, bytes(1024), compressed)
+        assert node.asked.calls[0] == ("zero", 0, 1024, 0)
+        assert node.asked.calls[1:] == ([] if zeroes else [("write", 0, 1024, 0)])
+
+
 def test_detected_zeroes_are_data_where_the_driver_cannot_zero() -> None:
     node = ArrayNode(zeroes=False, common=NodeOptions(detect_zeroes="on"))
     write(node, 0, b"\xff" * 4096)

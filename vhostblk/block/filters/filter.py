@@ -28,7 +28,7 @@ class FilterNode(BlockNode):
     child_key: ClassVar[str] = "file"
     child_keys: ClassVar[tuple[str, ...]] = ("file",)
     # The child's pipeline does, or emulates, all of these.
-    supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
+    supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED | Req.WRITE_COMPRESSED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
     file: Edge
 

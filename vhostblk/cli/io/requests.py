@@ -73,10 +73,8 @@ def _check_vm_state(offset: int, length: int) -> None:
             raise CommandError(f"{value} is not a sector-aligned value for '{name}'")
 
 
-async def _not_supported(session: Session, offset: int, length: int) -> None:
-    """What no driver has: compressed writes, a place for the guest's state."""
-    if offset + length > session.opened.backend.length:
-        raise BlockError(errno.EIO)
+async def _not_supported() -> None:
+    """What no driver has: a place for the guest's state."""
     raise BlockError(errno.ENOTSUP)
 
 
@@ -114,10 +112,8 @@ async def read(session: Session, args: Read) -> None:
         _check_vm_state(args.offset, length)
     buffer = allocate(length, misalign=session.misalign)
     fill(buffer, bytes([READ_FILL]))
-    if args.vm_state:
-        request = _not_supported(session, 0, 0)
-    else:
-        request = session.opened.backend.preadv(args.offset, IoVec([buffer]))
+    plain = session.opened.backend.preadv
+    request = _not_supported() if args.vm_state else plain(args.offset, IoVec([buffer]))
     seconds = await timed(request, "read")
     matches = args.pattern is None or repeats(buffer[start : start + count], args.pattern)
     if not matches:
@@ -226,10 +222,9 @@ async def write(session: Session, args: Write) -> None:
         else:
             fill(buffer, bytes([WRITE_FILL if args.pattern is None else args.pattern]))
         if args.vm_state:
-            request = _not_supported(session, 0, 0)
-        elif args.compressed:
-            request = _not_supported(session, offset, length)
+            request = _not_supported()
         else:
+            flags |= int(Req.WRITE_COMPRESSED) if args.compressed else 0
             request = backend.pwritev(offset, IoVec([buffer]), flags)
     seconds = await timed(request, "write")
     if not args.quiet:

@@ -12,7 +12,7 @@
 | `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
 | `overlaps` | where all tables are, which nobody may overwrite |
 | `locks` | who uses which range of the disk |
-| `compressed` | decompression |
+| `compressed`, `compressing` | compressed clusters as bytes; how they are written |
 | `layout`, `create` | where things are in a new image; making one |
 | `options`, `node` | what users may ask for, the driver |
 """

@@ -158,7 +158,7 @@ class Clusters:
             slice_ = await self._metadata.own_slice(offset)
         except BaseException:
             if not reuses and not self._is_external:
-                await self._metadata.refcounts.release(host, count)
+                await self._metadata.refcounts.release(host, count * self._size)
             raise
         # From here on the disk shows the new clusters.
         old = []
@@ -178,8 +178,32 @@ class Clusters:
         await to_the_end(self.let_go(start, start + count * self._size, old))
         return end - offset
 
+    async def write_compressed(self, start: int, data: bytes) -> None:
+        """Write a whole cluster, which is compressed already, and shorter for that.
+
+        Raises: as `write`.
+        """
+        if self._metadata.is_full:
+            await self._metadata.sync()
+        end = start + self._size
+        async with self.locks.held(start, end, alone=True):
+            slice_ = await self._metadata.own_slice(start)
+            self.check_sound(slice_.table, start, start, end)
+            refcounts = self._metadata.refcounts
+            host = await refcounts.allocate_bytes(len(data))
+            try:
+                entry = self._entries.compressed_entry(host, len(data))
+                await self._data.pwritev(host, IoVec.of(data))
+                slice_ = await self._metadata.own_slice(start)
+            except BaseException:
+                await refcounts.release(host, len(data))
+                raise
+            old, _ = self._metadata.entry(slice_, start)
+            self._metadata.change(slice_, start, entry)
+            await to_the_end(self.let_go(start, end, self.gives_up(old)))
+
     async def let_go(self, start: int, end: int, old: list[Old]) -> None:
-        """Clusters of the disk have another place, or none: when nobody uses the old ones any more, they are given up."""
+        """Clusters of the disk have another place, or none: the old ones are given up, when nobody uses them any more."""
         await self._changed(start, end)
         self._give_up(old)
 

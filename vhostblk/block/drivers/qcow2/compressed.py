@@ -9,27 +9,40 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.drivers.qcow2.header import Compression
 from vhostblk.errors import BlockError, ConfigError
 
-Decompress = Callable[[bytes, int], bytes]
-
-# Windows are of 4 KiB.
+# Windows are of 4 KiB: whoever reads the cluster has no larger one.
 _RAW_DEFLATE = -12
+_MOST_MEMORY = 9
 # A frame names the memory that it needs; RFC 8878 recommends to support this much. Clusters are of 2 MiB at most.
 _MAX_WINDOW = 8 << 20
 
 
-def decompressor(compression: int) -> Decompress:
-    """The function `(data, cluster_size) -> cluster` for a type of compression.
+@dataclass(frozen=True, slots=True)
+class ClusterCodec:
+    """One type of compression.
+
+    Attributes:
+        compress: a cluster; gives what may be as long as that, or longer.
+        decompress: data, and the size of a cluster; raises BlockError (EIO) if they do not give one.
+    """
+
+    compress: Callable[[bytes], bytes]
+    decompress: Callable[[bytes, int], bytes]
+
+
+def codec(compression: int) -> ClusterCodec:
+    """How clusters of an image are compressed.
 
     Raises:
         ConfigError: its library is not installed.
     """
     if compression == Compression.ZLIB:
-        return _inflate
+        return ClusterCodec(_deflate, _inflate)
     try:
         import zstandard
     except ImportError:
@@ -37,7 +50,15 @@ def decompressor(compression: int) -> Decompress:
             "This image has clusters compressed with zstd: the Python package 'zstandard' is needed "
             "(pip install vhostblk[qcow2])"
         ) from None
-    return _Zstd(zstandard)
+    zstd = _Zstd(zstandard)
+    return ClusterCodec(zstd.compress, zstd.decompress)
+
+
+def _deflate(cluster: bytes) -> bytes:
+    compressor = zlib.compressobj(
+        zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _RAW_DEFLATE, _MOST_MEMORY
+    )
+    return compressor.compress(cluster) + compressor.flush()
 
 
 def _inflate(data: bytes, cluster_size: int) -> bytes:
@@ -49,12 +70,17 @@ def _inflate(data: bytes, cluster_size: int) -> bytes:
 
 
 class _Zstd:
-    """Frames one after the other, until the cluster is full."""
+    """Frames one after the other, until the cluster is full; we write one."""
 
     def __init__(self, library: Any) -> None:
         self._library = library
 
-    def __call__(self, data: bytes, cluster_size: int) -> bytes:
+    def compress(self, cluster: bytes) -> bytes:
+        # Its objects are of one thread each.
+        data: bytes = self._library.ZstdCompressor().compress(cluster)
+        return data
+
+    def decompress(self, data: bytes, cluster_size: int) -> bytes:
         library = self._library
         cluster = b""
         try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.drivers.qcow2.compressed import decompressor
+from vhostblk.block.drivers.qcow2.compressed import codec
 from vhostblk.block.drivers.qcow2.header import (
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
@@ -239,7 +239,7 @@ async def create(creation: Creation, options: Qcow2CreateOptions) -> None:
     has_data_file = creation.has_child("data-file")
     plan(options, data_file="" if has_data_file else None)  # before anything is touched
     if options.compression_type != "zlib":
-        decompressor(Compression.ZSTD)
+        codec(Compression.ZSTD)
     file = await creation.child("file")
     data = await creation.child("data-file") if has_data_file else None
     layout, header = plan(options, data_file=filename(data.node) if data is not None else None)

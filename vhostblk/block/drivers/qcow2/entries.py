@@ -6,12 +6,13 @@ Numbers in, facts out. An entry is one number, or two where the image has subclu
 from __future__ import annotations
 
 import enum
+import errno
 from array import array
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
-from vhostblk.errors import ImageError
+from vhostblk.errors import BlockError, ImageError
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -245,6 +246,18 @@ class EntryReader:
         host = descriptor & ((1 << self._offset_bits) - 1)
         sectors = (descriptor >> self._offset_bits) + 1
         return host, sectors * _SECTOR - host % _SECTOR
+
+    def compressed_entry(self, host: int, length: int) -> int:
+        """The entry of a cluster whose compressed data are at `host`.
+
+        Raises:
+            BlockError: EFBIG: that is too far behind.
+        """
+        last = host + length - 1
+        if last >> self._offset_bits:
+            raise BlockError(errno.EFBIG, "compressed clusters cannot be that far behind")
+        sectors = last // _SECTOR - host // _SECTOR
+        return COMPRESSED | sectors << self._offset_bits | host
 
     def _compressed(self, entry: int, start: int) -> Run:
         if self._has_data_file:

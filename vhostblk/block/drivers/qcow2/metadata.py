@@ -206,7 +206,7 @@ class Metadata:
             content = await read_bytes(self._file, old, size) if old else bytearray(size)
             await self._file.pwritev(new, IoVec.of(content))
         except BaseException:
-            await self.refcounts.release(new, 1)
+            await self.refcounts.release(new, size)
             raise
         self._l1[index] = new | COPIED
         self._l1_dirty.add(index)
@@ -263,7 +263,7 @@ class Metadata:
             offset, got = await self.refcounts.allocate(clusters)
             if got == clusters:
                 break
-            await self.refcounts.release(offset, got)
+            await self.refcounts.release(offset, got * header.cluster_size)
             self.refcounts.skip(offset, got)
         old_bytes = len(self._l1) * 8
         if old_bytes:

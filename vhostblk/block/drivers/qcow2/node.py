@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.block.driver import NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
-from vhostblk.block.drivers.qcow2.compressed import Decompress, decompressor
+from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
+from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
 from vhostblk.block.drivers.qcow2.header import (
@@ -54,12 +55,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _MAY_UNMAP = int(Req.MAY_UNMAP)
+_WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
 
 class Qcow2Node(SnapshotNode):
     """A qcow2 image."""
 
     driver_name = "qcow2"
+    supported_write_flags = _WRITE_COMPRESSED
     options_type = Qcow2Options
     options: Qcow2Options
     child_keys = ("file", "backing", "data-file")
@@ -71,7 +74,8 @@ class Qcow2Node(SnapshotNode):
     _data: Edge
     _metadata: Metadata
     _clusters: Clusters
-    _decompress: Decompress
+    _compressing: CompressedWrites
+    _codec: ClusterCodec
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:
@@ -93,7 +97,7 @@ class Qcow2Node(SnapshotNode):
         self._reopened: Refcounts | None = None
         self._file = await context.open_child(self, "file", Role.IMAGE)
         self._header = header = await self._load_header()
-        self._decompress = decompressor(header.compression)
+        self._codec = codec(header.compression)
         if not self.read_only:
             try:
                 self._check_may_write(header)
@@ -144,6 +148,7 @@ class Qcow2Node(SnapshotNode):
             changed=self._moved,
         )
         self._clusters.has_backing = "backing" in self.children
+        self._compressing = CompressedWrites(self._clusters, self._codec, header.cluster_size)
         if not self.read_only:
             await self._metadata.clear_unknown_features()
 
@@ -258,7 +263,9 @@ class Qcow2Node(SnapshotNode):
         data = bytearray(run.compressed)
         await self._file.preadv(run.host, IoVec.of(data))
         # It takes some hundred microseconds: not in the loop.
-        cluster = await asyncio.to_thread(self._decompress, bytes(data), self._header.cluster_size)
+        cluster = await asyncio.to_thread(
+            self._codec.decompress, bytes(data), self._header.cluster_size
+        )
         iov.copy_from(memoryview(cluster)[skip : skip + iov.length])
 
     # ------------------------------------------------------------------ writing
@@ -271,12 +278,20 @@ class Qcow2Node(SnapshotNode):
             await self.revoke(start, end - start)
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
-        """In place, or to new clusters."""
+        """In place, or to new clusters; or compressed."""
+        if flags & _WRITE_COMPRESSED:
+            if self._data is not self._file:
+                raise BlockError(errno.ENOTSUP, f"{self.node_name}: not in an external data file")
+            if not self._is_whole(offset, length, self.cluster_size):
+                raise BlockError(errno.EINVAL, f"{self.node_name}: only whole clusters compress")
+            await self._change(self._compressing.write(offset, iov))
+            return
         await self._change(self._clusters.write(offset, iov))
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         """By changing tables, where whole clusters or subclusters are concerned; ENOTSUP else."""
-        self._check_whole(offset, length, self._header.subcluster_size)
+        if not self._is_whole(offset, length, self._header.subcluster_size):
+            raise BlockError(errno.ENOTSUP)
         keep = not flags & _MAY_UNMAP
         if self._header.version < 3 and keep:
             raise BlockError(errno.ENOTSUP)
@@ -284,13 +299,14 @@ class Qcow2Node(SnapshotNode):
 
     async def driver_pdiscard(self, offset: int, length: int) -> None:
         """Clusters are given up; they read as zeroes then."""
-        self._check_whole(offset, length, self._header.cluster_size)
+        if not self._is_whole(offset, length, self._header.cluster_size):
+            raise BlockError(errno.ENOTSUP)
         await self._change(self._clusters.clear(offset, length, keep=False, discard=True))
 
-    def _check_whole(self, offset: int, length: int, unit: int) -> None:
+    def _is_whole(self, offset: int, length: int, unit: int) -> bool:
+        """Units only, except for the end of the disk."""
         end = offset + length
-        if offset % unit or (end % unit and end != self.length):
-            raise BlockError(errno.ENOTSUP)
+        return not offset % unit and (not end % unit or end >= self.length)
 
     async def _change(self, change: Coroutine[Any, Any, None]) -> None:
         if self._is_corrupt:

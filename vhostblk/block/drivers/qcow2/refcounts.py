@@ -59,10 +59,13 @@ class Refcounts:
         self._table = table
         self._table_offset = header.refcount_table_offset
         codec = Codec(header.refcount_order)
+        self._most_users = codec.largest
         self._blocks = TableCache(file, codec, header.cluster_size, cache_bytes)
         self._dirty_entries: set[int] = set()
         self._moved = False
         self._hint = 0
+        # Behind the compressed cluster that was last. If a cluster of the file begins there, there is no room.
+        self._free_byte = 0
         self._given_up: list[int] = []
         self._lock = asyncio.Lock()
         self.places = places
@@ -119,29 +122,63 @@ class Refcounts:
             ImageError: free clusters turn out to be tables.
         """
         async with self._lock:
-            cluster = self._hint
-            while True:
-                index, at = divmod(cluster, self._per_block)
+            return await self._allocate(count)
+
+    async def _allocate(self, count: int) -> tuple[int, int]:
+        cluster = self._hint
+        while True:
+            index, at = divmod(cluster, self._per_block)
+            block = await self._existing_block(index)
+            if block is None:
+                block = await self._new_block(index)
+            first = _find_free(block.table, at)
+            if first is not None:
+                break
+            cluster = (index + 1) * self._per_block
+        got = 0
+        for place in range(first, min(first + count, self._per_block)):
+            if block.table[place]:
+                break
+            got += 1
+        offset = (index * self._per_block + first) << self._cluster_bits
+        # If they are, counts are wrong.
+        self.places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
+        for place in range(first, first + got):
+            block.table[place] = 1
+        self._blocks.changed(block)
+        self._hint = index * self._per_block + first + got
+        return offset, got
+
+    async def allocate_bytes(self, length: int) -> int:
+        """Take room for a compressed cluster, behind the one before if there is some; not more than a cluster.
+
+        Whatever has bytes in a cluster of the file uses it once more.
+
+        Returns: its offset.
+
+        Raises:
+            BlockError, ImageError: as `allocate`.
+        """
+        async with self._lock:
+            new = None
+            if length > -self._free_byte % self._cluster_size:
+                new, _ = await self._allocate(1)
+            place = self._free_byte
+            room = -place % self._cluster_size
+            if room and (new is None or new == place + room):
+                index, at = divmod(place >> self._cluster_bits, self._per_block)
                 block = await self._existing_block(index)
-                if block is None:
-                    block = await self._new_block(index)
-                first = _find_free(block.table, at)
-                if first is not None:
-                    break
-                cluster = (index + 1) * self._per_block
-            got = 0
-            for place in range(first, min(first + count, self._per_block)):
-                if block.table[place]:
-                    break
-                got += 1
-            offset = (index * self._per_block + first) << self._cluster_bits
-            # If they are, counts are wrong.
-            self.places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
-            for place in range(first, first + got):
-                block.table[place] = 1
-            self._blocks.changed(block)
-            self._hint = index * self._per_block + first + got
-            return offset, got
+                # It may have been given up while we waited.
+                is_ours = block is not None and self._free_byte == place
+                if block is not None and is_ours and block.table[at] < self._most_users:
+                    block.table[at] += 1
+                    self._blocks.changed(block)
+                    self._free_byte = place + length
+                    return place
+            if new is None:
+                new, _ = await self._allocate(1)
+            self._free_byte = new + length
+            return new
 
     def skip(self, offset: int, clusters: int) -> None:
         """Do not look for free clusters before the end of this range any more, for now."""
@@ -160,17 +197,22 @@ class Refcounts:
 
     def give_up(self, offset: int, length: int = 1) -> None:
         """One user less of the clusters that the range touches, when nobody on the disk refers to them any more."""
-        last = offset + length - 1 >> self._cluster_bits
-        self._given_up.extend(range(offset >> self._cluster_bits, last + 1))
+        clusters = self._touched(offset, length)
+        self._given_up.extend(clusters)
+        if self._free_byte >> self._cluster_bits in clusters:
+            self._free_byte = 0  # the host may be given its room as soon as nobody else is in it
 
-    async def release(self, offset: int, clusters: int) -> None:
-        """Undo `allocate`: nobody has referred to them.
+    async def release(self, offset: int, length: int) -> None:
+        """Undo `allocate`, or `allocate_bytes`: nobody has referred to these bytes.
 
         Raises:
             BlockError: the child's errno.
         """
-        first = offset >> self._cluster_bits
-        await self._decrement(range(first, first + clusters))
+        await self._decrement(self._touched(offset, length))
+
+    def _touched(self, offset: int, length: int) -> range:
+        last = offset + length - 1 >> self._cluster_bits
+        return range(offset >> self._cluster_bits, last + 1)
 
     def take_given_up(self) -> list[int]:
         """What was given up so far, for `settle` once that is known to the disk."""
@@ -202,6 +244,8 @@ class Refcounts:
                 self._blocks.changed(block)
                 if not block.table[at]:
                     self._hint = min(self._hint, cluster)
+                    if self._free_byte >> self._cluster_bits == cluster:
+                        self._free_byte = 0
 
     # ------------------------------------------------------------------ what is written
 

@@ -1,11 +1,22 @@
-"""A file that is bytes in memory, for what reads an image's tables."""
+"""A file that is bytes in memory, for what reads an image's tables; a header that is sound."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
+from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
+
+HEADER = Header(
+    version=3,
+    cluster_bits=16,
+    size=1 << 30,
+    l1_entries=2,
+    l1_offset=0x30000,
+    refcount_table_offset=0x10000,
+    refcount_table_clusters=1,
+)
 
 
 class BytesFile:

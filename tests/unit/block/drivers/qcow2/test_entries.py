@@ -9,20 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.block.drivers.qcow2.files import HEADER as PLAIN
 from vhostblk.block.drivers.qcow2.entries import COMPRESSED, COPIED, EntryReader, Kind
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.errors import ImageError
 
 CLUSTER = 1 << 16
-PLAIN = Header(
-    version=3,
-    cluster_bits=16,
-    size=1 << 30,
-    l1_entries=2,
-    l1_offset=0x30000,
-    refcount_table_offset=0x10000,
-    refcount_table_clusters=1,
-)
 EXTENDED = dataclasses.replace(PLAIN, incompatible=Incompatible.EXTENDED_L2)
 EXTERNAL = dataclasses.replace(PLAIN, incompatible=Incompatible.DATA_FILE)
 OLD = dataclasses.replace(PLAIN, version=2)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.block.drivers.qcow2.files import HEADER
 from vhostblk.block.drivers.qcow2.header import (
     Compression,
     Extension,
@@ -18,16 +19,6 @@ from vhostblk.block.drivers.qcow2.header import (
     cluster_size_of,
 )
 from vhostblk.errors import ImageError
-
-HEADER = Header(
-    version=3,
-    cluster_bits=16,
-    size=1 << 30,
-    l1_entries=2,
-    l1_offset=0x30000,
-    refcount_table_offset=0x10000,
-    refcount_table_clusters=1,
-)
 
 
 def changed(**fields: object) -> bytes:

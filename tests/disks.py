@@ -1,0 +1,39 @@
+"""A disk that is open for one test, with the graph around it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.iov import IoVec
+from vhostblk.block.node import BlockNode
+
+Scenario = Callable[[BlockBackend], Awaitable[None]]
+
+
+def with_disk(add: Callable[[BlockGraph], Awaitable[BlockNode]], scenario: Scenario) -> None:
+    """Open a node, run with a user of it that may do what the node may, close everything."""
+
+    async def everything() -> None:
+        graph = BlockGraph()
+        try:
+            node = await add(graph)
+            writable = not node.read_only
+            backend = BlockBackend(node, "the test", writable=writable, resize=writable)
+            try:
+                await scenario(backend)
+            finally:
+                await backend.close()
+        finally:
+            await graph.close_all()
+
+    asyncio.run(everything())
+
+
+async def read(backend: BlockBackend, offset: int, length: int) -> bytes:
+    """All of it."""
+    data = bytearray(b"\xee" * length)
+    await backend.preadv(offset, IoVec.of(data))
+    return bytes(data)
