@@ -110,11 +110,10 @@ def commands(draw: st.DrawFn, *, faulty: bool = False) -> str:
     """One command that is over when it is over.
 
     Args:
-        faulty: only what errors concern in the same way. Empty requests get as far as QEMU's drivers, not as far as
-            ours; and a durable write is a flush to the drivers of QEMU, where ours may know a better way.
+        faulty: only what errors concern in the same way: empty requests get as far as QEMU's drivers, not as far as
+            ours.
     """
-    shortest, durable = (1, []) if faulty else (0, ["-f"])
-    place = draw(places(shortest=shortest))
+    place = draw(places(shortest=int(faulty)))
     kind = draw(st.sampled_from([kind for kind in _KINDS if kind != "reopen" or not faulty]))
     match kind:
         case "read":
@@ -124,13 +123,11 @@ def commands(draw: st.DrawFn, *, faulty: bool = False) -> str:
         case "readv":
             return f"readv {_flags(draw, '-q', '-C')}{_pattern(draw)}{_vector(draw, place)}"
         case "write":
-            return f"write {_flags(draw, '-q', *durable)}{_pattern(draw)}{_operands(draw, place)}"
+            return f"write {_flags(draw, '-q', '-f')}{_pattern(draw)}{_operands(draw, place)}"
         case "writev":
-            return (
-                f"writev {_flags(draw, '-q', '-C', *durable)}{_pattern(draw)}{_vector(draw, place)}"
-            )
+            return f"writev {_flags(draw, '-q', '-C', '-f')}{_pattern(draw)}{_vector(draw, place)}"
         case "zero":
-            flags = _flags(draw, "-q", "-u", "-n", *durable)
+            flags = _flags(draw, "-q", "-u", "-n", "-f")
             return f"write -z {flags}{_operands(draw, place)}"
         case "discard":
             return f"discard {_flags(draw, '-q', '-C')}{_operands(draw, place)}"

@@ -21,7 +21,7 @@ from vhostblk.block.extent import FlushTarget, HostExtent
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
-from vhostblk.block.roles import Role, default_child_permissions
+from vhostblk.block.roles import Role, default_child_permissions, filtered_child
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
@@ -127,7 +127,8 @@ class Driver:
     # Children in which images are made.
     create_child_keys: ClassVar[tuple[str, ...]] = ()
     # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10), except for
-    # WRITE_COMPRESSED, which nobody else can do.
+    # WRITE_COMPRESSED, which nobody else can do. Those of a node that hands its requests on (`hands_on_to`) are masked by
+    # the child's.
     supported_write_flags: int = 0
     supported_zero_flags: int = 0
     # Bytes in which this layer allocates; 0: unknown (row B14.14).
@@ -409,6 +410,10 @@ class Driver:
 
     def abort_perm(self) -> None:
         """The change was not made."""
+
+    def hands_on_to(self) -> Edge | None:
+        """The child that gets this node's requests with all their flags."""
+        return filtered_child(self) if self.is_filter else None  # type: ignore[arg-type]
 
     def _filtered(self) -> Edge:
         """The child of a filter; ENOTSUP for everybody else."""

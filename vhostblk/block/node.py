@@ -43,6 +43,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+_WRITE_UNCHANGED = int(Req.WRITE_UNCHANGED)
 
 BeforeWrite = Callable[[TrackedRequest], Awaitable[None]]
 
@@ -280,7 +281,7 @@ class BlockNode(Driver, Quiescent):
         self.child_resized(edge)
 
     def compute_limits(self) -> None:
-        """Compute `limits` from the children's and the driver's own, and tell whoever is above (row B12.2)."""
+        """Compute limits and flags from the children's and the driver's own, and tell whoever is above (row B12.2)."""
         limits = BlockLimits()
         if self.children:
             limits.min_mem_alignment = limits.opt_mem_alignment = 1
@@ -291,6 +292,16 @@ class BlockNode(Driver, Quiescent):
         self.refresh_limits()
         self.limits.fit(inherited)
         self.limits.check()
+        below, own = self.hands_on_to(), type(self)
+        if below is not None:
+            # Of what the child does not do itself, whoever is asked first emulates it, as in QEMU.
+            child = below.node
+            self.supported_write_flags = own.supported_write_flags & (
+                _WRITE_UNCHANGED | child.supported_write_flags
+            )
+            self.supported_zero_flags = own.supported_zero_flags & (
+                _WRITE_UNCHANGED | child.supported_zero_flags
+            )
         for edge in tuple(self.parents):
             edge.parent.child_changed(edge)
 

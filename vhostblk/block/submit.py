@@ -148,6 +148,8 @@ async def write_zeroes(node: BlockNode, offset: int, end: int, flags: int) -> bo
     limits = node.limits
     unit, largest = limits.zeroes_unit, limits.zeroes_transfer
     driver_flags = flags & node.supported_zero_flags
+    if flags & ~driver_flags & _NO_FALLBACK:
+        raise BlockError(errno.ENOTSUP, f"{node.node_name}: no zero-write but by writing data")
     must_flush = False
     while offset < end:
         count = end - offset

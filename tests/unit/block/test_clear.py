@@ -182,6 +182,16 @@ def test_discard_pieces_are_the_range_and_obey_the_limits(
     assert position == offset + length
 
 
+def test_no_fallback_is_refused_where_the_driver_might_fall_back_by_itself() -> None:
+    node = ArrayNode(limits=UNIT, zero_flags=MAY_UNMAP)
+    with pytest.raises(BlockError) as error:
+        zero(node, 0, 4096, NO_FALLBACK)
+    assert error.value.errno == errno.ENOTSUP
+    assert node.asked.calls == []
+    zero(node, 0, 4096, 0)
+    assert node.asked.calls != []
+
+
 def test_discard_ignores_enotsup_of_a_piece_and_stops_at_any_other_error() -> None:
     for error, asked in ((errno.ENOTSUP, 3), (errno.EIO, 2)):
         node = ArrayNode(limits=UNIT)

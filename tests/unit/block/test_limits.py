@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.unit.block.fakes import ArrayNode, NoOptions, PassNode, put_above
 from vhostblk.block.edge import Edge
+from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.limits import (
     MAX_ALIGNMENT,
     MAX_LENGTH,
@@ -19,6 +20,9 @@ from vhostblk.block.limits import (
 from vhostblk.block.node import ExtentFlag, Req, Role
 from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
+
+FUA, MAY_UNMAP, NO_FALLBACK = int(Req.FUA), int(Req.MAY_UNMAP), int(Req.NO_FALLBACK)
+WRITE_UNCHANGED, REGISTERED_BUF = int(Req.WRITE_UNCHANGED), int(Req.REGISTERED_BUF)
 
 
 def test_derived_sizes_are_those_of_row_b02() -> None:
@@ -154,6 +158,27 @@ def test_change_of_limits_reaches_everybody_above() -> None:
     leaf.limits.max_transfer, leaf.limits.min_mem_alignment = 2048, 512
     middle.compute_limits()
     assert (top.limits.max_transfer, top.limits.min_mem_alignment) == (2048, 512)
+
+
+class Handing(PassNode):
+    """Hands everything on, as most filters do."""
+
+    supported_write_flags = FilterNode.supported_write_flags
+    supported_zero_flags = FilterNode.supported_zero_flags
+
+
+def test_who_hands_requests_on_has_the_flags_of_the_child_and_those_that_change_nothing() -> None:
+    leaf = ArrayNode(8192, BlockLimits(min_mem_alignment=1), write_flags=FUA, zero_flags=0)
+    middle = put_above(leaf, "middle", Handing)
+    top = put_above(middle, "top", Handing)
+    middle.compute_limits()
+    assert top.supported_write_flags == middle.supported_write_flags == FUA | WRITE_UNCHANGED
+    assert top.supported_zero_flags == middle.supported_zero_flags == WRITE_UNCHANGED
+    leaf.supported_write_flags = 0
+    leaf.supported_zero_flags = FUA | MAY_UNMAP | NO_FALLBACK | REGISTERED_BUF
+    leaf.compute_limits()
+    assert top.supported_write_flags == WRITE_UNCHANGED
+    assert top.supported_zero_flags == FUA | MAY_UNMAP | NO_FALLBACK | WRITE_UNCHANGED
 
 
 def test_limits_are_clamped_to_multiples_of_their_alignment() -> None:

@@ -50,7 +50,7 @@ class NullNode(BlockNode):
     is_protocol = True
     protocol_name = "null-co"
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
-    supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED)
+    supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
 
     @classmethod
     def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:

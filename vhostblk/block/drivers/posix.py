@@ -88,7 +88,7 @@ class PosixNode(BlockNode):
         self._inline = file.in_memory
         # Where there is writeback RWF_DSYNC may take the error of a write that another flush would have to tell of, so
         # there a durable write is one with a flush behind it: see `driver_flush_to_disk`.
-        self.supported_write_flags = _FUA if self._direct or self._inline else 0
+        self.supported_write_flags = _FUA if self._direct else 0
         self._nowait = not self._direct and not file.in_memory
         self._has_punch = file.can_discard
 
@@ -158,20 +158,20 @@ class PosixNode(BlockNode):
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         """Write; FUA, where it is supported, is RWF_DSYNC."""
-        dsync = flags & _FUA and not self.no_flush
         if self._inline:
-            self._write_at_once(offset, length, iov, os.RWF_DSYNC if dsync else 0)
+            self._write_at_once(offset, length, iov)
         else:
-            await self._io.pwritev(self._fd, offset, iov, bool(dsync))
+            dsync = bool(flags & _FUA and not self.no_flush)
+            await self._io.pwritev(self._fd, offset, iov, dsync)
         self._size = max(self._size, offset + length)
 
-    def _write_at_once(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+    def _write_at_once(self, offset: int, length: int, iov: IoVec) -> None:
         try:
-            done = os.pwritev(self._fd, iov.views, offset, flags)
+            done = os.pwritev(self._fd, iov.views, offset)
         except OSError as error:
             raise block_error(error) from None
         if done < length:
-            write_all(self._fd, offset + done, iov.slice(done, length - done), flags)
+            write_all(self._fd, offset + done, iov.slice(done, length - done))
 
     def driver_plug(self) -> None:
         """Whoever does the I/O may wait for more."""

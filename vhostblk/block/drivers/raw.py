@@ -75,7 +75,7 @@ class RawNode(BlockNode):
     child_keys = ("file",)
     create_options_type = RawCreateOptions
     create_child_keys = ("file",)
-    # The child's pipeline does, or emulates, all of these.
+    # As far as the child does: see `hands_on_to`.
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
     _file: Edge
@@ -121,6 +121,10 @@ class RawNode(BlockNode):
             )
         self.block_sizes = child.block_sizes
         self.length = _window(self.options, child.length)
+
+    def hands_on_to(self) -> Edge | None:
+        """Whatever the window is."""
+        return self._file
 
     def refresh_limits(self) -> None:
         """What is looked at comes as a whole sector."""

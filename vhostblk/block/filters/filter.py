@@ -27,7 +27,7 @@ class FilterNode(BlockNode):
     is_filter = True
     child_key: ClassVar[str] = "file"
     child_keys: ClassVar[tuple[str, ...]] = ("file",)
-    # The child's pipeline does, or emulates, all of these.
+    # As far as the child does: see `hands_on_to`.
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED | Req.WRITE_COMPRESSED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
     file: Edge

@@ -69,6 +69,7 @@ class Qcow2Node(SnapshotNode):
     create_options_type = Qcow2CreateOptions
     create_aliases = MappingProxyType({"version": "compat"})
     create_child_keys = ("file", "data-file")
+    supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
     _header: Header
     _file: Edge
     _data: Edge
