@@ -6,7 +6,8 @@
 #   make lint        ruff, ruff format, mypy --strict, clang-format
 #   make format      ruff format, ruff --fix, clang-format -i
 #   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
-#   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300)
+#   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300), and a busy
+#                    export moved between threads a thousand times
 #   make hunt        other random requests and schedules, HUNT (default 20) times as many as usual
 #   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
@@ -82,7 +83,8 @@ fuzz: $(stamps)/system-test build
 	VHOSTBLK_FUZZ_SECONDS=$(FUZZ_SECONDS) $(python) -m pytest tests/fuzz $(ARGS)
 
 verify: $(stamps)/system-test build
-	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py -s $(ARGS)
+	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py \
+		tests/integration/test_moves_between_threads.py -s $(ARGS)
 
 hunt: $(stamps)/system-test build
 	VHOSTBLK_HUNT=$(HUNT) $(python) -m pytest tests/unit tests/contract/test_node_contract.py -o timeout=0 $(ARGS)

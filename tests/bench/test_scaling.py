@@ -197,7 +197,7 @@ def test_what_is_profiled_can_be_run() -> None:
 @pytest.mark.skipif(not load.available(), reason="the generator is not built")
 def test_idle_guests_cost_our_daemon_nothing(tmp_path: Path) -> None:
     require("qemu-storage-daemon", group="qemu")
-    words = ["--scaling", "--quick", "--runs", "1", "--duration", "0.3", "--folder", str(tmp_path)]
+    words = ["--scaling", "--quick", "--runs", "1", "--duration", "0.1", "--folder", str(tmp_path)]
     words += ["--only", "idle-clients", "--only", "depth-null", "--csv", str(tmp_path / "x.csv")]
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench", *words],
