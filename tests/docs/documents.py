@@ -11,6 +11,7 @@ DOCS = ROOT / "docs"
 
 #: One for each part of the program; each has an example that runs.
 FEATURES = (
+    "backing-chains.md",
     "bench.md",
     "block-nodes.md",
     "check.md",

@@ -76,6 +76,14 @@ class NodeInfo:
     needs_compressed_writes: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class BackingName:
+    """What an image says it is backed by: a name as it is written there, and a driver. Both may be empty."""
+
+    filename: str = ""
+    driver: str = ""
+
+
 class OpenContext(Protocol):
     """What a node may ask of its graph while it opens."""
 
@@ -398,9 +406,23 @@ class Driver:
             f"Node '{self.node_name}' does not support removing a child", errno.ENOTSUP
         )
 
+    def recorded_backing(self) -> BackingName:
+        """What the image says it is backed by, which options may have overridden."""
+        return BackingName()
+
     async def driver_change_backing(self, filename: str, driver: str) -> None:
-        """Write into the image what it is backed by (rows B08.10 and B32.6)."""
+        """Write into the image what it is backed by, nothing if `filename` is empty (rows B08.10 and B32.6).
+
+        Durable when it returns, and whenever it is interrupted, the image says either the old or the new.
+        """
         raise BlockError(errno.ENOTSUP, f"{self.node_name}: no backing file can be recorded")
+
+    async def driver_make_empty(self) -> None:
+        """Give up all that this layer has, so that it shows what it is backed by (row B32.11).
+
+        Nobody writes meanwhile. Durable when it returns.
+        """
+        raise BlockError(errno.ENOTSUP, f"{self.node_name}: cannot be emptied")
 
     def check_perm(self, perm: Perm, shared: Perm) -> None:
         """Take what the change needs, locks for instance; raises ConfigError (row B09.4)."""

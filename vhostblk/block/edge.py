@@ -33,7 +33,7 @@ class Edge:
     """
 
     __slots__ = (
-        "blocker", "frozen", "name", "node", "parent", "perm", "role", "shared", "stays", "suspended",
+        "blocker", "frozen", "name", "node", "parent", "perm", "role", "shared", "stays", "suspended", "tolerant",
     )  # fmt: skip
 
     def __init__(
@@ -49,6 +49,8 @@ class Edge:
         self.frozen = False  # nobody may move or remove it (row B11.5)
         # What it asked for before its node became inactive (row B40.3).
         self.suspended: tuple[Perm, Perm] | None = None
+        # Its parent is being committed: it bears what others do to the node meanwhile.
+        self.tolerant = False
         self.blocker: Reason | None = None  # what it blocks on its node (row B11.3)
 
     def describe(self) -> str:

@@ -39,32 +39,50 @@ _COUNTED_ELSEWHERE = (
 
 
 def full_options(node: BlockNode) -> dict[str, Any]:
-    """All it takes to open the same again, nested as in JSON (row B41.2)."""
-    options: dict[str, Any] = {"driver": node.driver_name, **strong_options(node.options)}
-    for name, edge in node.children.items():
-        options[name] = full_options(edge.node)
-    return options
+    """All it takes to open the same again, nested as in JSON (row B41.2); not what the image itself says."""
+    return _identity(node)[1]
 
 
 def exact_filename(node: BlockNode) -> str:
     """A plain name that opens the same again, or nothing (row B41.4)."""
-    if not node.children:
-        return node.exact_filename()
-    edge = primary_child(node)
-    if (
-        edge is None
-        or node.is_filter
-        or not edge.node.is_protocol
-        or len(node.children) > 1
-        or strong_options(node.options)
-    ):
-        return ""
-    return exact_filename(edge.node)
+    return _identity(node)[0]
 
 
 def filename(node: BlockNode) -> str:
     """A name that opens the same again."""
-    return exact_filename(node) or format_json(full_options(node))
+    exact, options = _identity(node)
+    return exact or format_json(options)
+
+
+def is_overridden(node: BlockNode, key: str) -> bool:
+    """Whether a child is another one than the image says; any is where an image does not say it (row B41.4)."""
+    edge = node.children.get(key)
+    return node.implied.get(key) != (filename(edge.node) if edge is not None else None)
+
+
+def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
+    """The exact filename and the full options; in one go, because each layer needs both of the one below."""
+    strong = strong_options(node.options)
+    options: dict[str, Any] = {"driver": node.driver_name, **strong}
+    if not node.children and not node.implied:
+        return node.exact_filename(), options
+    primary = primary_child(node)
+    exact = ""
+    is_plain = not node.is_filter and not strong
+    for name, edge in node.children.items():
+        child_exact, child_options = _identity(edge.node)
+        if edge is primary:
+            exact = child_exact if edge.node.is_protocol else ""
+        elif node.implied.get(name) == (child_exact or format_json(child_options)):
+            continue
+        else:
+            is_plain = False
+        options[name] = child_options
+    for name in node.implied:
+        if name not in node.children:
+            is_plain = False
+            options[name] = None
+    return exact if is_plain else "", options
 
 
 def directory(node: BlockNode) -> str:
@@ -108,7 +126,7 @@ async def block_device_info(node: BlockNode, *, flat: bool = False) -> dict[str,
         "node-name": node.node_name,
         "ro": node.read_only,
         "drv": node.driver_name,
-        "backing_file_depth": _depth(node),
+        "backing_file_depth": sum(bool(edge.role & Role.COW) for edge in backing_chain(node, None)),
         "encrypted": False,
         "detect_zeroes": node.detect_zeroes or "off",
         # Limits of a node are those of the throttle filters above it.
@@ -205,8 +223,3 @@ def _edge(edge: Edge, parent: int, child: int) -> dict[str, Any]:
 
 def _words(perm: Perm) -> list[str]:
     return [word for word, bit in PERM_WORDS.items() if perm & bit]
-
-
-def _depth(node: BlockNode) -> int:
-    """How many backing files are below; filters do not count."""
-    return sum(bool(edge.role & Role.COW) for edge in backing_chain(node, None))

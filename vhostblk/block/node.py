@@ -115,6 +115,8 @@ class BlockNode(Driver, Quiescent):
         self.inherits_from: BlockNode | None = None
         self.inherits_as = Role(0)
         self.probed = False  # nobody said what format this is
+        # Names of the children that the image itself asks for, by key (row B41.4).
+        self.implied: dict[str, str] = {}
         self.references = 0  # users that are no parents: `BlockGraph.hold`
         # Closes the node if nobody needs it any more; for roots that leave.
         self.left_alone: Callable[[BlockNode], Awaitable[None]] | None = None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
 from vhostblk.block.filename import is_absolute, is_json, parse_json, protocol_prefix
-from vhostblk.block.introspection import directory
+from vhostblk.block.introspection import directory, filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
 from vhostblk.block.modes import inherited_modes
@@ -153,6 +153,24 @@ async def _open_or_probe(
     return await _open_probed(graph, flat, where, parent)
 
 
+async def open_named_by(
+    graph: BlockGraph, parent: BlockNode, name: str, driver: str = ""
+) -> BlockNode:
+    """Open what an image would mean by a backing file of this name, without making it one.
+
+    Raises:
+        ConfigError: as `open_image`.
+    """
+    context = Opening(graph, {}, "", by_name=True)
+    try:
+        flat = context.options_by_image(parent, name, Role.COW)
+        if driver:
+            flat["driver"] = driver
+        return await _open_or_probe(graph, flat, "", (parent.common, Role.COW))
+    except ConfigError as error:
+        raise ConfigError(f"Could not open backing file: {error}", error.errno) from None
+
+
 def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     for name in more:
         if name in flat or ("file" in flat and name.startswith("file.")):
@@ -260,13 +278,15 @@ class Opening:
     ) -> Edge | None:
         """The child that the options give under `key`, or else the one that the image names (row B32.1)."""
         given = self._inline(key)
+        if name:
+            parent.implied[key] = self._implied_name(parent, name, role)
         if not name or key in self._children or "file" in given or "file.filename" in given:
             return await self.open_optional_child(parent, key, role)
         where = f"{self._where}{key}."
         if where.count(".") > _MAX_DEPTH:
             raise ConfigError(f"The chain of images is longer than {_MAX_DEPTH}", errno.ELOOP)
         try:
-            implied = self._by_image(parent, name, role)
+            implied = self.options_by_image(parent, name, role)
             if driver:
                 implied["driver"] = driver
             node = await _open_or_probe(
@@ -276,9 +296,20 @@ class Opening:
             what = "backing file" if role & Role.COW else f"'{key}'"
             raise ConfigError(f"Could not open {what}: {error}", error.errno) from None
         node.inherits_from, node.inherits_as = parent, role
+        if not given:
+            parent.implied[key] = filename(node)
         return await self._attach(parent, node, key, role)
 
-    def _by_image(self, parent: BlockNode, name: str, role: Role) -> dict[str, Any]:
+    def _implied_name(self, parent: BlockNode, name: str, role: Role) -> str:
+        """What `filename` will say of the child that an image names, unless that is more than a plain file."""
+        if not role & Role.COW or protocol_prefix(name) is not None or is_absolute(name):
+            return name
+        try:
+            return directory(parent) + name
+        except ConfigError:
+            return name
+
+    def options_by_image(self, parent: BlockNode, name: str, role: Role) -> dict[str, Any]:
         """The options of a child that an image names: a backing file relative to where the image is, others not."""
         if not role & Role.COW:
             return self.drivers.options_of(name)

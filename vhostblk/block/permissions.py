@@ -87,6 +87,8 @@ class PermissionChange:
             for edge in node.children.values():
                 self._edges.append((edge, edge.perm, edge.shared))
                 edge.perm, edge.shared = node.child_perm(edge, perm, shared)
+                if edge.tolerant:
+                    edge.shared = Perm.ALL
 
     def commit(self) -> None:
         """Make the change final."""

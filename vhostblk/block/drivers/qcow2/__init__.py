@@ -10,6 +10,7 @@
 | `clusters` | where guest clusters are, and how they get a place |
 | `snapshots`, `bitmaps` | the table of internal snapshots, the directory of bitmaps and their tables |
 | `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
+| `backing` | what the header says the image is backed by, and how that changes |
 | `overlaps` | where all tables are, which nobody may overwrite |
 | `locks` | who uses which range of the disk |
 | `compressed`, `compressing` | compressed clusters as bytes; how they are written |

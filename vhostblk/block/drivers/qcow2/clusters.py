@@ -58,6 +58,7 @@ class Clusters:
         data: where guest data go.
         read: the disk's content, for copy on write; under the locks already.
         changed: told of each range of the disk that has another place now; returns when nobody uses the old one.
+        has_backing: whether something may be below now.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Clusters:
         is_external: bool,
         read: Read,
         changed: Changed,
+        has_backing: Callable[[], bool],
     ) -> None:
         self.locks = RangeLocks()
         self._metadata = metadata
@@ -75,6 +77,7 @@ class Clusters:
         self._is_external = is_external
         self._read = read
         self._changed = changed
+        self._has_backing = has_backing
         header = metadata.header
         self._entries = EntryReader(header)
         self._size = header.cluster_size
@@ -299,11 +302,8 @@ class Clusters:
             return True
         run = await self.run(start, end)
         return run.end >= end and (
-            run.kind is Kind.ZERO or (run.kind is Kind.UNALLOCATED and not self.has_backing)
+            run.kind is Kind.ZERO or (run.kind is Kind.UNALLOCATED and not self._has_backing())
         )
-
-    has_backing = False
-    """Whether something may be below; whoever made this keeps it right."""
 
     # ------------------------------------------------------------------ zeroes and discards
 
@@ -318,7 +318,7 @@ class Clusters:
             BlockError: ENOTSUP: not by changing tables only; the child's errno.
             ImageError: an entry is wrong.
         """
-        if self._metadata.header.version < 3 and self.has_backing:
+        if self._metadata.header.version < 3 and self._has_backing():
             raise BlockError(errno.ENOTSUP)
         at, end = offset, offset + length
         covers = self._metadata.slice_covers
@@ -328,7 +328,7 @@ class Clusters:
                 await self._metadata.sync()
             start, limit = align_down(at, self._size), align_up(stop, self._size)
             async with self.locks.held(start, limit, alone=True):
-                if not self.has_backing and not self._metadata.l2_table(at):
+                if not self._has_backing() and not self._metadata.l2_table(at):
                     at = stop
                     continue
                 slice_ = await self._metadata.own_slice(at)
@@ -366,7 +366,7 @@ class Clusters:
     ) -> tuple[int, int]:
         """The entry of a cluster whose subclusters `low`..`high` read as zeroes."""
         is_allocated = bool(entry & (OFFSET_MASK | COMPRESSED | COPIED | _ZERO) or bits)
-        if not is_allocated and not self.has_backing:
+        if not is_allocated and not self._has_backing():
             return entry, bits
         keep = keep and not entry & COMPRESSED and bool(entry & COPIED or (bits and not discard))
         if self._is_external and entry & COPIED and not discard:
@@ -381,6 +381,37 @@ class Clusters:
         return entry, bits & ~touched | touched << SUBCLUSTERS
 
     # ------------------------------------------------------------------ giving up
+
+    async def make_empty(self) -> None:
+        """Give up all clusters, and the tables that name them; on the disk, too, when this returns. Nobody writes.
+
+        Raises:
+            BlockError: the child's errno; some are given up then.
+            ImageError: an entry is wrong.
+        """
+        metadata = self._metadata
+        async with self.locks.held(0, metadata.l1_covers, alone=True):
+            # So no slice that is forgotten has changes.
+            await metadata.sync()
+            for start in range(0, metadata.l1_covers, metadata.table_covers):
+                if metadata.l2_table(start):
+                    old = await self._all_of(start, start + metadata.table_covers)
+                    metadata.drop_table(start)
+                    await to_the_end(self.let_go(start, start + metadata.table_covers, old))
+                if metadata.is_full:
+                    await metadata.sync()
+            await metadata.sync()
+
+    async def _all_of(self, start: int, end: int) -> list[Old]:
+        """What one L2 table has."""
+        old = []
+        for at in range(start, end, self._metadata.slice_covers):
+            slice_ = await self._metadata.slice_at(self._metadata.l2_table(start), at)
+            stop = at + self._metadata.slice_covers
+            self.check_sound(slice_.table, at, at, stop)
+            for cluster in range(at, stop, self._size):
+                old += self.gives_up(self._metadata.entry(slice_, cluster)[0])
+        return old
 
     def gives_up(self, entry: int) -> list[Old]:
         """What an entry refers to."""

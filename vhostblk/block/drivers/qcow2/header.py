@@ -28,7 +28,7 @@ _V3_LENGTH = _V2.size + _V3.size
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MIN_EXTENDED_CLUSTER_BITS = 14
-_MAX_BACKING_NAME = 1023
+MAX_BACKING_NAME = 1023
 _MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
@@ -112,6 +112,7 @@ class Header:
         size: of the disk.
         l1_entries: of the active L1 table.
         backing_name: as it is written in the image; empty: there is no backing file.
+        backing_offset: where that is in the first cluster, if there is a gap before; else it is behind the extensions.
         unknown: what a header longer than any we know has behind the known fields.
     """
 
@@ -130,6 +131,7 @@ class Header:
     refcount_order: int = _V2_REFCOUNT_ORDER
     compression: int = Compression.ZLIB
     backing_name: str = ""
+    backing_offset: int = field(default=0, compare=False)
     extensions: tuple[Extension, ...] = field(default=())
     unknown: bytes = b""
 
@@ -223,6 +225,7 @@ class Header:
             refcount_order=known.refcount_order,
             compression=known.compression,
             backing_name=_backing_name(data, backing_offset, backing_length, cluster_bits),
+            backing_offset=backing_offset,
             extensions=extensions,
             unknown=unknown,
         )
@@ -235,20 +238,9 @@ class Header:
         Raises:
             ImageError: that is more than a cluster.
         """
-        tail = b""
-        if self.version >= 3:
-            fields = bytes([self.compression]) + bytes(7) + self.unknown
-            length = _V3_LENGTH + len(fields)
-            tail = _V3.pack(
-                self.incompatible, self.compatible, self.autoclear, self.refcount_order, length
-            )
-            tail += fields
-        for extension in self.extensions:
-            tail += _EXTENSION.pack(extension.type, len(extension.data))
-            tail += extension.data + bytes(-len(extension.data) % 8)
-        tail += _EXTENSION.pack(ExtensionType.END, 0)
-        name = self.backing_name.encode(errors="surrogateescape")
-        start = _V2_LENGTH + len(tail)
+        extensions = self._extensions_to_bytes()
+        name = self.encoded_backing_name
+        start = self.backing_start
         head = _V2.pack(
             *(
                 MAGIC,
@@ -264,7 +256,41 @@ class Header:
         )
         if start + len(name) > self.cluster_size:
             raise ImageError("The header does not fit into a cluster: names are too long")
-        return head + tail + name
+        gap = bytes(start - len(head) - len(extensions)) if name else b""
+        return head + extensions + gap + name
+
+    @property
+    def encoded_backing_name(self) -> bytes:
+        """As it is in the file."""
+        return self.backing_name.encode(errors="surrogateescape")
+
+    @property
+    def extensions_end(self) -> int:
+        """Where the extensions end, in bytes from the beginning."""
+        return _V2_LENGTH + len(self._extensions_to_bytes())
+
+    @property
+    def backing_start(self) -> int:
+        """Where the name of the backing file begins, or would."""
+        end = self.extensions_end
+        return self.backing_offset if self.backing_name and self.backing_offset >= end else end
+
+    def _extensions_to_bytes(self) -> bytes:
+        """All that is behind the fields of version 2, but for the name."""
+        tail = b""
+        if self.version >= 3:
+            fields = bytes([self.compression]) + bytes(7) + self.unknown
+            length = _V3_LENGTH + len(fields)
+            tail = _V3.pack(
+                self.incompatible, self.compatible, self.autoclear, self.refcount_order, length
+            )
+            tail += fields
+        for extension in self.extensions:
+            tail += _EXTENSION.pack(extension.type, len(extension.data))
+            tail += extension.data + bytes(-len(extension.data) % 8)
+        if self.backing_name and _V2_LENGTH + len(tail) == self.backing_offset:
+            return tail  # the name ends them where there is no room for more
+        return tail + _EXTENSION.pack(ExtensionType.END, 0)
 
     # ------------------------------------------------------------------ checks
 
@@ -402,7 +428,7 @@ def _backing_name(data: bytes, offset: int, length: int, cluster_bits: int) -> s
         return ""
     if offset > 1 << cluster_bits:
         raise ImageError("Invalid backing file offset")
-    if length > min(_MAX_BACKING_NAME, (1 << cluster_bits) - offset):
+    if length > min(MAX_BACKING_NAME, (1 << cluster_bits) - offset):
         raise ImageError("Backing file name too long")
     name = data[offset : offset + length]
     if len(name) != length or b"\0" in name:

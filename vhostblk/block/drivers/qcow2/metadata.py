@@ -19,8 +19,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TypeAlias
 
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
 from vhostblk.block.drivers.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
@@ -38,6 +39,8 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ImageError
 
+# The new header, and what to write for it, each durable before the next.
+HeaderChange: TypeAlias = tuple[Header, list[tuple[int, bytes]]]
 # Entries of the L1 table to look at for one run.
 _ENOUGH = 4096
 
@@ -219,6 +222,34 @@ class Metadata:
             self.refcounts.places.remove(old)
             self.refcounts.give_up(old)
 
+    @property
+    def table_covers(self) -> int:
+        """Bytes of the disk that an L2 table is for."""
+        return self._l2_covers
+
+    @property
+    def l1_covers(self) -> int:
+        """The same of the L1 table."""
+        return len(self._l1) * self._l2_covers
+
+    def drop_table(self, offset: int) -> None:
+        """Nothing has a place any more that is in the L2 table for these bytes of the disk.
+
+        It has no changes that wait to be written; its clusters are the caller's to give up.
+
+        Raises:
+            ImageError: the L1 table is wrong.
+        """
+        table, index = self.l2_table(offset), offset // self._l2_covers
+        if table in self._overlapping:
+            raise ImageError(f"L2 table overlaps another table (L1 index: {index})")
+        self._l1[index] = 0
+        self._l1_dirty.add(index)
+        for at in range(table, table + self.header.cluster_size, self.cache.slice_bytes):
+            self.cache.forget(at)
+        self.refcounts.places.remove(table)
+        self.refcounts.give_up(table)
+
     def has_table(self, offset: int, length: int) -> bool:
         """Whether a table is in this range of the file, so that it cannot be guest data; if somebody writes here."""
         return self._refcounts is not None and self._refcounts.places.has(offset, length)
@@ -295,6 +326,28 @@ class Metadata:
             with contextlib.suppress(BlockError):
                 await self.write_header(incompatible=marked)
                 await self._file.flush()
+
+    async def change_header(self, change: Callable[[Header], HeaderChange]) -> None:
+        """Put another header in place of what is on the disk, durably, by writes that are ordered.
+
+        Args:
+            change: is shown what is on the disk; the fields that requests change stay as they are.
+
+        Raises:
+            BlockError: the child's errno; then it may be either.
+        """
+        async with self._header_lock:
+            header, writes = change(self._on_disk)
+            for write in writes:
+                await self._write_all([write])
+                await self._file.flush()
+            self._on_disk = header
+            self.header = replace(
+                self.header,
+                backing_name=header.backing_name,
+                backing_offset=header.backing_offset,
+                extensions=header.extensions,
+            )
 
     async def write_header(self, **fields: int) -> None:
         """Change these fields on the disk, and no others, whoever else changes some meanwhile.

@@ -19,7 +19,8 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block.driver import NodeInfo, OpenContext
+from vhostblk.block.driver import BackingName, NodeInfo, OpenContext
+from vhostblk.block.drivers.qcow2.backing import change_backing
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
@@ -33,6 +34,7 @@ from vhostblk.block.drivers.qcow2.header import (
     Incompatible,
     cluster_size_of,
 )
+from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
@@ -113,7 +115,6 @@ class Qcow2Node(SnapshotNode):
         await context.open_implied(
             self, "backing", Role.COW, header.backing_name, header.backing_format
         )
-        self._clusters.has_backing = "backing" in self.children
 
     async def _load_header(self) -> Header:
         try:
@@ -147,8 +148,8 @@ class Qcow2Node(SnapshotNode):
             is_external=header.has_data_file,
             read=self._read,
             changed=self._moved,
+            has_backing=lambda: "backing" in self.children,
         )
-        self._clusters.has_backing = "backing" in self.children
         self._compressing = CompressedWrites(self._clusters, self._codec, header.cluster_size)
         if not self.read_only:
             await self._metadata.clear_unknown_features()
@@ -357,6 +358,21 @@ class Qcow2Node(SnapshotNode):
             await self._change(
                 self._clusters.clear(first, whole - first, keep=False, discard=False)
             )
+
+    def recorded_backing(self) -> BackingName:
+        """What the header says."""
+        return BackingName(self._header.backing_name, self._header.backing_format)
+
+    async def driver_change_backing(self, filename: str, driver: str) -> None:
+        """Another header, by a write that nothing can tear."""
+        await to_the_end(
+            self._metadata.change_header(lambda header: change_backing(header, filename, driver))
+        )
+        self._header = self._metadata.header
+
+    async def driver_make_empty(self) -> None:
+        """An L1 table without entries."""
+        await self._change(self._clusters.make_empty())
 
     async def driver_inactivate(self) -> None:
         """Write what only this process knows."""
