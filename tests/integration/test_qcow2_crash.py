@@ -133,6 +133,10 @@ class Workload:
             flags = int(Req.WRITE_COMPRESSED) if kind == "c" else 0
             data = rnd.randbytes(length // 4 * (kind == "c"))
             data = data.ljust(length, bytes([rnd.randrange(1, 256)]))
+            if kind == "w" and rnd.random() < 0.5:
+                # As the engine does; some that it has prepared it never writes.
+                elsewhere = rnd.randrange(len(self._model) - SECTOR)
+                await backend.prepare_writes([(offset, end), (elsewhere, elsewhere + SECTOR)])
             await backend.pwritev(offset, IoVec.of(data), flags)
             self._model[offset:end] = data
         elif kind == "d":

@@ -18,7 +18,7 @@ from contextlib import AsyncExitStack
 from vhostblk.block import clear, pipeline
 from vhostblk.block.driver import Driver
 from vhostblk.block.edge import Edge
-from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites
+from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites, Ranges
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
@@ -39,6 +39,8 @@ TakeWrites = Callable[[bool], PastWrites]
 _FUA = int(Req.FUA)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _MAX_EXTENTS = 256
+# A run that is shorter than this part of so many clusters is a short one.
+_FEW = 16
 
 
 class BlockBackend(Quiescent):
@@ -89,6 +91,8 @@ class BlockBackend(Quiescent):
         self.node = node
         self.may_map = type(node).host_extent is not Driver.host_extent
         """Whether there can be extents at all: nothing that wants to see every request is on top."""
+        self.prepares_writes = node.prepares_writes
+        """Whether `prepare_writes` may find more than `extents`."""
 
     # ------------------------------------------------------------------ what it is
 
@@ -285,11 +289,55 @@ class BlockBackend(Quiescent):
             if extent is None:
                 break
             position = extent.end
-            may_write = self.writable and not (extent.record and self._take_writes is None)
-            if not may_write and extent.flags & ExtentFlag.WRITE:
-                extent = extent.without(ExtentFlag.WRITE)
-            found.append(extent)
+            found.append(self._permitted(extent))
+        if found and position >= end and not self.quiesced:
+            found = await self._with_others(offset, found)
         # A driver that had to wait may have been overtaken; the next miss asks again.
+        return found if self._epoch == epoch and not self.quiesced else []
+
+    def _permitted(self, extent: HostExtent) -> HostExtent:
+        """As we may use it."""
+        if not self.writable or (extent.record and self._take_writes is None):
+            return extent.without(ExtentFlag.WRITE)
+        return extent
+
+    async def _with_others(self, offset: int, found: list[HostExtent]) -> list[HostExtent]:
+        """Where runs are short, those that are near will be asked for, too: a window of them in one go."""
+        window = self.node.cluster_size * _MAX_EXTENTS
+        start, end = found[0].offset, found[-1].end
+        if not window or end - start >= window // _FEW:
+            return found
+        first = offset // window * window
+        last = min(first + window, self.node.length)
+        others = await pipeline.host_extents(
+            self.node, [run for run in ((first, start), (end, last)) if run[0] < run[1]]
+        )
+        before = [self._permitted(extent) for extent in others if extent.offset < start]
+        after = [self._permitted(extent) for extent in others if extent.offset >= end]
+        return before + found + after
+
+    async def prepare_writes(self, ranges: Ranges) -> list[HostExtent]:
+        """What may be written alone in and around these ranges: like `extents`, but the graph does for it what it has
+        to do before a first write, for all of them at once. They may be in any order, and touch each other.
+
+        Raises:
+            BlockError: one of the writes would fail; which of them is not known.
+        """
+        if self.quiesced or not self.writable:
+            return []
+        self.in_flight += 1
+        try:
+            new, there = await pipeline.prepare_writes(self.node, ranges)
+        finally:
+            self.leave()
+        epoch = self._epoch
+        found = await pipeline.host_extents(self.node, new) if new else []
+        found = [self._permitted(extent) for extent in found]
+        reached = 0
+        for start, end in sorted(there):
+            if reached < end and (more := await self.extents(start, end - start)):
+                found += more
+                reached = more[-1].end
         return found if self._epoch == epoch and not self.quiesced else []
 
     def flush_target(self) -> int | FlushTarget:

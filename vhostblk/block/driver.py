@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
-from vhostblk.block.extent import FlushTarget, HostExtent
+from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
@@ -143,6 +143,8 @@ class Driver:
     cluster_size: int = 0
     # Whether the image can keep states of the disk (row B36): `driver_snapshot_*`.
     has_internal_snapshots: ClassVar[bool] = False
+    # Whether `driver_prepare_writes` does something.
+    prepares_writes: ClassVar[bool] = False
     # Whether `driver_debug_event` wants to hear (row B43).
     has_debug_events: bool = False
 
@@ -355,6 +357,17 @@ class Driver:
         """Whether a discard has an effect; what the export offers to the guest."""
         return self.is_filter and (child := self._filtered().node).unmap and child.can_discard()
 
+    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
+        """Somebody would like to write to these ranges by extents: make it possible, where that is no more work than a
+        write; `prepares_writes` says that this does something. What the disk shows stays the same.
+
+        Returns: where it has become possible now, and where it was possible before.
+
+        Raises:
+            BlockError: whoever writes there finds the same.
+        """
+        return (), ranges
+
     async def host_extent(self, offset: int, length: int) -> HostExtent | None:
         """The largest extent around `offset` that may be used without asking, or None.
 
@@ -362,6 +375,11 @@ class Driver:
         A filter that wants to see requests returns None.
         """
         return None
+
+    async def host_extents(self, ranges: Ranges) -> list[HostExtent]:
+        """The same for many ranges (in order, apart from each other) at once: what may be used of them, in order, not
+        what is around them. By default nothing: whoever wants to know asks for one after the other."""
+        return []
 
     def flush_target(self) -> int | FlushTarget:
         """The one file whose fdatasync is a complete flush of this node, or why there is none."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 
 class ExtentFlag(enum.IntFlag):
@@ -62,6 +63,42 @@ class HostExtent:
             return None
         host_offset = self.host_offset + start - self.offset
         return replace(self, offset=start, length=end - start, host_offset=host_offset)
+
+
+Ranges: TypeAlias = Sequence[tuple[int, int]]
+"""Start and end of each."""
+
+
+def merged(ranges: Ranges) -> list[tuple[int, int]]:
+    """The same bytes as ranges that are apart from each other, in order."""
+    runs: list[tuple[int, int]] = []
+    for start, end in sorted(ranges):
+        if runs and start <= runs[-1][1]:
+            if end > runs[-1][1]:
+                runs[-1] = runs[-1][0], end
+        else:
+            runs.append((start, end))
+    return runs
+
+
+class Hull:
+    """The smallest range that has all the ranges it was told of."""
+
+    __slots__ = ("end", "start")
+
+    def __init__(self) -> None:
+        self.start = self.end = 0
+
+    def add(self, start: int, end: int) -> None:
+        """Another one, `start`..`end`."""
+        if self.start == self.end:
+            self.start, self.end = start, end
+        else:
+            self.start, self.end = min(self.start, start), max(self.end, end)
+
+    def touches(self, start: int, end: int) -> bool:
+        """Whether the two overlap."""
+        return self.start < end and start < self.end
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from collections.abc import Awaitable
 from vhostblk.block import submit
 from vhostblk.block.dirty_map import recorded
 from vhostblk.block.eager import DONE, rest
-from vhostblk.block.extent import ExtentFlag, HostExtent
+from vhostblk.block.extent import ExtentFlag, HostExtent, Ranges
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush, flush_target
 from vhostblk.block.iov import IoVec, concat
@@ -46,9 +46,11 @@ __all__ = [
     "flush",
     "flush_target",
     "host_extent",
+    "host_extents",
     "padded_write",
     "prefetch",
     "preadv",
+    "prepare_writes",
     "pwritev",
     "run_before_write",
     "serialise",
@@ -413,6 +415,29 @@ async def truncate(
 # map)
 
 
+async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[Ranges, Ranges]:
+    """Somebody is about to write to these ranges (not empty) by extents, if he can: see the driver's.
+
+    Raises:
+        BlockError: the driver's errno; as if one of the writes had failed.
+    """
+    tracker = node.tracker
+    if tracker.serialising:
+        ranges = [run for run in ranges if not tracker.serialises(*run)]
+    usable = not (node.quiesced or node.inactive or node.has_debug_events) and node.writes_may_pass
+    if not usable or not ranges:
+        return (), ()
+    start, end = min(run[0] for run in ranges), max(run[1] for run in ranges)
+    node.in_flight += 1
+    request = tracker.begin(RequestType.WRITE, start, end - start)
+    try:
+        return await node.driver_prepare_writes(ranges)
+    finally:
+        node.write_gen += 1  # a flush has something to do
+        tracker.end(request)
+        node.leave()
+
+
 async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent | None:
     """The largest run around `offset` that somebody above may use without asking, or None for now.
 
@@ -436,3 +461,29 @@ async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent |
     if extent.flags & ExtentFlag.WRITE and (node.dirty_maps or extent.record):
         extent = recorded(node, extent)
     return extent.cut(*run)
+
+
+async def host_extents(node: BlockNode, ranges: Ranges) -> list[HostExtent]:
+    """What somebody above may use of these ranges without asking, as far as the driver can tell of many at once.
+
+    The answer holds as that of `host_extent`.
+
+    Args:
+        ranges: in order and apart from each other.
+    """
+    if node.quiesced or node.inactive:
+        return []
+    found = await node.host_extents(ranges)
+    # Asking the driver may have taken time.
+    if node.quiesced or node.inactive:
+        return []
+    if node.tracker.serialising:
+        found = [extent for extent in found if node.mappable(extent.offset, extent.length)]
+    if not node.writes_may_pass:
+        return [extent.without(ExtentFlag.WRITE) for extent in found]
+    if node.dirty_maps or any(extent.record for extent in found):
+        return [
+            recorded(node, extent) if extent.flags & ExtentFlag.WRITE else extent
+            for extent in found
+        ]
+    return found

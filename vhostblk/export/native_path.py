@@ -15,7 +15,7 @@ import logging
 from collections.abc import Sequence
 
 from vhostblk import native
-from vhostblk.block.node import ExtentFlag, PastWrites
+from vhostblk.block.node import ExtentFlag, HostExtent, PastWrites
 from vhostblk.errors import BlockError
 from vhostblk.export import offload
 from vhostblk.export.blk_device import BlkDevice
@@ -93,6 +93,8 @@ class NativeDataPath:
         self._has_flushed = False  # the engine had the right to flush a file, and may have it now
         self._plugged = False  # while requests that came together are looked at
         self._tasks: set[asyncio.Task[None]] = set()
+        self._first_writes: list[tuple[IOThread, Message]] = []
+        self._is_preparing = False
         self.description = ""
         device.memory_faulted = self._memory_faulted
 
@@ -195,7 +197,36 @@ class NativeDataPath:
             self._plugged = True
             self._backend.plug()
             thread.at_end_of_turn(self._unplug)
+        if message[10] == _OUT and not message[1] and self._backend.prepares_writes:
+            if not self._first_writes:
+                thread.at_end_of_turn(self._begin_first_writes)
+            self._first_writes.append((thread, message))
+            return
         run_eagerly(self._serve(thread, message), self._tasks)
+
+    def _begin_first_writes(self) -> None:
+        """Those that came together, and while others were looked at."""
+        if self._first_writes and not self._is_preparing:
+            self._is_preparing = True
+            batch, self._first_writes = self._first_writes, []
+            run_eagerly(self._prepare(batch), self._tasks)
+
+    async def _prepare(self, batch: list[tuple[IOThread, Message]]) -> None:
+        """Let the engine do writes that missed, if the graph can be made ready for that, or else executes them."""
+        try:
+            ranges = [(message[5], message[5] + message[6]) for _, message in batch]
+            extents = await self._backend.prepare_writes(ranges)
+            for thread in {thread for thread, _ in batch} if extents else ():
+                self._install(thread, extents, is_write=True)
+        except BlockError:
+            pass  # the requests themselves will meet the error, and tell
+        except Exception:
+            log.exception("a bug: first writes failed")
+        finally:
+            for thread, message in batch:
+                thread.retry(message[3])
+            self._is_preparing = False
+            self._begin_first_writes()
 
     def _unplug(self) -> None:
         self._plugged = False
@@ -289,13 +320,23 @@ class NativeDataPath:
             extents = await self._backend.extents(offset, length)
             if not offload.covers(extents, offset, length, write):
                 return False
-            self._record.prepare(extents)
+            self._install(thread, extents, is_write=write)
         except BlockError:
             return False  # the request itself will meet the error, and tell
-        # No wait between the backend's answer and the message: a revocation would come between them.
+        return True
+
+    def _install(self, thread: IOThread, extents: Sequence[HostExtent], *, is_write: bool) -> None:
+        """Map what the backend has answered.
+
+        No wait between that and this: a revocation would come between them.
+
+        Raises:
+            BlockError: ENOMEM; nothing was mapped.
+        """
+        self._record.prepare(extents)
         if offload.flush_target(self._backend) == native.FLUSH_NOTHING:
             self._disk.set_write_through(False)  # cache.no-flush: nothing is ever made durable
-        if write and self._write_through:
+        if is_write and self._write_through:
             self._allow_flush(thread)
         entries = native.extents([offload.entry(extent) for extent in extents])
         thread.command(
@@ -305,7 +346,6 @@ class NativeDataPath:
             count=len(extents),
             keep=entries,
         )
-        return True
 
     def _allow_flush(self, thread: IOThread) -> bool:
         """Let the engine flush by itself, where one fdatasync, or nothing, is a complete flush."""

@@ -200,7 +200,11 @@ class PosixNode(BlockNode):
             return
         if not (flags & _MAY_UNMAP and await self._punch(offset, length)):
             if self._has_zero_range:
-                self._has_zero_range = await self._fallocate(_ZERO, offset, length)
+                grows = offset + length > self._size
+                mode = FALLOC_FL_ZERO_RANGE if grows else _ZERO
+                self._has_zero_range = await self._fallocate(mode, offset, length)
+                if self._has_zero_range:
+                    self._size = max(self._size, offset + length)
             if not self._has_zero_range:
                 if not (self._has_allocate and await self._punch(offset, length)):
                     raise BlockError(errno.ENOTSUP)

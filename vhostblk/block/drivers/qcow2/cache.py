@@ -64,8 +64,8 @@ class TableCache:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits to be written that it is time."""
-        return 2 * len(self._dirty) >= self._most
+        """Whether so much waits to be written that it is time: there is no room for what is read next."""
+        return len(self._slices) > self._most and 2 * len(self._dirty) >= self._most
 
     async def get(self, offset: int) -> Slice:
         """The slice at this offset of the file. It may be gone from the cache after the next `await`, if it is clean.
@@ -112,6 +112,7 @@ class TableCache:
         """What `take_dirty` gave is in the file."""
         for slice_ in slices:
             slice_.pins -= 1
+        self._make_room(0)
 
     def not_written(self, slices: list[Slice]) -> None:
         """It is not; it still has to be."""
@@ -147,9 +148,9 @@ class TableCache:
         loaded = self._slices[offset] = Slice(offset, self._codec.decode(data))
         return loaded
 
-    def _make_room(self) -> None:
-        """Clean ones go, the least recently used first."""
-        while len(self._slices) >= self._most:
+    def _make_room(self, more: int = 1) -> None:
+        """Clean ones go, the least recently used first, until so many more fit."""
+        while len(self._slices) + more > self._most:
             for offset, slice_ in self._slices.items():
                 if not slice_.is_dirty and not slice_.pins:
                     del self._slices[offset]

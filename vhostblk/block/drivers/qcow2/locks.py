@@ -9,8 +9,8 @@ Context: the control loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,26 @@ class RangeLocks:
             self._uses.remove(use)
             if use.over is not None:
                 use.over.set_result(None)
+
+    @contextmanager
+    def taken(self, ranges: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+        """Have alone those of the ranges (start, end; apart from each other) that nobody uses, or waits for, now."""
+        before = self._uses
+        free = [
+            (start, end)
+            for start, end in ranges
+            if not any(use.start < end and start < use.end for use in before)
+        ]
+        uses = [_Use(start, end, alone=True) for start, end in free]
+        self._uses = before + uses
+        try:
+            yield free
+        finally:
+            mine = set(uses)
+            self._uses = [use for use in self._uses if use not in mine]
+            for use in uses:
+                if use.over is not None:
+                    use.over.set_result(None)
 
     def _blocker(self, use: _Use) -> _Use | None:
         for other in self._uses:

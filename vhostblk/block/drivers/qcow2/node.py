@@ -15,9 +15,8 @@ import asyncio
 import errno
 import logging
 from collections.abc import Coroutine
-from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostblk.block.driver import BackingName, NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.backing import change_backing
@@ -27,6 +26,8 @@ from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
 from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
+from vhostblk.block.drivers.qcow2.extents import Qcow2Extents
+from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
 from vhostblk.block.drivers.qcow2.header import (
     MAGIC,
     AutoClear,
@@ -41,11 +42,11 @@ from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
-from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent
+from vhostblk.block.extent import FlushTarget, Hull, Ranges
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
-from vhostblk.block.pipeline import flush_target, host_extent
+from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError, ImageError
@@ -56,11 +57,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
 
-class Qcow2Node(SnapshotNode):
+class Qcow2Node(SnapshotNode, Qcow2Extents):
     """A qcow2 image."""
 
     driver_name = "qcow2"
@@ -72,12 +75,10 @@ class Qcow2Node(SnapshotNode):
     create_aliases = MappingProxyType({"version": "compat"})
     create_child_keys = ("file", "data-file")
     supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
-    _header: Header
-    _file: Edge
-    _data: Edge
-    _metadata: Metadata
+    prepares_writes = True
     _clusters: Clusters
     _compressing: CompressedWrites
+    _first_writes: FirstWrites
     _codec: ClusterCodec
 
     @classmethod
@@ -151,6 +152,14 @@ class Qcow2Node(SnapshotNode):
             has_backing=lambda: "backing" in self.children,
         )
         self._compressing = CompressedWrites(self._clusters, self._codec, header.cluster_size)
+        self._first_writes = FirstWrites(
+            self._metadata,
+            self._data,
+            self._clusters.locks,
+            read=self._read,
+            changed=self._now_somewhere,
+        )
+        self.shown = Hull()
         if not self.read_only:
             await self._metadata.clear_unknown_features()
 
@@ -279,6 +288,22 @@ class Qcow2Node(SnapshotNode):
         if start < end:
             await self.revoke(start, end - start)
 
+    async def _now_somewhere(self, ranges: Ranges) -> None:
+        """What had no place has one: as if it had moved, but that extents of it were given to few, if to anybody."""
+        await self.revoke_flush()
+        shown = [self._moved(*run) for run in ranges if self.shown.touches(*run)]
+        for error in await asyncio.gather(*shown, return_exceptions=True) if shown else ():
+            if error is not None:
+                raise error
+
+    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
+        """Clusters get a place; those of external data files have one."""
+        if self._data is not self._file:
+            return (), ranges
+        backing = self.children.get("backing")
+        backed = backing.node.length if backing is not None else 0
+        return await self._change(self._first_writes.prepare(ranges, backed))
+
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         """In place, or to new clusters; or compressed."""
         if flags & _WRITE_COMPRESSED:
@@ -310,12 +335,12 @@ class Qcow2Node(SnapshotNode):
         end = offset + length
         return not offset % unit and (not end % unit or end >= self.length)
 
-    async def _change(self, change: Coroutine[Any, Any, None]) -> None:
+    async def _change(self, change: Coroutine[Any, Any, T]) -> T:
         if self._is_corrupt:
             change.close()
             raise BlockError(errno.EIO, f"{self.node_name}: image is corrupt")
         try:
-            await change
+            return await change
         except ImageError as error:
             raise await self._corrupt(error) from None
 
@@ -440,38 +465,6 @@ class Qcow2Node(SnapshotNode):
         return BlockStatus(flags | StatusFlag.OFFSET_VALID, count, self._data.node, place)
 
     # ------------------------------------------------------------------ the engine
-
-    async def host_extent(self, offset: int, length: int) -> HostExtent | None:
-        """What is allocated is the data file's, what is not is the backing file's, or zeroes."""
-        run = await self._run(offset, self.length, since=0)
-        start, end = run.start, min(run.end, self.length)
-        shift = 0
-        child: Edge | None = None
-        if run.kind is Kind.COMPRESSED:
-            return None
-        if run.kind is Kind.NORMAL:
-            child, shift = self._data, run.host - run.start
-        elif run.kind is Kind.UNALLOCATED and (backing := self.children.get("backing")):
-            if offset < backing.node.length:
-                child = backing
-            else:
-                start = max(start, backing.node.length)
-        if child is None:
-            return HostExtent(start, end - start, None, 0, ExtentFlag.READ | ExtentFlag.ZERO)
-        extent = await host_extent(child.node, offset + shift, min(length, end - offset))
-        if extent is None or shift % extent.request_alignment:
-            return None
-        extent = extent.cut(start + shift, end + shift)
-        if extent is not None and (self._is_corrupt or not self._may_write_alone(run)):
-            extent = extent.without(ExtentFlag.WRITE)
-        return extent and replace(extent, offset=extent.offset - shift)
-
-    def _may_write_alone(self, run: Run) -> bool:
-        if run.kind is not Kind.NORMAL or not run.copied:
-            return False
-        if self._data is not self._file:
-            return True
-        return not self._metadata.has_table(run.host, run.end - run.start)
 
     def flush_target(self) -> int | FlushTarget:
         """The file's, while no table waits to be written."""
