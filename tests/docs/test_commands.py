@@ -65,8 +65,8 @@ def test_command_lines_are_understood(path: Path) -> None:
 
 def test_there_are_command_lines_to_look_at() -> None:
     found = {path.name: len(command_lines(path)) for path in PAGES}
-    assert found["README.md"] == 2
-    assert found["vhostblk-serve.1"] == 2
+    assert found["README.md"] == 3
+    assert found["vhostblk-serve.1"] == 3
     assert found["vhostblk-stats.1"] == 2
     assert found["vhostblk-io.1"] == 1
     assert found["vhostblk-io.md"] == 4

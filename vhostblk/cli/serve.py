@@ -22,7 +22,7 @@ from vhostblk.vhost.session import MAX_QUEUES
 from vhostblk.virtio.blk import ID_BYTES
 
 DESCRIPTION = """\
-Serve a raw disk image or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
+Serve a disk image (raw or qcow2) or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
 SIGHUP looks at the image again: tells the guest if its size has changed, and tries again what has
 failed and waits for that (--werror)."""
 EXAMPLES = """\
@@ -47,6 +47,8 @@ _SD_LISTEN_FDS_START = 3
 # More threads than queues have nothing to do.
 _MAX_THREADS = MAX_QUEUES
 _MAX_INT = (1 << 31) - 1
+# What is served as it is, and what is inside of a file; nobody guesses, because a guest may write anything into its disk.
+FORMATS = ("raw", "qcow2")
 # Formats that a raw image must not be mistaken for.
 _MAGIC = {
     b"QFI\xfb": "qcow2",
@@ -59,7 +61,7 @@ _MAGIC = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
-    parser.add_argument("image", metavar="IMAGE", help="raw image file or block device")
+    parser.add_argument("image", metavar="IMAGE", help="image file or block device")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--socket", metavar="PATH", help="listen on this Unix socket")
     where.add_argument(
@@ -128,8 +130,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
     parser.add_argument(
         "--format",
-        choices=("raw",),
-        help="serve the file's bytes as they are, even if they look like an image format",
+        choices=FORMATS,
+        help="what IMAGE is: bytes to be served as they are, or a qcow2 image, with all that it is backed by "
+        "(default: raw, but a file that looks like another format is refused)",
     )
     add_data_path_option(parser)
     parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
@@ -157,16 +160,17 @@ def run(args: argparse.Namespace) -> None:
     direct, no_flush, write_cache = CACHE_MODES[args.cache]
     if args.format is None:
         _refuse_other_formats(args.image)
+    file: dict[str, Any] = {"driver": "file", "filename": args.image}
+    if args.aio is not None:
+        file["aio"] = args.aio
     blockdev: dict[str, Any] = {
-        "driver": "file",
+        **(file if args.format != "qcow2" else {"driver": "qcow2", "file": file}),
         "node-name": "disk",
-        "filename": args.image,
+        # Children inherit these.
         "read-only": args.read_only,
         "discard": args.discard,
         "cache": {"direct": direct, "no-flush": no_flush},
     }
-    if args.aio is not None:
-        blockdev["aio"] = args.aio
     export = ExportConfig(
         id="disk",
         node_name="disk",
@@ -226,9 +230,13 @@ def _refuse_other_formats(path: str) -> None:
         os.close(fd)
     for magic, name in _MAGIC.items():
         if start.startswith(magic):
+            if name in FORMATS:
+                advice = f"--format {name} serves the disk that is in it"
+            else:
+                advice = "which this command cannot serve"
             raise ConfigError(
-                f"{path}: looks like a {name} image, which this command cannot serve; "
-                "--format raw serves its bytes as they are"
+                f"{path}: looks like a {name} image; {advice}, --format raw its bytes as they are "
+                "(a guest may have made them look like that)"
             )
 
 

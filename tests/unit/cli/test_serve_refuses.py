@@ -28,7 +28,12 @@ SERVE = [
     (("a\udcff", "--socket", "s"), r"IMAGE 'a\udcff': No such file"),
     (("fifo", "--socket", "s"), "Could not open 'fifo': neither a regular file nor a block device"),
     (("/dev/null", "--socket", "s"), "Could not open '/dev/null': neither a regular file"),
-    (("image.qcow2", "--socket", "s"), "image.qcow2: looks like a qcow2 image"),
+    (
+        ("image.qcow2", "--socket", "s"),
+        "image.qcow2: looks like a qcow2 image; --format qcow2 serves the disk that is in it, --format raw",
+    ),
+    (("disk.img", "--socket", "s", "--format", "qcow2"), "Image is not in qcow2 format"),
+    (("missing.img", "--socket", "s", "--format", "qcow2"), "'missing.img': No such file"),
     (("disk.img", "--socket", "s", "--queues", "0"), "--queues: '0' is not a number from 1 to 256"),
     (("disk.img", "--socket", "s", "--queues", "-3"), "--queues: '-3'"),
     (("disk.img", "--socket", "s", "--queues", "257"), "--queues: '257'"),
@@ -49,7 +54,7 @@ SERVE = [
     (("disk.img", "--socket", "s", "--cache", "fast"), "--cache: invalid choice: 'fast'"),
     (("disk.img", "--socket", "s", "--discard", "on"), "--discard: invalid choice: 'on'"),
     (("disk.img", "--socket", "s", "--aio", "native"), "--aio: invalid choice: 'native'"),
-    (("disk.img", "--socket", "s", "--format", "qcow2"), "--format: invalid choice: 'qcow2'"),
+    (("disk.img", "--socket", "s", "--format", "vmdk"), "--format: invalid choice: 'vmdk'"),
     (("disk.img", "--socket", "s", "--data-path", "c"), "--data-path: invalid choice: 'c'"),
     (("disk.img", "--socket", "s", "--log-level", "loud"), "--log-level: invalid choice: 'loud'"),
     (
