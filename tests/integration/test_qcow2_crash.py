@@ -21,7 +21,7 @@ from tests.qcow2_images import MIB, contents, create, no_worse_than_leaks, qemu_
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.filters.filter import FilterNode
-from vhostblk.block.flags import Req
+from vhostblk.block.flags import Preallocation, Req
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.internal_snapshot import create_snapshot, delete_snapshot, go_to_snapshot
 from vhostblk.block.iov import IoVec
@@ -31,8 +31,8 @@ STATES = int(os.environ.get("VHOSTBLK_CRASH_STATES", "25"))
 """Of each workload."""
 SECTOR = 512
 FLUSH = None
-Entry = tuple[int, bytes] | None
-"""A write, or a flush."""
+Entry = tuple[int, bytes] | int | None
+"""A write, a length of the file, or a flush."""
 
 
 class Recorder(FilterNode):
@@ -52,6 +52,10 @@ class Recorder(FilterNode):
     async def driver_pdiscard(self, offset: int, length: int) -> None:
         self.log.append((offset, bytes(length)))
         await self.file.pdiscard(offset, length)
+
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
+        self.log.append(length)
+        await self.file.truncate(length, preallocation)
 
     async def driver_flush_to_disk(self) -> None:
         # Whatever has completed is on the disk when this returns; what is in flight, nobody knows.
@@ -102,7 +106,7 @@ class Workload:
         recorder = node.children["file"].node
         assert isinstance(recorder, Recorder)
         recorder.log = self.log
-        backend = BlockBackend(node, "the guest", writable=True)
+        backend = BlockBackend(node, "the guest", writable=True, resize=True)
         self._graph, self._node = graph, node
         for _ in range(60):
             await self._request(backend)
@@ -114,6 +118,9 @@ class Workload:
         length = rnd.choice([SECTOR, 4096, 65536, 150 * 1024])
         offset = rnd.randrange(0, len(self._model) - length + 1) // SECTOR * SECTOR
         kind = rnd.choice(self._kinds)
+        if kind == "r":
+            await self._resize(backend)
+            return
         if kind in "SDG":
             await self._change_snapshots(kind)
             return
@@ -182,13 +189,26 @@ class Workload:
             qemu_img("convert", "-l", f"snapshot.name={name}", "-O", "raw", image, folder / "shown")
             assert (folder / "shown").read_bytes() == allowed[-1].get(name, allowed[0].get(name))
 
+    async def _resize(self, backend: BlockBackend) -> None:
+        old, new = len(self._model), self._rnd.randrange(MIB // 2, 3 * MIB) // SECTOR * SECTOR
+        for promise in self.promises:
+            promise.touched.append((len(self.log), min(old, new), max(old, new)))
+        mode = self._rnd.choice(list(Preallocation)) if new > old else Preallocation.OFF
+        await backend.truncate(new, mode)
+        del self._model[new:]
+        self._model.extend(bytes(new - len(self._model)))
+
     def state(self, end: int, rnd: random.Random) -> bytes:
         """The file, if the power goes after so many entries of the log."""
         flushes = [at for at in range(end) if self.log[at] is FLUSH]
         safe = flushes[-1] if flushes else 0
         file = bytearray(self.before)
         for at, entry in enumerate(self.log[:end]):
-            if entry is not None:
+            if isinstance(entry, int):
+                if at < safe or rnd.random() < 0.5:
+                    del file[entry:]
+                    file.extend(bytes(entry - len(file)))
+            elif entry is not None:
                 for offset, data in self._survives(entry, at < safe, rnd):
                     if len(file) < offset + len(data):
                         file.extend(bytes(offset + len(data) - len(file)))
@@ -210,11 +230,12 @@ class Workload:
     def check(self, end: int, found: bytes) -> None:
         """The last promise that was made before is kept."""
         promise = [promise for promise in self.promises if promise.at <= end][-1]
-        mask = bytearray(b"\1" * len(found))
+        mask = bytearray(b"\1" * len(promise.content))
         for when, start, stop in promise.touched:
             if when <= end:
-                mask[start:stop] = bytes(stop - start)
-        for at in range(0, len(found), SECTOR):
+                stop = min(stop, len(mask))
+                mask[start:stop] = bytes(max(stop - start, 0))
+        for at in range(0, len(mask), SECTOR):
             if mask[at]:
                 assert found[at : at + SECTOR] == promise.content[at : at + SECTOR], at
 
@@ -244,11 +265,28 @@ def test_no_crash_corrupts_an_image_or_loses_what_was_flushed(
     seed = len(shape) + len(how)
     kinds = "wwwczdfSSDDG" if how == "snapshots come and go" else "wwwwzudffcc"
     workload = Workload(image, contents(image, tmp_path), seed, kinds)
+    look_at_states(workload, image, seed, snapshots=how == "snapshots come and go")
+
+
+@pytest.mark.parametrize("shape", ["small clusters", "subclusters", "version 2"])
+def test_no_crash_while_a_disk_grows_or_shrinks_corrupts_it(tmp_path: Path, shape: str) -> None:
+    image = tmp_path / "i.qcow2"
+    words: list[object] = SHAPES.get(shape) or ["-o", "compat=0.10,cluster_size=4k"]
+    if shape == "subclusters":
+        (tmp_path / "base").write_bytes(random.Random(2).randbytes(MIB))
+        words = [*words, "-b", "base", "-F", "raw"]
+    create(image, 2 * MIB, *words)
+    kinds = "wwwwwuddfrrr"
+    look_at_states(Workload(image, contents(image, tmp_path), len(shape), kinds), image, 3)
+
+
+def look_at_states(workload: Workload, image: Path, seed: int, *, snapshots: bool = False) -> None:
+    """Random moments; and the end."""
     rnd = random.Random(seed)
     ends = [rnd.randrange(len(workload.log) + 1) for _ in range(STATES)]
     for end in [*ends, len(workload.log)]:
         image.write_bytes(workload.state(end, rnd))
         no_worse_than_leaks(image)
-        workload.check(end, contents(image, tmp_path))
-        if how == "snapshots come and go":
-            workload.check_snapshots(end, image, tmp_path)
+        workload.check(end, contents(image, image.parent))
+        if snapshots:
+            workload.check_snapshots(end, image, image.parent)

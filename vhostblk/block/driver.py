@@ -135,8 +135,8 @@ class Driver:
     # Children in which images are made.
     create_child_keys: ClassVar[tuple[str, ...]] = ()
     # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10), except for
-    # WRITE_COMPRESSED, which nobody else can do. Those of a node that hands its requests on (`hands_on_to`) are masked by
-    # the child's.
+    # WRITE_COMPRESSED, which nobody else can do. Those of a node that hands its requests on (`hands_on_to`) are masked
+    # by the child's.
     supported_write_flags: int = 0
     supported_zero_flags: int = 0
     # Bytes in which this layer allocates; 0: unknown (row B14.14).

@@ -15,6 +15,7 @@
 | `locks` | who uses which range of the disk |
 | `compressed`, `compressing` | compressed clusters as bytes; how they are written |
 | `layout`, `create` | where things are in a new image; making one |
+| `resize` | a disk that grows or shrinks |
 | `options`, `node` | what users may ask for, the driver |
 """
 

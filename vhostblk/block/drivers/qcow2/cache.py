@@ -48,11 +48,15 @@ class TableCache:
         self.slice_bytes = slice_bytes
         self._file = file
         self._codec = codec
-        self._most = max(total_bytes // slice_bytes, _LEAST)
+        self.limit(total_bytes)
         self._slices: OrderedDict[int, Slice] = OrderedDict()
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._forgotten: set[int] = set()  # while they are loaded
         self._dirty: dict[int, Slice] = {}
+
+    def limit(self, total_bytes: int) -> None:
+        """Slices may take so much from now on."""
+        self._most = max(total_bytes // self.slice_bytes, _LEAST)
 
     def __len__(self) -> int:
         return len(self._slices)

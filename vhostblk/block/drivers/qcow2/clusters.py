@@ -206,7 +206,7 @@ class Clusters:
             await to_the_end(self.let_go(start, end, self.gives_up(old)))
 
     async def let_go(self, start: int, end: int, old: list[Old]) -> None:
-        """Clusters of the disk have another place, or none: the old ones are given up, when nobody uses them any more."""
+        """Clusters of the disk have another place, or none: the old ones are given up when nobody uses them."""
         await self._changed(start, end)
         self._give_up(old)
 

@@ -39,13 +39,14 @@ from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+from vhostblk.block.drivers.qcow2.resize import Resize, check_resizable
 from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import FlushTarget, Hull, Ranges
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
+from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
@@ -350,39 +351,17 @@ class Qcow2Node(SnapshotNode, Qcow2Extents):
             await self._metadata.sync()
 
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
-        """Grow: tables with more room."""
-        if length < self.length:
-            raise BlockError(
-                errno.ENOTSUP, f"{self.node_name}: qcow2 images cannot shrink here yet"
-            )
-        if preallocation is not Preallocation.OFF:
-            raise BlockError(errno.ENOTSUP, f"{self.node_name}: no preallocation but 'off'")
-        old = self.length
-        try:
-            await self._metadata.make_room(length)
-            # Before anybody can see it, also after a crash.
-            await self._hide_backing(old, length)
-            await self._metadata.grow(length)
-        except ImageError as error:
-            raise await self._corrupt(error) from None
+        """See `resize.py`."""
+        check_resizable(self._metadata.header, length)
+        backing = self.children.get("backing")
+        resize = Resize(
+            *(self._metadata, self._clusters, self._file, self._data),
+            backing.node.length if backing is not None else 0,
+        )
+        await self._change(resize.run(self.length, length, preallocation))
         self._header = self._metadata.header
+        self._metadata.cache.limit(self.options.l2_bytes(self._header))
         self.set_length(length)
-
-    async def _hide_backing(self, old: int, new: int) -> None:
-        """What was behind the end must not show what the backing file has there."""
-        edge = self.children.get("backing")
-        end = min(new, edge.node.length) if edge is not None else 0
-        if old >= end:
-            return
-        size = self._header.cluster_size
-        first = min(align_up(old, size), end)
-        if old < first:
-            await self._change(self._clusters.write(old, IoVec.of(bytes(first - old))))
-        if first < end:
-            whole = min(align_up(end, size), align_up(new, size))
-            await self._change(
-                self._clusters.clear(first, whole - first, keep=False, discard=False)
-            )
 
     def recorded_backing(self) -> BackingName:
         """What the header says."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
@@ -26,6 +28,7 @@ from vhostblk.block.drivers.qcow2.tables import (
     read_table,
 )
 from vhostblk.block.edge import Edge
+from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ImageError
 
 
@@ -58,6 +61,7 @@ class Refcounts:
         self._per_block = header.cluster_size * 8 >> header.refcount_order
         self._table = table
         self._table_offset = header.refcount_table_offset
+        self._file = file
         codec = Codec(header.refcount_order)
         self._most_users = codec.largest
         self._blocks = TableCache(file, codec, header.cluster_size, cache_bytes)
@@ -109,11 +113,12 @@ class Refcounts:
         """Whether so much waits to be written that it is time."""
         return self._blocks.is_full or len(self._given_up) > 1 << 16
 
-    async def allocate(self, count: int) -> tuple[int, int]:
+    async def allocate(self, count: int, *, behind: int = 0) -> tuple[int, int]:
         """Take free clusters that are next to each other.
 
         Args:
             count: how many there should be.
+            behind: none before this offset; a multiple of the cluster size.
 
         Returns: the offset of the first, and how many they are: at least one.
 
@@ -122,10 +127,10 @@ class Refcounts:
             ImageError: free clusters turn out to be tables.
         """
         async with self._lock:
-            return await self._allocate(count)
+            return await self._allocate(count, behind)
 
-    async def _allocate(self, count: int) -> tuple[int, int]:
-        cluster = self._hint
+    async def _allocate(self, count: int, behind: int = 0) -> tuple[int, int]:
+        cluster = max(self._hint, behind >> self._cluster_bits)
         while True:
             index, at = divmod(cluster, self._per_block)
             block = await self._existing_block(index)
@@ -146,7 +151,8 @@ class Refcounts:
         for place in range(first, first + got):
             block.table[place] = 1
         self._blocks.changed(block)
-        self._hint = index * self._per_block + first + got
+        if not behind:
+            self._hint = index * self._per_block + first + got
         return offset, got
 
     async def allocate_bytes(self, length: int) -> int:
@@ -246,6 +252,61 @@ class Refcounts:
                     self._hint = min(self._hint, cluster)
                     if self._free_byte >> self._cluster_bits == cluster:
                         self._free_byte = 0
+
+    # ------------------------------------------------------------------ getting smaller
+
+    async def drop_empty_blocks(self) -> bool:
+        """Forget the blocks that count nothing but themselves, here and on the disk; nobody takes clusters meanwhile.
+
+        Returns: whether there were any.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        async with self._lock:
+            found = []
+            for index, offset in enumerate(self._table):
+                if not offset or self._moved:
+                    continue
+                block = await self._blocks.get(offset)
+                used = len(block.table) - block.table.count(0)
+                here = (offset >> self._cluster_bits) - index * self._per_block
+                in_itself = 0 <= here < self._per_block
+                if used == in_itself and (not in_itself or block.table[here] == 1):
+                    found.append((index, offset, in_itself))
+            try:
+                for index, _, _ in found:
+                    await self._file.pwritev(self._table_offset + 8 * index, IoVec.of(bytes(8)))
+                if found:
+                    await self._file.flush()
+            except BaseException:
+                self._dirty_entries.update(index for index, _, _ in found)
+                raise
+            for index, offset, in_itself in found:
+                self._table[index] = 0
+                self._dirty_entries.discard(index)
+                self._blocks.forget(offset)
+                self.places.remove(offset)
+                if not in_itself:
+                    self.give_up(offset)
+            return bool(found)
+
+    @asynccontextmanager
+    async def end(self) -> AsyncIterator[int]:
+        """Where the last cluster that is used ends; nobody takes another one inside `async with`.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        async with self._lock:
+            for index in reversed(range(len(self._table))):
+                block = await self._existing_block(index)
+                if block is not None:
+                    used = -(-len(block.table.tobytes().rstrip(b"\0")) // block.table.itemsize)
+                    if used:
+                        yield (index * self._per_block + used) << self._cluster_bits
+                        return
+            yield 0
 
     # ------------------------------------------------------------------ what is written
 
