@@ -53,7 +53,7 @@ class Metadata:
         refcounts: None: nobody writes.
 
     Attributes:
-        l2_covers, slice_covers: bytes of the disk that an L2 table, and a slice of one, is for.
+        slice_covers: bytes of the disk that a slice is for.
         discards: what is given up goes back to the host.
     """
 
@@ -83,7 +83,7 @@ class Metadata:
         self._sync_lock = asyncio.Lock()
         self._growing = asyncio.Lock()
         self._header_lock = asyncio.Lock()
-        self.l2_covers = header.l2_entries << header.cluster_bits
+        self._l2_covers = header.l2_entries << header.cluster_bits
         self.slice_covers = cache.slice_bytes // header.l2_entry_size << header.cluster_bits
 
     @classmethod
@@ -127,7 +127,7 @@ class Metadata:
         Raises:
             ImageError: its entry in the L1 table is wrong.
         """
-        index = offset // self.l2_covers
+        index = offset // self._l2_covers
         entry = self._l1[index]
         table = entry & OFFSET_MASK
         if entry & L1_RESERVED or table & (self.header.cluster_size - 1):
@@ -136,14 +136,14 @@ class Metadata:
 
     def without_table(self, offset: int, limit: int) -> tuple[int, int]:
         """The range around `offset` for which there are no L2 tables; no need to look behind `limit`."""
-        first = last = offset // self.l2_covers
+        first = last = offset // self._l2_covers
         least = max(first - _ENOUGH, 0)
         while first > least and not self._l1[first - 1]:
             first -= 1
-        most = min(-(-limit // self.l2_covers), len(self._l1), last + _ENOUGH)
+        most = min(-(-limit // self._l2_covers), len(self._l1), last + _ENOUGH)
         while last + 1 < most and not self._l1[last + 1]:
             last += 1
-        return first * self.l2_covers, (last + 1) * self.l2_covers
+        return first * self._l2_covers, (last + 1) * self._l2_covers
 
     async def slice_at(self, table: int, offset: int) -> Slice:
         """The slice of an L2 table for these bytes of the disk.
@@ -151,7 +151,7 @@ class Metadata:
         Raises:
             BlockError: the child's errno.
         """
-        which = offset % self.l2_covers // self.slice_covers
+        which = offset % self._l2_covers // self.slice_covers
         return await self.cache.get(table + which * self.cache.slice_bytes)
 
     def slice_start(self, offset: int) -> int:
@@ -169,7 +169,7 @@ class Metadata:
             BlockError: the child's errno, ENOSPC.
             ImageError: the L1 table is wrong.
         """
-        index = offset // self.l2_covers
+        index = offset // self._l2_covers
         if self.l2_table(offset) in self._overlapping:
             # Whoever writes either of them destroys the other.
             raise ImageError(f"L2 table overlaps another table (L1 index: {index})")
@@ -276,19 +276,6 @@ class Metadata:
                 raise BlockError(errno.EFBIG, str(error)) from None
             if needed > len(self._l1):
                 await self._move_l1(needed)
-
-    def drop_table(self, offset: int) -> None:
-        """There is no L2 table any more for these bytes of the disk."""
-        table = self.l2_table(offset)
-        index = offset // self.l2_covers
-        if table in self._overlapping:
-            raise ImageError(f"L2 table overlaps another table (L1 index: {index})")
-        for at in range(table, table + self.header.cluster_size, self.cache.slice_bytes):
-            self.cache.forget(at)
-        self._l1[index] = 0
-        self._l1_dirty.add(index)
-        self.refcounts.places.remove(table)
-        self.refcounts.give_up(table)
 
     async def trim(self) -> None:
         """Make the file as small as it can be without moving anything.

@@ -89,7 +89,7 @@ class Resize:
 
     async def _cut(self, start: int, end: int) -> None:
         """Forget where the clusters `start`..`end` are, and give them up."""
-        metadata, covers = self._metadata, self._metadata.l2_covers
+        metadata, covers = self._metadata, self._metadata.table_covers
         at = start
         while at < end:
             table_start = align_down(at, covers)
@@ -108,7 +108,7 @@ class Resize:
         """All that an L2 table refers to, and itself."""
         metadata = self._metadata
         old: list[Old] = []
-        for at in range(start, start + metadata.l2_covers, metadata.slice_covers):
+        for at in range(start, start + metadata.table_covers, metadata.slice_covers):
             slice_ = await metadata.slice_at(metadata.l2_table(start), at)
             old += self._given_up(slice_, at, at + metadata.slice_covers)
         metadata.drop_table(start)
@@ -151,7 +151,7 @@ class Resize:
         await metadata.make_room(new)
         # Before anybody can see it, also after a crash: nothing that was behind the end shows, neither here nor below.
         whole, end = align_up(old, self._size), align_up(new, self._size)
-        await self._cut(whole, align_up(end, metadata.l2_covers))
+        await self._cut(whole, align_up(end, metadata.table_covers))
         await self._zero_tail(old, min(whole, new), allocate=mode is not Preallocation.OFF)
         if self._header.has_data_file:
             length = end if mode is not Preallocation.OFF else new
