@@ -434,6 +434,8 @@ def test_a_running_guest_hears_that_its_disk_grew_and_uses_it(disks: Disks) -> N
         check_status(client, Status.IOERR, RequestType.IN, CAPACITY, room=512)
         disks.resize(2 * CAPACITY)
         wait_for_size(client, 2 * CAPACITY)
+        for offset in range(CAPACITY, 2 * CAPACITY, 1 << 20):
+            assert client.read(offset, 1 << 20) == bytes(1 << 20)
         client.write(2 * CAPACITY - 512, DATA[:512])
         assert client.read(2 * CAPACITY - 512, 512) == DATA[:512]
         disks.resize(CAPACITY)

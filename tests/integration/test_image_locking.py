@@ -74,6 +74,19 @@ def test_two_daemons_do_not_write_one_image(
         assert "is another process using the image" in said
 
 
+def test_second_daemon_that_shares_with_everybody_may_look_on(
+    daemon: DaemonStarter, storage_daemon: DaemonStarter, image: Path, socket_directory: Path
+) -> None:
+    one, two = socket_directory / "1", socket_directory / "2"
+    daemon("serve", image, "--socket", one, sockets=[one])
+    node = f"driver=file,node-name=d,filename={image},read-only=on,force-share=on"
+    export = f"type=vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={two}"
+    storage_daemon("--blockdev", node, "--export", export, sockets=[two])
+    with Client.connect(one) as writer, Client.connect(two) as reader:
+        writer.write(0, b"new!" * 128)
+        assert reader.read(0, 512) == b"new!" * 128
+
+
 def test_daemon_does_not_take_what_qemu_writes(image: Path, socket_directory: Path) -> None:
     with held_by_qemu(image):
         for options in ((), ("--read-only",)):

@@ -183,9 +183,9 @@ async def load_snapshot(
 
 
 def _writable(node: BlockNode, operation: OpType) -> BlockNode:
+    check_op(node, operation)
     found = snapshot_node(node)
-    for above in {node, found}:
-        check_op(above, operation)
+    check_op(found, operation)
     if found.read_only or found.inactive:
         why = "read-only" if found.read_only else "inactive"
         raise ConfigError(f"Node '{found.node_name}' is {why}", errno.EPERM)

@@ -18,6 +18,7 @@ from vhostblk.block import activation
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.node import BlockNode
+from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.permissions import Perm, parents_first
 from vhostblk.errors import BlockError, ConfigError, PeerError, StateError
 from vhostblk.export.accounting import block_device_stats
@@ -272,8 +273,9 @@ class Export:
             queue_threads: for each queue, the number of its thread; empty: they take turns.
 
         Raises:
-            ConfigError: see `DataPath.move`; all is as before.
+            ConfigError: see `DataPath.move`, or somebody blocks it; all is as before.
         """
+        check_op(self.device.backend.node, OpType.DATAPLANE)
         if self.config.fixed_iothread:
             raise ConfigError(f"Export '{self.config.id}' has fixed-iothread=on", errno.EPERM)
         moving = asyncio.create_task(self._path.move(threads, queue_threads))

@@ -22,6 +22,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.no_medium import NoMediumNode
 from vhostblk.block.node import BlockNode
+from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.events import ExportEvent, MediumInserted, MediumRemoved
@@ -72,9 +73,10 @@ class Medium:
             force: also while the guest uses it.
 
         Raises:
-            ConfigError: the guest uses it, or what it has written cannot be made durable.
+            ConfigError: the guest or a job uses it, or what it has written cannot be made durable.
         """
         if self.is_inserted:
+            check_op(self._backend.node, OpType.EJECT)
             await self._exchange(graph, NoMediumNode(), force=force)
 
     async def insert(self, graph: BlockGraph, node: BlockNode) -> None:
@@ -93,6 +95,7 @@ class Medium:
         Raises:
             ConfigError: as `remove` and `insert`; nothing has changed.
         """
+        check_op(self._backend.node, OpType.CHANGE)
         await self._exchange(graph, node, force=force)
 
     async def _exchange(self, graph: BlockGraph, new: BlockNode, *, force: bool) -> None:

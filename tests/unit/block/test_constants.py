@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vhostblk.block.flags import CheckMode, OpenFlag
+from vhostblk.block.flags import CheckMode, OpenFlag, StatusFlag
 from vhostblk.block.limits import MAX_ALIGNMENT, MAX_LENGTH, MAX_REQUEST, MAX_ZEROES_BOUNCE
 from vhostblk.block.node import Req
 from vhostblk.block.permissions import Perm
@@ -71,6 +71,19 @@ def test_permissions_roles_requests_and_checks() -> None:
     assert Role.IMAGE == 19
     assert {"READ", "WRITE", "DISCARD", "TRUNCATE"} <= set(RequestType.__members__)
     assert (CheckMode.FIX_LEAKS, CheckMode.FIX_ERRORS) == (1, 2)
+
+
+def test_status_bits() -> None:
+    assert {flag.name: flag.value for flag in StatusFlag} == {
+        "DATA": 0x01,
+        "ZERO": 0x02,
+        "OFFSET_VALID": 0x04,
+        "RAW": 0x08,
+        "ALLOCATED": 0x10,
+        "EOF": 0x20,
+        "RECURSE": 0x40,
+        "COMPRESSED": 0x80,
+    }
 
 
 def test_sizes() -> None:

@@ -174,6 +174,16 @@ def test_what_lies_behind_the_end_reads_as_zeroes(offset: int, length: int) -> N
     assert read(node, offset, length) == expected
 
 
+def test_every_alignment_of_a_read_near_the_end_gives_its_bytes() -> None:
+    align, end = 16, 512
+    node = ArrayNode(end, BlockLimits(request_alignment=align, min_mem_alignment=1))
+    node.data[:end] = bytes(1 + position % 251 for position in range(end))
+    shown = bytes(node.data[:end]) + bytes(4 * align)
+    for offset in range(end - 2 * align, end + align + 1):
+        for length in range(2 * align + 1):
+            assert read(node, offset, length) == shown[offset : offset + length]
+
+
 def test_large_read_is_cut_to_max_transfer() -> None:
     limits = BlockLimits(request_alignment=512, min_mem_alignment=1, max_transfer=1500)
     node = ArrayNode(limits=limits)

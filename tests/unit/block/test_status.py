@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import os
 from pathlib import Path
 
@@ -201,6 +202,20 @@ def chain(shape: list[tuple[int, set[int]]]) -> list[CowNode]:
 def test_three_layers_of_different_lengths_agree_with_a_byte_model(
     shape: list[tuple[int, set[int]]], offset: int, length: int
 ) -> None:
+    agree_with_the_model(shape, offset, length)
+
+
+def test_every_three_layers_of_up_to_two_clusters_agree_with_a_byte_model() -> None:
+    written = [set[int](), {0}, {1}, {0, 1}]
+    each = [
+        (clusters, has) for clusters in (1, 2) for has in written if clusters > max(has, default=0)
+    ]
+    for shape in itertools.product(each, repeat=3):
+        for offset in (0, CLUSTER // 2, CLUSTER, 2 * CLUSTER - 1):
+            agree_with_the_model(list(shape), offset, 2 * CLUSTER)
+
+
+def agree_with_the_model(shape: list[tuple[int, set[int]]], offset: int, length: int) -> None:
     nodes = chain(shape)
     top = nodes[0]
 
