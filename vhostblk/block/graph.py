@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
-from vhostblk.block import opening, pipeline
+from vhostblk.block import opening, pipeline, temporary_overlay
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.edge import Edge
@@ -74,7 +74,8 @@ class BlockGraph:
         """Open a node.
 
         Args:
-            options: nested or dotted; or the text of a `--blockdev` option.
+            options: nested or dotted; or the text of a `--blockdev` option. With `snapshot`, what is written goes to a
+                temporary overlay.
 
         Raises: ConfigError: one line that names the option, the value and what is allowed, or the
             file and the reason.
@@ -83,7 +84,11 @@ class BlockGraph:
             options = parse_options(options, "driver")
         flat = flatten(options)
         async with self.changing():
-            return self.adopt(await opening.open_node(self, flat))
+            return self.adopt(
+                await temporary_overlay.open_top(
+                    self, flat, lambda flat: opening.open_node(self, flat)
+                )
+            )
 
     async def open_image(
         self, filename: str | None, options: Mapping[str, Any] | None = None
@@ -100,7 +105,11 @@ class BlockGraph:
         """
         flat = flatten(options or {})
         async with self.changing():
-            return self.adopt(await opening.open_image(self, filename, flat))
+            return self.adopt(
+                await temporary_overlay.open_top(
+                    self, flat, lambda flat: opening.open_image(self, filename, flat)
+                )
+            )
 
     def find(self, name: str) -> BlockNode:
         """The node of this name.

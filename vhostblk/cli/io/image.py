@@ -92,8 +92,6 @@ def modes_of(args: Any) -> Modes:
     Raises:
         RefusedError: we do not have it.
     """
-    if args.snapshot:
-        raise RefusedError("-s is not supported by this version of vhostblk")
     if args.native_aio:
         aio_mode("native")
     cache = args.cache or CACHE_MODES["none" if args.no_cache else "writethrough"]
@@ -104,6 +102,7 @@ def modes_of(args: Any) -> Modes:
         aio=args.aio,
         force_share=args.force_share,
         copy_on_read=args.copy_on_read,
+        snapshot=args.snapshot,
     )
 
 

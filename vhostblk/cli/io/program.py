@@ -67,8 +67,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-d", "--discard", metavar="MODE", help="unmap or ignore; unmap if absent")
     add("-U", "--force-share", action="store_true", help="share the image; needs --read-only")
     add("-V", action="version", version=f"vhostblk {__version__}", help=argparse.SUPPRESS)
+    add("-s", "--snapshot", action="store_true", help="keep what is written in a temporary file")
     # What qemu-io has besides; refused by name.
-    add("-s", "--snapshot", action="store_true", help=argparse.SUPPRESS)
     add("-k", "--native-aio", action="store_true", help=argparse.SUPPRESS)
     add("-T", "--trace", help=argparse.SUPPRESS)
     parser.set_defaults(program="vhostblk-io")

@@ -30,7 +30,7 @@ class Modes:
     """How an image is opened, as far as its own options do not say otherwise.
 
     Attributes: discard: "unmap" or "ignore". aio: "threads", "io_uring", None: the fastest. copy_on_read: what is read
-        is written to the top layer.
+        is written to the top layer. snapshot: what is written goes to a temporary overlay.
     """
 
     read_only: bool = False
@@ -39,6 +39,7 @@ class Modes:
     aio: str | None = None
     force_share: bool = False
     copy_on_read: bool = False
+    snapshot: bool = False
 
     def options(self, given: Mapping[str, str]) -> dict[str, Any]:
         """The options to open a node with.
@@ -53,6 +54,7 @@ class Modes:
             "read-only": self.read_only,
             **self.cache.options,
             "discard": self.discard,
+            **({"snapshot": True} if self.snapshot else {}),
             **given,
         }
         if self.force_share:

@@ -38,7 +38,6 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("-s",), "-s is not supported"),
         (("-k",), "aio=native is not supported"),
         (("-i", "native"), "aio=native is not supported"),
         (("-T", "x"), "--trace is not supported"),
@@ -55,6 +54,14 @@ def test_what_is_not_there_is_refused_by_name(
     assert err.startswith("vhostblk-io: ")
     assert complaint in err
     assert err.count("\n") == 1
+
+
+def test_what_is_written_to_a_temporary_overlay_is_gone_afterwards(run: Run, image: Path) -> None:
+    before = image.read_bytes()
+    words = ("-f", "raw", "-s", "-c", "write -q -P 9 0 4k", "-c", "read -q -P 9 0 4k")
+    assert run(*words, image) == (0, "", "")
+    assert run(*words[:2], "-c", f"open -s {image}", *words[3:]) == (0, "", "")
+    assert image.read_bytes() == before
 
 
 def test_waiting_for_what_cannot_come_ends(run: Run, image: Path) -> None:
