@@ -163,9 +163,10 @@ def test_clusters_that_others_share_or_that_are_compressed_are_copied(
         assert check(image) == ""
 
 
-def test_external_data_file_is_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", ["", ",data_file_raw=on", ",extended_l2=on", ",cluster_size=4k"])
+def test_external_data_file_is_written(tmp_path: Path, shape: str) -> None:
     size = 8 * MIB
-    image = create(tmp_path / "i.qcow2", size, "-o", f"data_file={tmp_path / 'data'}")
+    image = create(tmp_path / "i.qcow2", size, "-o", f"data_file={tmp_path / 'data'}{shape}")
     assert_written(image, tmp_path, bytes(size), seed=8)
 
 

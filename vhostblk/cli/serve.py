@@ -47,7 +47,7 @@ _SD_LISTEN_FDS_START = 3
 # More threads than queues have nothing to do.
 _MAX_THREADS = MAX_QUEUES
 _MAX_INT = (1 << 31) - 1
-# What is served as it is, and what is inside of a file; nobody guesses, because a guest may write anything into its disk.
+# What is served: a file's bytes, or what is in it. Nobody guesses: a guest may write anything to its disk.
 FORMATS = ("raw", "qcow2")
 # Formats that a raw image must not be mistaken for.
 _MAGIC = {

@@ -12,6 +12,7 @@
 | `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
 | `backing` | what the header says the image is backed by, and how that changes |
 | `overlaps` | where all tables are, which nobody may overwrite |
+| `data_file` | external data files, raw or not |
 | `locks` | who uses which range of the disk |
 | `compressed`, `compressing` | compressed clusters as bytes; how they are written |
 | `layout`, `create` | where things are in a new image; making one |

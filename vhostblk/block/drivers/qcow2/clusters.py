@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import (
@@ -273,6 +274,9 @@ class Clusters:
         self, shift: int, first: int, offset: int, end: int, last: int, iov: IoVec
     ) -> None:
         """The data, with what was around them."""
+        if self._is_external:
+            # The file is not longer than the disk.
+            last = max(end, min(last, self._metadata.header.size))
         if first == offset and last == end:
             await self._data.pwritev(offset + shift, iov)
             return
@@ -348,6 +352,10 @@ class Clusters:
                             old += self.gives_up(entry)
                         self._metadata.change(slice_, cluster, *new)
                 await to_the_end(self.let_go(start, limit, old))
+                if discard and self._is_external:
+                    # The place stays theirs, the room need not.
+                    with suppress(BlockError):
+                        await self._data.pdiscard(at, stop - at)
             at = stop
 
     def _check_clearable(self, table: Table, start: int, end: int) -> None:

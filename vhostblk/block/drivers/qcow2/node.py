@@ -25,6 +25,7 @@ from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
 from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
+from vhostblk.block.drivers.qcow2.data_file import RawDataFile
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
 from vhostblk.block.drivers.qcow2.extents import Qcow2Extents
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
@@ -80,6 +81,7 @@ class Qcow2Node(SnapshotNode, Qcow2Extents):
     _clusters: Clusters
     _compressing: CompressedWrites
     _first_writes: FirstWrites
+    _raw_data: RawDataFile | None
     _codec: ClusterCodec
 
     @classmethod
@@ -153,6 +155,9 @@ class Qcow2Node(SnapshotNode, Qcow2Extents):
             has_backing=lambda: "backing" in self.children,
         )
         self._compressing = CompressedWrites(self._clusters, self._codec, header.cluster_size)
+        self._raw_data = None
+        if header.has_data_file and header.autoclear & AutoClear.RAW_DATA_FILE:
+            self._raw_data = RawDataFile(self._data, self._clusters.locks, self._clusters.run)
         self._first_writes = FirstWrites(
             self._metadata,
             self._data,
@@ -177,8 +182,6 @@ class Qcow2Node(SnapshotNode, Qcow2Extents):
             why = "Image was not closed properly; repair it with qemu-img check -r all"
         elif header.autoclear & AutoClear.BITMAPS:
             why = "Image has persistent bitmaps, which this version cannot keep up to date"
-        elif header.autoclear & AutoClear.RAW_DATA_FILE:
-            why = "Image has a raw external data file, which this version does not write"
         if why:
             raise ConfigError(f"Node '{self.node_name}': {why}", errno.EACCES)
 
@@ -320,6 +323,9 @@ class Qcow2Node(SnapshotNode, Qcow2Extents):
         """By changing tables, where whole clusters or subclusters are concerned; ENOTSUP else."""
         if not self._is_whole(offset, length, self._header.subcluster_size):
             raise BlockError(errno.ENOTSUP)
+        if self._raw_data is not None:
+            await self._change(self._raw_data.pwrite_zeroes(offset, length, flags))
+            return
         keep = not flags & _MAY_UNMAP
         if self._header.version < 3 and keep:
             raise BlockError(errno.ENOTSUP)
@@ -329,6 +335,9 @@ class Qcow2Node(SnapshotNode, Qcow2Extents):
         """Clusters are given up; they read as zeroes then."""
         if not self._is_whole(offset, length, self._header.cluster_size):
             raise BlockError(errno.ENOTSUP)
+        if self._raw_data is not None:
+            await self._change(self._raw_data.pdiscard(offset, length))
+            return
         await self._change(self._clusters.clear(offset, length, keep=False, discard=True))
 
     def _is_whole(self, offset: int, length: int, unit: int) -> bool:

@@ -14,6 +14,7 @@ import errno
 
 from vhostblk.block.drivers.qcow2.cache import Slice
 from vhostblk.block.drivers.qcow2.clusters import Clusters, Old
+from vhostblk.block.drivers.qcow2.data_file import forget_behind
 from vhostblk.block.drivers.qcow2.entries import COPIED, Kind
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, AutoClear, Header
 from vhostblk.block.drivers.qcow2.locks import to_the_end
@@ -155,6 +156,7 @@ class Resize:
         await self._zero_tail(old, min(whole, new), allocate=mode is not Preallocation.OFF)
         if self._header.has_data_file:
             length = end if mode is not Preallocation.OFF else new
+            await forget_behind(self._data, old, length)
             allocates = mode in _ALLOCATES and length > self._data.node.length
             await self._data.truncate(length, mode if allocates else Preallocation.OFF)
         if mode is not Preallocation.OFF:
