@@ -11,7 +11,7 @@ out fails with ENOTSUP and is emulated by the pipeline (block layer rows B03.6 a
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -130,6 +130,8 @@ class Driver:
     # What a new image of this driver can be like, made of `options.option()` fields in the spelling of `qemu-img create
     # -o`; None: the driver cannot make images (row B35). The dataclass refuses what contradicts itself.
     create_options_type: ClassVar[type[Any] | None] = None
+    # The same for what can be changed later (row B35.8), where absent is as it is.
+    amend_options_type: ClassVar[type[Any] | None] = None
     # Other names that programs write for some of them.
     create_aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Children in which images are made.
@@ -231,6 +233,14 @@ class Driver:
 
     async def reopen_abort(self, reopen: Reopen) -> None:
         """Put away what was prepared."""
+
+    async def driver_amend(self, options: Any, progress: Callable[[int, int], None]) -> None:
+        """Change what the image is like (row B35.8); nobody else uses it meanwhile.
+
+        Args:
+            options: of `amend_options_type`. progress: to be called with what is done, and all.
+        """
+        raise BlockError(errno.ENOTSUP, f"{self.node_name}: nothing can be amended")
 
     async def driver_inactivate(self) -> None:
         """Store what only this process knows: the image is about to be somebody else's (row B40.3)."""

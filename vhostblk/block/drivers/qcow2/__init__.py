@@ -16,7 +16,7 @@
 | `locks` | who uses which range of the disk |
 | `compressed`, `compressing` | compressed clusters as bytes; how they are written |
 | `layout`, `create` | where things are in a new image; making one |
-| `resize` | a disk that grows or shrinks |
+| `resize`, `amend` | a disk that grows or shrinks; an image that is to be like another |
 | `options`, `node` | what users may ask for, the driver |
 """
 

@@ -12,7 +12,7 @@ Headers in, writes out. Knows nothing about files.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from vhostblk.block.drivers.qcow2.header import (
@@ -45,9 +45,27 @@ def change_backing(header: Header, name: str, driver: str) -> HeaderChange:
         raise BlockError(errno.EINVAL, "Backing file name too long")
     if len(driver.encode()) > _MAX_FORMAT:
         raise BlockError(errno.EINVAL, f"Backing format '{driver}' is too long")
-    for extensions in _extensions(header, driver):
-        bare = replace(header, backing_name=name, extensions=extensions, backing_offset=0)
-        for place in _places(header, bare, len(encoded)):
+    return rewritten(
+        header,
+        (
+            replace(header, backing_name=name, extensions=extensions, backing_offset=0)
+            for extensions in _extensions(header, driver)
+        ),
+    )
+
+
+def rewritten(header: Header, candidates: Iterable[Header]) -> HeaderChange:
+    """The first of these headers that can be written, and how.
+
+    Args:
+        header: as it is on the disk.
+        candidates: with no place for the name of the backing file yet.
+
+    Raises:
+        BlockError: EINVAL: no such header can be; ENOSPC: there is no room for its names.
+    """
+    for bare in candidates:
+        for place in _places(header, bare, len(bare.encoded_backing_name)):
             new = replace(bare, backing_offset=place)
             try:
                 new.check()

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostblk.block.driver import BackingName, NodeInfo, OpenContext
+from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
@@ -41,7 +42,6 @@ from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.resize import Resize, check_resizable
-from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import FlushTarget, Hull, Ranges
@@ -65,7 +65,7 @@ _MAY_UNMAP = int(Req.MAY_UNMAP)
 _WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
 
-class Qcow2Node(SnapshotNode, Qcow2Extents):
+class Qcow2Node(AmendNode, Qcow2Extents):
     """A qcow2 image."""
 
     driver_name = "qcow2"

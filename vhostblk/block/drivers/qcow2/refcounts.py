@@ -201,6 +201,25 @@ class Refcounts:
             block = await self._existing_block(index)
             return block.table[at] if block is not None else 0
 
+    async def counts(self, first: int, count: int) -> list[int]:
+        """How many use each of these clusters, by number.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        found: list[int] = []
+        async with self._lock:
+            while len(found) < count:
+                index, at = divmod(first + len(found), self._per_block)
+                block = await self._existing_block(index)
+                length = min(count - len(found), self._per_block - at)
+                found += block.table[at : at + length] if block is not None else [0] * length
+        return found
+
+    def block_offsets(self) -> list[int]:
+        """Where blocks are."""
+        return [offset for offset in self._table if offset]
+
     def give_up(self, offset: int, length: int = 1) -> None:
         """One user less of the clusters that the range touches, when nobody on the disk refers to them any more."""
         clusters = self._touched(offset, length)

@@ -80,7 +80,7 @@ class Resize:
         metadata = self._metadata
         discards, metadata.discards = metadata.discards, True  # that is what shrinking is for
         try:
-            await self._cut(align_up(new, self._size), align_up(old, self._size))
+            await self.cut(align_up(new, self._size), align_up(old, self._size))
             await metadata.set_size(new)
             if self._header.has_data_file:
                 await self._data.truncate(new)
@@ -88,8 +88,13 @@ class Resize:
         finally:
             metadata.discards = discards
 
-    async def _cut(self, start: int, end: int) -> None:
-        """Forget where the clusters `start`..`end` are, and give them up."""
+    async def cut(self, start: int, end: int) -> None:
+        """Forget where clusters are, from `start` to `end` and as far as their tables go, and give them up.
+
+        Raises:
+            BlockError: a child's errno.
+            ImageError: an entry is wrong.
+        """
         metadata, covers = self._metadata, self._metadata.table_covers
         at = start
         while at < end:
@@ -102,7 +107,7 @@ class Resize:
                     if at == table_start:  # the rest of the table is for what is behind the end
                         await self._cut_table(at, stop)
                     else:
-                        await self._cut_slices(at, stop)
+                        await self.forget(at, stop)
             at = stop
 
     async def _cut_table(self, start: int, end: int) -> None:
@@ -115,7 +120,8 @@ class Resize:
         metadata.drop_table(start)
         await to_the_end(self._clusters.let_go(start, end, old))
 
-    async def _cut_slices(self, start: int, end: int) -> None:
+    async def forget(self, start: int, end: int) -> None:
+        """The same within one table, without what else it is for; raises as `cut`."""
         metadata = self._metadata
         at = start
         while at < end:
@@ -152,7 +158,7 @@ class Resize:
         await metadata.make_room(new)
         # Before anybody can see it, also after a crash: nothing that was behind the end shows, neither here nor below.
         whole, end = align_up(old, self._size), align_up(new, self._size)
-        await self._cut(whole, align_up(end, metadata.table_covers))
+        await self.cut(whole, align_up(end, metadata.table_covers))
         await self._zero_tail(old, min(whole, new), allocate=mode is not Preallocation.OFF)
         if self._header.has_data_file:
             length = end if mode is not Preallocation.OFF else new
