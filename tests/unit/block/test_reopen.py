@@ -21,6 +21,7 @@ from vhostblk.block.iov import IoVec
 from vhostblk.block.node import ExtentFlag, OpenContext, Req
 from vhostblk.block.permissions import Perm
 from vhostblk.block.reopen import Reopen, acquire_write, reopen
+from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError, ConfigError
 
 KIB = 1024
@@ -370,6 +371,36 @@ def test_reopen_that_is_cancelled_when_all_is_decided_is_made(image: str) -> Non
         user = BlockBackend(top, "guest", writable=True)
         await user.pwritev(0, IoVec.of(b"x"))
         await user.close()
+
+    with_graph(scenario)
+
+
+def test_nobody_comes_between_the_look_at_the_permissions_and_the_change(
+    image: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody who attached there would be left with permissions that nobody has looked at."""
+    happened: list[str] = []
+    check, commit = GraphTransaction.check, GraphTransaction.commit
+
+    def watched_check(change: GraphTransaction) -> None:
+        check(change)
+        happened.append("checked")
+        asyncio.get_running_loop().call_soon(happened.append, "somebody else")
+
+    def watched_commit(change: GraphTransaction, *, checked: bool = False) -> None:
+        commit(change, checked=checked)
+        happened.append("made")
+
+    async def scenario(graph: BlockGraph) -> None:
+        node = await graph.add({"driver": "file", "node-name": "f", "filename": image})
+        backend = BlockBackend(node, "guest", writable=False, shared=Perm.ALL)
+        monkeypatch.setattr(GraphTransaction, "check", watched_check)
+        monkeypatch.setattr(GraphTransaction, "commit", watched_commit)
+        happened.clear()
+        await reopen(graph, {node: {"read-only": True}})
+        monkeypatch.undo()
+        assert happened[:3] == ["checked", "made", "somebody else"]
+        await backend.close()
 
     with_graph(scenario)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.unit.block.fakes import NoOptions, PassNode
+from tests.unit.block.fakes import NoOptions, PassNode, turns
 from vhostblk.block import surgery
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
@@ -57,7 +57,7 @@ ALL = {**DRIVERS, "overlay": Overlay, "pass": PassNode, "clear": Clear}
 
 def with_graph(scenario: Callable[[BlockGraph], Awaitable[Any]]) -> None:
     async def run() -> None:
-        graph = BlockGraph(ALL)
+        graph = BlockGraph({**ALL, "gate": Gate})
         await scenario(graph)
         await graph.close_all()
 
@@ -128,6 +128,47 @@ def test_overlay_is_appended_below_everybody_who_used_the_top_except_edges_that_
             await surgery.append(graph, overlay, base)
         await guest.close()
         await job.close()
+
+    with_graph(scenario)
+
+
+class Gate(PassNode):
+    """Reads wait at it."""
+
+    driver_name = "gate"
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.opened = asyncio.Event()
+        self.asked = 0
+
+    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+        self.asked += 1
+        await self.opened.wait()
+        await super().driver_preadv(offset, length, iov)
+
+
+def test_append_waits_for_what_is_in_flight_and_what_comes_meanwhile_is_for_the_overlay() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        await graph.add("memory,node-name=low,size=64k")
+        gate = await graph.add("gate,node-name=base,file=low")
+        assert isinstance(gate, Gate)
+        guest = BlockBackend(gate, "guest", writable=False)
+        overlay = await graph.add("overlay,node-name=o")
+        reads = [asyncio.create_task(byte_at(guest, 0))]
+        await turns(2)
+        appending = asyncio.create_task(surgery.append(graph, overlay, gate))
+        await turns(10)
+        reads.append(asyncio.create_task(byte_at(guest, 0)))
+        await turns(10)
+        assert gate.asked == 1
+        assert not appending.done()
+        assert guest.node is gate
+        gate.opened.set()
+        await asyncio.wait_for(asyncio.gather(appending, *reads), 10)
+        assert guest.node is overlay
+        assert gate.asked == 2
+        await guest.close()
 
     with_graph(scenario)
 
