@@ -151,6 +151,8 @@ def commands(script: list[str]) -> list[str]:
         ["-t", "foo", "IMAGE"],
         ["-d", "foo", "IMAGE"],
         ["-i", "foo", "IMAGE"],
+        ["-k", "-f", "raw", "IMAGE"],
+        ["-k", "-n", "-f", "raw", "-c", "write -P 7 0 8k", "-c", "read -P 7 0 8k", "IMAGE"],
         ["-f", "raw", "-U", "IMAGE"],
         ["-f", "raw", "-rU", "-c", "length", "IMAGE"],
         ["-f", "raw", "-Cr", "IMAGE"],

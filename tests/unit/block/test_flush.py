@@ -7,9 +7,10 @@ import errno
 
 import pytest
 
-from tests.unit.block.fakes import ArrayNode, put_above, run_now, turns
+from tests.unit.block.fakes import ArrayNode, CowNode, PassNode, put_above, run_now, turns
 from vhostblk.block import clear, pipeline
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.flush import flush_all
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import BlockNode, PastWrites, Req
@@ -123,11 +124,13 @@ def test_write_that_completes_during_a_flush_is_the_next_flushs() -> None:
         gate = asyncio.Event()
 
         async def pause() -> None:
-            await gate.wait()
+            if node.asked.count("flush"):  # the disk is at it
+                await gate.wait()
 
         node.pause = pause
         first = asyncio.create_task(pipeline.flush(node))
         await turns(2)
+        assert node.asked.count("flush") == 1
         node.pause = None
         await pipeline.pwritev(node, 0, IoVec.of(b"late"))
         second = asyncio.create_task(pipeline.flush(node))
@@ -247,3 +250,90 @@ def test_writes_past_the_pipeline_are_those_of_the_node_that_was_there() -> None
     for node in (old, new):
         run_now(pipeline.flush(node))
     assert (old.asked.count("flush"), new.asked.count("flush")) == (2, 1)
+
+
+class Failing(PassNode):
+    """Cannot give its caches to the one below."""
+
+    async def driver_flush_to_os(self) -> None:
+        raise BlockError(errno.EDQUOT)
+
+
+def test_layer_that_cannot_write_its_caches_fails_the_flush_and_nobody_below_is_asked() -> None:
+    leaf = ArrayNode()
+    with pytest.raises(BlockError) as error:
+        run_now(pipeline.flush(put_above(leaf, kind=Failing)))
+    assert error.value.errno == errno.EDQUOT
+    assert leaf.asked.count("flush") == 0
+
+
+def failing_flush(node: ArrayNode) -> None:
+    def fail(kind: str, offset: int, length: int) -> None:
+        if kind == "flush":
+            raise BlockError(errno.EDQUOT)
+
+    node.fail = fail
+
+
+def test_failure_of_a_flush_below_is_one_of_the_flush_above() -> None:
+    leaf = ArrayNode()
+    top = put_above(leaf)
+    failing_flush(leaf)
+    run_now(pipeline.pwritev(top, 0, IoVec.of(b"x")))
+    for _ in range(2):
+        with pytest.raises(BlockError) as error:
+            run_now(pipeline.flush(top))
+        assert error.value.errno == errno.EDQUOT
+    leaf.fail = None
+    run_now(pipeline.flush(top))
+    assert leaf.durable[:1] == b"x"
+
+
+@pytest.mark.parametrize("kind", ["write", "zeroes", "unaligned"])
+def test_durable_write_whose_flush_fails_has_failed(kind: str) -> None:
+    node = ArrayNode(limits=BlockLimits(request_alignment=512, min_mem_alignment=1))
+    failing_flush(node)
+    request = {
+        "write": lambda: pipeline.pwritev(node, 0, IoVec.of(bytes(512)), FUA),
+        "unaligned": lambda: pipeline.pwritev(node, 7, IoVec.of(b"x"), FUA),
+        "zeroes": lambda: clear.pwrite_zeroes(node, 0, 512, FUA),
+    }[kind]
+    with pytest.raises(BlockError) as error:
+        run_now(request())
+    assert error.value.errno == errno.EDQUOT
+
+
+def test_what_a_layer_only_reads_is_not_flushed_with_it() -> None:
+    base = ArrayNode()
+    top = CowNode(base, 8192)
+    run_now(pipeline.pwritev(base, 0, IoVec.of(b"x")))
+    run_now(pipeline.flush(top))
+    assert top.asked.count("flush") == 1
+    assert base.asked.count("flush") == 0
+
+
+class Responsible(PassNode):
+    """Flushes whatever is below by itself."""
+
+    async def driver_flush_all(self) -> bool:
+        return True
+
+
+def test_driver_that_is_responsible_for_all_beneath_is_the_only_one_asked() -> None:
+    leaf = ArrayNode()
+    run_now(pipeline.flush(put_above(leaf, kind=Responsible)))
+    assert leaf.asked.calls == []
+
+
+def test_all_nodes_are_flushed_whatever_fails_and_the_first_error_is_told() -> None:
+    nodes = [ArrayNode(), ArrayNode(), ArrayNode()]
+    for node, error in zip(nodes[:2], (errno.EDQUOT, errno.EIO), strict=True):
+
+        def fail(kind: str, offset: int, length: int, error: int = error) -> None:
+            raise BlockError(error)
+
+        node.fail = fail
+    with pytest.raises(BlockError) as caught:
+        run_now(flush_all(list(nodes)))
+    assert caught.value.errno == errno.EDQUOT
+    assert [node.asked.count("flush") for node in nodes] == [0, 0, 1]

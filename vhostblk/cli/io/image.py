@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.keyval import parse_flat
-from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_discard_mode
+from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_cache_mode, parse_discard_mode
 from vhostblk.block.reopen import reopen as reopen_nodes
 from vhostblk.cli.io.command import (
     Arguments,
@@ -27,9 +27,10 @@ def cache_mode(word: str) -> CacheMode:
     Raises:
         RefusedError: there is no such mode.
     """
-    if word not in CACHE_MODES:
-        raise RefusedError(f"Invalid cache option: {word}")
-    return CACHE_MODES[word]
+    try:
+        return parse_cache_mode(word)
+    except ConfigError:
+        raise RefusedError(f"Invalid cache option: {word}") from None
 
 
 def discard_mode(word: str) -> str:
@@ -48,11 +49,9 @@ def aio_mode(word: str) -> str:
     """`-i`.
 
     Raises:
-        RefusedError: there is no such mode, or we do not have it.
+        RefusedError: there is no such mode.
     """
-    if word == "native":
-        raise RefusedError("aio=native is not supported (threads and io_uring are)")
-    if word not in ("threads", "io_uring"):
+    if word not in ("threads", "native", "io_uring"):
         raise RefusedError(f"Invalid aio option: {word}")
     return word
 
@@ -87,19 +86,13 @@ class Open(Arguments):
 
 
 def modes_of(args: Any) -> Modes:
-    """What the options of `open`, or those of the command line, which are the same, ask for.
-
-    Raises:
-        RefusedError: we do not have it.
-    """
-    if args.native_aio:
-        aio_mode("native")
+    """What the options of `open`, or those of the command line, which are the same, ask for."""
     cache = args.cache or CACHE_MODES["none" if args.no_cache else "writethrough"]
     return Modes(
         read_only=args.read_only,
         cache=cache,
         discard=args.discard or "unmap",
-        aio=args.aio,
+        aio="native" if args.native_aio else args.aio,
         force_share=args.force_share,
         copy_on_read=args.copy_on_read,
         snapshot=args.snapshot,

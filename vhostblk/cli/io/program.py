@@ -57,7 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-n", "--nocache", dest="no_cache", action="store_true", help="as -t none")
     add("-C", "--copy-on-read", action="store_true", help="write what is read to the top layer")
     add("-m", "--misalign", action="store_true", help="use buffers that are not aligned")
-    add("-i", "--aio", metavar="MODE", help="how to do I/O: threads or io_uring")
+    add("-i", "--aio", metavar="MODE", help="how to do I/O: threads, io_uring or native")
     add(
         "-t",
         "--cache",
@@ -68,8 +68,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-U", "--force-share", action="store_true", help="share the image; needs --read-only")
     add("-V", action="version", version=f"vhostblk {__version__}", help=argparse.SUPPRESS)
     add("-s", "--snapshot", action="store_true", help="keep what is written in a temporary file")
+    add("-k", "--native-aio", action="store_true", help="as -i native")
     # What qemu-io has besides; refused by name.
-    add("-k", "--native-aio", action="store_true", help=argparse.SUPPRESS)
     add("-T", "--trace", help=argparse.SUPPRESS)
     parser.set_defaults(program="vhostblk-io")
 

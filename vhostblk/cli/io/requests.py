@@ -62,6 +62,18 @@ def vector_lengths(words: Sequence[str]) -> list[int]:
     return lengths
 
 
+def _length(word: str) -> int:
+    """The length of one request.
+
+    Raises:
+        CommandError: it is no number, or more than one request can have.
+    """
+    length = size(word)
+    if length > MAX_REQUEST:
+        raise CommandError(f"length cannot exceed {MAX_REQUEST}, given {word}")
+    return length
+
+
 def pattern_failed(offset: int, length: int) -> str:
     """What is said of bytes that are others."""
     return f"Pattern verification failed at offset {offset}, {length} bytes"
@@ -99,9 +111,7 @@ class Read(Arguments):
 
 async def read(session: Session, args: Read) -> None:
     """Read, and look at what came."""
-    length = size(args.length_word)
-    if length > MAX_REQUEST:
-        raise CommandError(f"length cannot exceed {MAX_REQUEST}, given {args.length_word}")
+    length = _length(args.length_word)
     if args.pattern is None and (args.check_length, args.check_offset) != (None, None):
         raise UsageError
     start = args.check_offset or 0
@@ -270,9 +280,7 @@ class Discard(Arguments):
 
 async def discard(session: Session, args: Discard) -> None:
     """Give a range up."""
-    length = size(args.length_word)
-    if length > MAX_REQUEST:
-        raise CommandError(f"length cannot exceed {MAX_REQUEST}, given {args.length_word}")
+    length = _length(args.length_word)
     seconds = await timed(session.opened.backend.pdiscard(args.offset, length), "discard")
     if not args.quiet:
         session.out(report("discard", args.offset, length, seconds, machine=args.machine))

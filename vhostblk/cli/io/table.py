@@ -43,9 +43,9 @@ _MODES = """
  -s  changes go to a temporary overlay (not supported yet)
  -C  copy on read
  -n  no host cache, as -t none
- -k  as -i native (not supported)
+ -k  as -i native
  -U  share the image with whoever else uses it; needs -r
- -i MODE  I/O by threads or io_uring
+ -i MODE  I/O by threads, io_uring or native
  -t MODE  cache: none, off, directsync, writeback, unsafe, writethrough
  -d MODE  discard: unmap (default) or ignore
  -o OPTIONS  options of the node: driver=raw,offset=512"""

@@ -38,8 +38,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (("-k",), "aio=native is not supported"),
-        (("-i", "native"), "aio=native is not supported"),
+        (("-k", "-f", "raw"), "aio=native was specified, but it requires cache.direct=on"),
+        (
+            ("-i", "native", "-f", "raw"),
+            "aio=native was specified, but it requires cache.direct=on",
+        ),
         (("-T", "x"), "--trace is not supported"),
         (("--object", "secret,id=s"), "type 'secret' is not supported (allowed: throttle-group)"),
         (("--object", "throttle-group"), "Parameter 'id' is missing"),
