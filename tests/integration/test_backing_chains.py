@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import random
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -220,6 +221,23 @@ def test_chain_of_128_images_is_opened_flushed_and_shortened(folder: Path) -> No
 
     with_chain(folder / "127", scenario)
     assert names_of(folder / "127") == ["127", "0"]
+
+
+def test_chain_of_20_images_is_open_after_less_than_300_ms_of_cpu_time(folder: Path) -> None:
+    create(folder / "0", 1 << 30)
+    for number in range(1, 20):
+        create(folder / str(number), 1 << 30, "-u", "-b", str(number - 1), "-F", "qcow2")
+
+    async def scenario() -> float:
+        graph = BlockGraph()
+        began = time.process_time()
+        node = await graph.open_image(str(folder / "19"), {"driver": "qcow2"})
+        took = time.process_time() - began
+        assert chain.depth(node) == 19
+        await graph.close_all()
+        return took
+
+    assert min(asyncio.run(scenario()) for _ in range(3)) < 0.3
 
 
 # ---------------------------------------------------------------------- what images say

@@ -280,6 +280,37 @@ def test_what_cannot_be_committed_has_its_errno(folder: Path) -> None:
     with_image(folder / "layer0", scenario, driver="qcow2")
 
 
+def test_guessed_raw_base_does_not_become_another_format_by_a_commit(folder: Path) -> None:
+    (folder / "base").write_bytes(bytes(MIB))
+    top = create(folder / "top", MIB, "-b", "base", "-F", "raw")
+    content = top.read_bytes()[:512]
+
+    async def forget_format(graph: BlockGraph, node: BlockNode) -> None:
+        await backing.change_backing_file(graph, node, "base", needs_driver=False)
+
+    async def scenario(graph: BlockGraph, node: BlockNode) -> None:
+        assert node.backing is not None
+        assert node.backing.probed
+        backend = BlockBackend(node, "the guest", writable=True)
+        await backend.pwritev(0, IoVec.of(content))
+        with pytest.raises(BlockError) as raised:
+            await commit(graph, node)
+        assert raised.value.errno == errno.EPERM
+        assert await read(backend, 0, 512) == content
+        await backend.close()
+        # Whoever says the format knows.
+        await rebase(graph, node, "base", "raw")
+        await backing.set_backing(graph, node, None)
+        known = await backing.open_backing(graph, node, "base", "raw")
+        await backing.set_backing(graph, node, known)
+        await graph.release(known)
+        await commit(graph, node)
+
+    with_image(top, forget_format, driver="qcow2")
+    with_image(top, scenario, driver="qcow2")
+    assert (folder / "base").read_bytes()[:512] == content
+
+
 def test_rebase_that_is_refused_changes_nothing(folder: Path) -> None:
     layers = make_chain(folder, "alike")
 

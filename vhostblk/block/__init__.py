@@ -12,11 +12,12 @@ The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `re
 `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
 where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
 `reopen.py`, `activation.py` and `length.py`; `create.py` and `amend.py` make and change images.
-Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what is in layers, and work
-through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users write and read:
-`options.py`, `keyval.py`, `filename.py`, `modes.py`, `introspection.py`. `throttle_group.py` and
-`leaky_bucket.py` are budgets. `backend.py` is the view from outside, `no_medium.py` what it stands
-on without a disk, `host_io.py` file I/O, `drivers/` and `filters/` one node class per file.
+Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what
+is in layers, and work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users
+write and read: `options.py`, `keyval.py`, `filename.py`, `modes.py`, `introspection.py`.
+`throttle_group.py` and `leaky_bucket.py` are budgets. `backend.py` is the view from outside,
+`no_medium.py` what it stands on without a disk, `host_io.py` file I/O, `drivers/` and `filters/`
+one node class per file.
 
 All in bytes; QEMU's block layer is the model. Knows nothing about virtio or vhost-user.
 """

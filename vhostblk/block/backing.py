@@ -165,7 +165,7 @@ def name_for(overlay: BlockNode, backing: BlockNode, above: BlockNode | None = N
         above: the layer that was directly above it; its relative name is kept, if it is in the same folder.
     """
     shown = skip_filters(backing)
-    driver, name = shown.driver_name, filename(backing)
+    driver, name = shown.driver_name, filename(shown)
     if is_json(name) or protocol_prefix(name) is not None:
         return BackingName(name, driver)
     try:

@@ -296,7 +296,7 @@ class Opening:
             what = "backing file" if role & Role.COW else f"'{key}'"
             raise ConfigError(f"Could not open {what}: {error}", error.errno) from None
         node.inherits_from, node.inherits_as = parent, role
-        if not given:
+        if not given and protocol_prefix(name) is not None:
             parent.implied[key] = filename(node)
         return await self._attach(parent, node, key, role)
 

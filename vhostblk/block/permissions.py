@@ -68,11 +68,15 @@ class PermissionChange:
     def check(self, *nodes: BlockNode) -> None:
         """Validate what the parents of `nodes` now ask for, and take what is needed for it, down to the leaves.
 
-        A node that is reached on several ways is looked at once, when all that is above is known.
+        A node that is reached on several ways is looked at once, when all that is above is known; those below of whom
+        nothing else is asked than before are as they were.
 
         Raises: ConfigError: two users exclude each other, a node is read-only, or another process has the image.
         """
+        concerned = set(nodes)
         for node in parents_first(nodes):
+            if node not in concerned:
+                continue
             # First, because whatever else is wrong, this is what the user wants to know.
             if node.read_only and any(edge.perm & _CHANGES for edge in node.parents):
                 raise ConfigError(f"Block node '{node.node_name}' is read-only", errno.EACCES)
@@ -85,10 +89,13 @@ class PermissionChange:
             self._nodes.append((node, perm, shared))
             node.check_perm(perm, shared)
             for edge in node.children.values():
-                self._edges.append((edge, edge.perm, edge.shared))
+                before = edge.perm, edge.shared
+                self._edges.append((edge, *before))
                 edge.perm, edge.shared = node.child_perm(edge, perm, shared)
                 if edge.tolerant:
                     edge.shared = Perm.ALL
+                if (edge.perm, edge.shared) != before:
+                    concerned.add(edge.node)
 
     def commit(self) -> None:
         """Make the change final."""

@@ -11,6 +11,7 @@ same.
 
 from __future__ import annotations
 
+import errno
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
@@ -25,11 +26,11 @@ from vhostblk.block.backing import (
     set_backing,
     writable,
 )
-from vhostblk.block.chain import find_backing_image, skip_filters
+from vhostblk.block.chain import find_backing_image, layers, skip_filters
 from vhostblk.block.driver import BackingName
 from vhostblk.block.filename import is_absolute, is_json, protocol_prefix
 from vhostblk.block.flags import StatusFlag
-from vhostblk.block.introspection import directory
+from vhostblk.block.introspection import directory, exact_filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_BOUNCE, align_down, align_up
 from vhostblk.block.node import BlockNode
@@ -38,6 +39,7 @@ from vhostblk.block.operation import Operation
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.status import is_allocated, is_allocated_above, status_above
+from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
@@ -115,7 +117,12 @@ async def _find_or_open(graph: BlockGraph, top: BlockNode, name: str, driver: st
     if found is not None and found.driver_name == driver:
         graph.hold(found)
         return found
-    return await open_backing(graph, top, name, driver)
+    opened = await open_backing(graph, top, name, driver)
+    own = exact_filename(top)
+    if own and any(exact_filename(layer) == own for layer in layers(opened)):
+        await graph.release(opened)
+        raise ConfigError(f"'{name}' is backed by '{own}' itself", errno.ELOOP)
+    return opened
 
 
 async def _begin_with_zeroes(graph: BlockGraph, top: BlockNode, stack: AsyncExitStack) -> None:

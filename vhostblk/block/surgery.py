@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening
+from vhostblk.block.backing import name_for, record
+from vhostblk.block.chain import overlays_of
 from vhostblk.block.edge import Edge
-from vhostblk.block.introspection import filename
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_frozen, check_op
@@ -169,12 +170,8 @@ async def record_backing(node: BlockNode) -> None:
     Raises:
         BlockError: ENOTSUP where a format has no place for it, or an errno of the driver.
     """
-    for edge in tuple(node.parents):
-        if edge.role & Role.COW and isinstance(edge.parent, BlockNode):
-            shown = node
-            while shown.is_filter and (below := filtered_child(shown)) is not None:
-                shown = below.node
-            await edge.parent.driver_change_backing(filename(shown), shown.driver_name)
+    for overlay in overlays_of(node):
+        await record(overlay, name_for(overlay, node))
 
 
 def check_replaceable(graph: BlockGraph, parent: BlockNode, name: str) -> BlockNode:

@@ -242,5 +242,14 @@ def _left(edge: Edge, node: BlockNode | None) -> None:
         if edge.blocker is not None:
             node.op_blockers.unblock(edge.blocker)
         for below in parents_first([node]):
-            if below.inherits_from and below not in parents_first([below.inherits_from]):
+            if below.inherits_from and not _is_above(below.inherits_from, below):
                 below.inherits_from = None
+
+
+def _is_above(ancestor: BlockNode, node: BlockNode) -> bool:
+    """Whether there is a way down; looked for upwards, where it is short: most nodes are their parent's heirs."""
+    return any(
+        edge.parent is ancestor
+        or (isinstance(edge.parent, BlockNode) and _is_above(ancestor, edge.parent))
+        for edge in node.parents
+    )

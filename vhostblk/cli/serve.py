@@ -73,6 +73,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="leave the image as it is: what the guest writes is gone at the end",
+    )
+    parser.add_argument(
         "--serial",
         type=_serial,
         default=DEFAULT_SERIAL,
@@ -168,6 +173,7 @@ def run(args: argparse.Namespace) -> None:
         "node-name": "disk",
         # Children inherit these.
         "read-only": args.read_only,
+        "snapshot": args.snapshot,
         "discard": args.discard,
         "cache": {"direct": direct, "no-flush": no_flush},
     }
