@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import random
 import subprocess
 from pathlib import Path
@@ -9,17 +11,26 @@ from typing import Any
 
 from tests.disks import Scenario, read, with_disk
 from tests.requirements import require
+from vhostblk.block.check import CheckResult
+from vhostblk.block.check import check as check_node
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.flags import CheckMode
+from vhostblk.block.graph import BlockGraph
 from vhostblk.testing.daemon_process import DaemonProcess
 from vhostblk.testing.plugin import DaemonStarter
 
 __all__ = [
+    "COUNTS",
     "MIB",
     "SHAPES",
     "check",
     "contents",
+    "counts",
     "create",
     "export",
     "no_worse_than_leaks",
+    "our_check",
+    "qemu_check",
     "qemu_img",
     "qemu_io",
     "read",
@@ -71,6 +82,48 @@ def _check(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
     require("qemu-img")
     command = ["qemu-img", "check", *words, str(path)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+COUNTS = (
+    *("corruptions", "leaks", "check_errors", "image_end_offset", "total_clusters"),
+    *("allocated_clusters", "compressed_clusters", "fragmented_clusters"),
+)
+"""What both checks give."""
+
+
+def qemu_check(path: Path, *words: str) -> dict[str, int] | None:
+    """What `qemu-img check` counts; None: it refuses to open the image."""
+    done = subprocess.run(
+        ["qemu-img", "check", "-f", "qcow2", "--output=json", *words, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if not done.stdout.startswith("{"):
+        return None
+    found = json.loads(done.stdout)
+    return {name: found.get(name.replace("_", "-"), 0) for name in COUNTS}
+
+
+def our_check(path: Path, fix: int = 0, **options: Any) -> CheckResult:
+    """What our check finds; raises ConfigError if it refuses to open the image."""
+
+    async def run() -> CheckResult:
+        graph = BlockGraph(DRIVERS)
+        try:
+            options.setdefault("read-only", not fix)
+            node = await graph.open_image(str(path), {"driver": "qcow2", **options}, for_check=True)
+            return await check_node(node, CheckMode(fix))
+        finally:
+            await graph.close_all()
+
+    return asyncio.run(run())
+
+
+def counts(result: CheckResult) -> dict[str, int]:
+    """What QEMU's tool would say."""
+    return {name: getattr(result, name) for name in COUNTS}
 
 
 def create(path: Path, size: int, *words: object) -> Path:

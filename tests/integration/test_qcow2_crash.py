@@ -11,15 +11,27 @@ import asyncio
 import json
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.qcow2_images import MIB, contents, create, no_worse_than_leaks, qemu_img, qemu_io
+from tests.qcow2_images import (
+    MIB,
+    check,
+    contents,
+    create,
+    no_worse_than_leaks,
+    our_check,
+    qemu_img,
+    qemu_io,
+    with_image,
+)
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.flags import Preallocation, Req
 from vhostblk.block.graph import BlockGraph
@@ -33,13 +45,14 @@ SECTOR = 512
 FLUSH = None
 Entry = tuple[int, bytes] | int | None
 """A write, a length of the file, or a flush."""
+Recording = list[Entry]
 
 
 class Recorder(FilterNode):
     """Writes down what reaches the file."""
 
     driver_name = "recorder"
-    log: list[Entry]
+    log: Recording
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         self.log.append((offset, iov.tobytes()))
@@ -91,7 +104,7 @@ class Workload:
 
     def __init__(self, image: Path, content: bytes, seed: int, kinds: str) -> None:
         self.before = image.read_bytes()
-        self.log: list[Entry] = []
+        self.log: Recording = []
         self.promises = [Promise(0, content)]
         self._model = bytearray(content)
         self._rnd = random.Random(seed)
@@ -245,6 +258,7 @@ SHAPES = {
     "small clusters": ["-o", "cluster_size=4k"],
     "subclusters": ["-o", "extended_l2=on"],
     "tiny clusters": ["-o", "cluster_size=512,refcount_bits=64"],
+    "lazy": ["-o", "lazy_refcounts=on,cluster_size=4k"],
 }
 
 
@@ -286,7 +300,79 @@ def look_at_states(workload: Workload, image: Path, seed: int, *, snapshots: boo
     ends = [rnd.randrange(len(workload.log) + 1) for _ in range(STATES)]
     for end in [*ends, len(workload.log)]:
         image.write_bytes(workload.state(end, rnd))
-        no_worse_than_leaks(image)
+        if not is_dirty(image):
+            no_worse_than_leaks(image)
         workload.check(end, contents(image, image.parent))
         if snapshots:
             workload.check_snapshots(end, image, image.parent)
+        if is_dirty(image):
+            # Whoever opens it for writing repairs it first.
+            with_image(image, nothing)
+            assert check(image) == ""
+            workload.check(end, contents(image, image.parent))
+
+
+def is_dirty(image: Path) -> bool:
+    """Whether the header says that reference counts are wrong."""
+    header = Header.parse(image.read_bytes()[:4096])
+    return bool(header.incompatible & Incompatible.DIRTY)
+
+
+async def nothing(backend: BlockBackend) -> None:
+    """Open and close it."""
+
+
+def test_lazy_image_is_marked_while_counts_are_put_off_and_not_after_it_was_closed(
+    tmp_path: Path,
+) -> None:
+    image = create(tmp_path / "i.qcow2", 2 * MIB, "-o", "lazy_refcounts=on")
+    workload = Workload(image, bytes(2 * MIB), 5, "wwwwzudff")
+    end = len(workload.log)
+    ends = range(0, end + 1, 3)
+    dirty = []
+    for at in [*ends, end]:
+        image.write_bytes(workload.state(at, random.Random(at)))
+        dirty.append(is_dirty(image))
+    assert any(dirty)
+    assert not dirty[0]
+    assert not dirty[-1]
+    assert check(image) == ""
+    # From the first to the last time nothing but the end clears it.
+    first = dirty.index(True)
+    assert all(dirty[first:-4])
+
+
+@pytest.mark.parametrize("how", ["opened", "repaired", "opened by QEMU"])
+def test_image_that_was_killed_while_counts_were_put_off_is_repaired(
+    tmp_path: Path, how: str
+) -> None:
+    image = create(tmp_path / "i.qcow2", 2 * MIB, "-o", "lazy_refcounts=on")
+    if how == "opened by QEMU":
+        workload = Workload(image, bytes(2 * MIB), 6, "wwwwzudff")
+        flushes = [at for at, entry in enumerate(workload.log) if entry is FLUSH]
+        image.write_bytes(workload.state(flushes[len(flushes) // 2], random.Random(1)))
+        before = contents(image, tmp_path)
+        assert is_dirty(image)
+        qemu_io(image, "read 0 512")
+        # For writing, that is.
+        qemu_io(image, "write -P 1 0 512")
+        before = b"\1" * 512 + before[512:]
+    else:
+        subprocess.run(
+            ["qemu-io", "-c", "write -P 9 64k 500k", "-c", "flush", "-c", "sigraise 9", image],
+            check=False,
+            capture_output=True,
+            timeout=60,
+        )
+        before = contents(image, tmp_path)
+        assert is_dirty(image)
+        assert before[65536] == 9
+        if how == "opened":
+            with_image(image, nothing)
+        else:
+            found = our_check(image, 3)
+            assert found.is_clean
+            assert found.corruptions_fixed
+    assert not is_dirty(image)
+    assert check(image) == ""
+    assert contents(image, tmp_path) == before

@@ -265,7 +265,6 @@ def _fields(header: Header) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"incompatible": Incompatible.DIRTY}, "not closed properly"),
         ({"incompatible": Incompatible.CORRUPT}, "corrupt"),
         ({"autoclear": AutoClear.BITMAPS}, "persistent bitmaps"),
     ],
@@ -284,6 +283,32 @@ def test_image_that_writing_would_damage_is_only_read(
         with_image(image, scenario)
     with_image(image, scenario, **{"read-only": True})
     assert image.read_bytes() == before
+
+
+def test_dirty_image_is_repaired_where_it_is_opened_for_writing_and_not_reopened(
+    tmp_path: Path,
+) -> None:
+    image = create(tmp_path / "i.qcow2", MIB)
+    marked(image, incompatible=Incompatible.DIRTY)
+    before = image.read_bytes()
+
+    async def scenario() -> None:
+        graph = BlockGraph(DRIVERS)
+        node = await graph.open_image(str(image), {"read-only": True})
+        with pytest.raises(ConfigError, match="not closed properly"):
+            await reopen(graph, {node: {"read-only": False}})
+        assert node.read_only
+        await graph.close_all()
+
+    asyncio.run(scenario())
+    assert image.read_bytes() == before
+
+    async def nothing(backend: BlockBackend) -> None:
+        header = Header.parse(image.read_bytes()[:65536])
+        assert not header.incompatible & Incompatible.DIRTY
+
+    with_image(image, nothing)
+    assert check(image) == ""
 
 
 def test_reopened_image_is_written(tmp_path: Path) -> None:

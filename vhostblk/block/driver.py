@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
-from vhostblk.block.flags import Preallocation, StatusFlag
+from vhostblk.block.flags import CheckMode, Preallocation, StatusFlag
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, default_child_permissions, filtered_child
@@ -26,6 +26,7 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
+    from vhostblk.block.check import CheckResult
     from vhostblk.block.create import Creation
     from vhostblk.block.edge import Edge
     from vhostblk.block.host_io import HostIO
@@ -147,6 +148,8 @@ class Driver:
     has_internal_snapshots: ClassVar[bool] = False
     # Whether `driver_prepare_writes` does something.
     prepares_writes: ClassVar[bool] = False
+    # Opened only to be checked: a damaged image will do, and is not written but to be repaired (row B35.10).
+    for_check: bool = False
     # Whether `driver_debug_event` wants to hear (row B43).
     has_debug_events: bool = False
 
@@ -437,6 +440,13 @@ class Driver:
     def recorded_backing(self) -> BackingName:
         """What the image says it is backed by, which options may have overridden."""
         return BackingName()
+
+    async def driver_check(self, fix: CheckMode) -> CheckResult:
+        """Look through the image, while nothing is in flight, and repair what can be (rows B35.9 and B35.10).
+
+        What cannot be looked at counts as `check_errors`.
+        """
+        raise BlockError(errno.ENOTSUP, f"{self.node_name}: no check for this kind of node")
 
     async def driver_change_backing(self, filename: str, driver: str) -> None:
         """Write into the image what it is backed by, nothing if `filename` is empty (rows B08.10 and B32.6).

@@ -91,7 +91,11 @@ class BlockGraph:
             )
 
     async def open_image(
-        self, filename: str | None, options: Mapping[str, Any] | None = None
+        self,
+        filename: str | None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        for_check: bool = False,
     ) -> BlockNode:
         """Open what a name stands for: a path, `protocol:rest` or `json:{...}`.
 
@@ -99,6 +103,7 @@ class BlockGraph:
             filename: None: the options say which file.
             options: as for `add`; without `driver` the format is guessed from the content, and inline children need
                 none: their file name says it.
+            for_check: open it only for `check.check`: a damaged image will do, and backing files are not opened.
 
         Raises:
             ConfigError: as `add`.
@@ -107,7 +112,8 @@ class BlockGraph:
         async with self.changing():
             return self.adopt(
                 await temporary_overlay.open_top(
-                    self, flat, lambda flat: opening.open_image(self, filename, flat)
+                    *(self, flat),
+                    lambda flat: opening.open_image(self, filename, flat, for_check=for_check),
                 )
             )
 

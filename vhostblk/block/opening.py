@@ -46,6 +46,7 @@ async def open_node(
     opened: Mapping[str, BlockNode] | None = None,
     probed: bool = False,
     by_name: bool = False,
+    for_check: bool = False,
 ) -> BlockNode:
     """Open a node and its children.
 
@@ -56,6 +57,7 @@ async def open_node(
         opened: children that are open already, by key.
         probed: the driver is a guess.
         by_name: as image tools write options: where inline children say no driver, their file name and content do.
+        for_check: open it only to be checked (row B35.10).
 
     Raises:
         ConfigError: one line; everything is as before.
@@ -74,6 +76,7 @@ async def open_node(
     node.read_only = read_only
     node.given = given
     node.probed = probed
+    node.for_check = for_check
     node.bounce = graph.bounce
     node.quiesced = graph.quiesced
     # The name is taken from here on: opening may wait.
@@ -122,35 +125,44 @@ def consume_options(
     return common, consume(driver.options_type, flat, where)
 
 
-async def open_image(graph: BlockGraph, filename: str | None, flat: dict[str, Any]) -> BlockNode:
+async def open_image(
+    graph: BlockGraph, filename: str | None, flat: dict[str, Any], *, for_check: bool = False
+) -> BlockNode:
     """Open what a file name stands for; options that are given as well come first (rows B05.4 to B05.7).
 
     Args:
         filename: None: the options say it all.
+        for_check: as for `open_node`.
 
     Raises:
         ConfigError: as `open_node`; ENOENT: no driver knows the protocol or the format.
     """
     if filename is None:
-        return await _open_or_probe(graph, flat)
+        return await _open_or_probe(graph, flat, for_check=for_check)
     if is_json(filename):
-        return await _open_or_probe(graph, {**parse_json(filename), **flat})
+        given = {**parse_json(filename), **flat}
+        return await _open_or_probe(graph, given, for_check=for_check)
     if "driver" in flat:
         driver = graph.drivers.find(flat["driver"])
         if driver.protocol_name is not None:
             own = driver.parse_filename(filename, graph.drivers)
-            return await open_node(graph, _merge(flat, own), by_name=True)
+            return await open_node(graph, _merge(flat, own), by_name=True, for_check=for_check)
     child = graph.drivers.options_of(filename)
     flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
-    return await _open_or_probe(graph, flat)
+    return await _open_or_probe(graph, flat, for_check=for_check)
 
 
 async def _open_or_probe(
-    graph: BlockGraph, flat: dict[str, Any], where: str = "", parent: Parent | None = None
+    graph: BlockGraph,
+    flat: dict[str, Any],
+    where: str = "",
+    parent: Parent | None = None,
+    *,
+    for_check: bool = False,
 ) -> BlockNode:
     if "driver" in flat:
-        return await open_node(graph, flat, where, parent=parent, by_name=True)
-    return await _open_probed(graph, flat, where, parent)
+        return await open_node(graph, flat, where, parent=parent, by_name=True, for_check=for_check)
+    return await _open_probed(graph, flat, where, parent, for_check=for_check)
 
 
 async def open_named_by(
@@ -179,7 +191,12 @@ def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _open_probed(
-    graph: BlockGraph, flat: dict[str, Any], where: str, parent: Parent | None
+    graph: BlockGraph,
+    flat: dict[str, Any],
+    where: str,
+    parent: Parent | None,
+    *,
+    for_check: bool = False,
 ) -> BlockNode:
     """Open `file` first and look what is inside (rows B04.10 and B04.11)."""
     given = {name: value for name, value in flat.items() if not name.startswith("file.")}
@@ -200,7 +217,12 @@ async def _open_probed(
     try:
         given["driver"] = await _probe(graph, child)
         return await open_node(
-            graph, given, where, parent=parent, opened={"file": child}, probed=True, by_name=True
+            *(graph, given, where),
+            parent=parent,
+            opened={"file": child},
+            probed=True,
+            by_name=True,
+            for_check=for_check,
         )
     except BaseException:
         await graph.collect(child)

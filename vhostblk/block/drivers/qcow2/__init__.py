@@ -11,6 +11,8 @@
 | `snapshots`, `bitmaps` | the table of internal snapshots, the directory of bitmaps and their tables |
 | `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
 | `backing` | what the header says the image is backed by, and how that changes |
+| `survey`, `tally` | what all tables say, and how often each cluster is used: a check |
+| `repair`, `check_node` | what can be repaired, in which order; for whom |
 | `overlaps` | where all tables are, which nobody may overwrite |
 | `data_file` | external data files, raw or not |
 | `locks` | who uses which range of the disk |

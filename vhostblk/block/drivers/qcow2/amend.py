@@ -176,8 +176,7 @@ class AmendNode(SnapshotNode):
             raise self._give_up(f"the tables could not be read again: {error}") from None
 
     async def _settle(self) -> None:
-        while self._metadata.is_dirty:
-            await self._metadata.sync()
+        await self._metadata.finish()
 
     # ------------------------------------------------------------------ features
 

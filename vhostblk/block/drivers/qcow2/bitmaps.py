@@ -211,7 +211,14 @@ async def load_table(file: Edge, header: Header, bitmap: BitmapEntry) -> Table:
     """
     table = await read_table(file, bitmap.table_offset, bitmap.table_entries)
     for entry in set(table):
-        place = entry & OFFSET_MASK
-        if entry & _TABLE_RESERVED or place % header.cluster_size or (place and entry & ALL_ONES):
-            raise ImageError(f"Bitmap '{bitmap.name}': entry {entry:#x} of its table is wrong")
+        if why := entry_problem(entry, header.cluster_size):
+            raise ImageError(f"Bitmap '{bitmap.name}': {why}")
     return table
+
+
+def entry_problem(entry: int, cluster_size: int) -> str:
+    """What is wrong with an entry of a bitmap's table; nothing: all is well."""
+    place = entry & OFFSET_MASK
+    if entry & _TABLE_RESERVED or place % cluster_size or (place and entry & ALL_ONES):
+        return f"entry {entry:#x} of its table is wrong"
+    return ""

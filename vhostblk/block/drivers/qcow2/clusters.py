@@ -156,8 +156,11 @@ class Clusters:
         end = min(end, start + count * self._size)
         first, last = self._copied_around(offset, end, entry, bitmap)
         try:
+            # What is in place already stays as it is if the data do not get there.
+            is_blank = not (reuses and self._extended and bitmap & _ALL)
             await self._write_data(
-                host - start, first, offset, end, last, iov.slice(0, end - offset)
+                *(host - start, first, offset, end, last),
+                *(iov.slice(0, end - offset), is_blank),
             )
             slice_ = await self._metadata.own_slice(offset)
         except BaseException:
@@ -271,16 +274,27 @@ class Clusters:
         return first, last
 
     async def _write_data(
-        self, shift: int, first: int, offset: int, end: int, last: int, iov: IoVec
+        self,
+        shift: int,
+        first: int,
+        offset: int,
+        end: int,
+        last: int,
+        iov: IoVec,
+        is_blank: bool,
     ) -> None:
-        """The data, with what was around them."""
+        """The data, with what was around them.
+
+        Args:
+            is_blank: nothing between `first` and `last` has to be kept.
+        """
         if self._is_external:
             # The file is not longer than the disk.
             last = max(end, min(last, self._metadata.header.size))
         if first == offset and last == end:
             await self._data.pwritev(offset + shift, iov)
             return
-        if await self._is_zero(first, offset) and await self._is_zero(end, last):
+        if is_blank and await self._is_zero(first, offset) and await self._is_zero(end, last):
             try:
                 await self._data.pwrite_zeroes(first + shift, last - first, _NO_FALLBACK)
             except BlockError as error:

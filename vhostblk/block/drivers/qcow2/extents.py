@@ -102,7 +102,7 @@ class Qcow2Extents(BlockNode):
         if start >= end:
             return None
         flags = file.flags
-        if self._is_corrupt or not self._may_write_alone(run):
+        if self._is_corrupt or self.for_check or not self._may_write_alone(run):
             flags &= ~ExtentFlag.WRITE
         return HostExtent(
             start,

@@ -11,6 +11,10 @@ Theory of operation: L1, L2 slices and reference counts are changed in memory, a
 So, whenever the power goes, everything that is referred to is counted as used, and has its data: `check` finds clusters
 that nobody uses, at worst. A write that fails leaves all of it dirty, and the next sync tries again.
 
+With lazy reference counts the first step is put off until there is no room for more, or the image is closed; before
+that is done for the first time, the header says that counts are wrong (`dirty`), so that whoever opens the image after
+a crash repairs it (`repair.py`).
+
 Context: the control loop.
 """
 
@@ -55,6 +59,7 @@ class Metadata:
     Attributes:
         slice_covers: bytes of the disk that a slice is for.
         discards: what is given up goes back to the host.
+        lazy: writing reference counts is put off.
     """
 
     def __init__(
@@ -73,7 +78,7 @@ class Metadata:
         self._data = data
         self._l1 = l1
         self._refcounts = refcounts
-        self.discards = False
+        self.discards = self.lazy = False
         self._overlapping: set[int] = set()
         if refcounts is not None:
             self._add_l2_tables(refcounts)
@@ -284,10 +289,10 @@ class Metadata:
             BlockError: the child's errno.
         """
         async with self._sync_lock:
-            await self._sync()
+            await self._sync(everything=True)
             # A block may be counted by one that is empty then.
             while await self.refcounts.drop_empty_blocks():
-                await self._sync()
+                await self._sync(everything=True)
             async with self.refcounts.end() as end:
                 if end < self._file.node.length:
                     with contextlib.suppress(BlockError):  # it is only longer than it has to be
@@ -344,11 +349,32 @@ class Metadata:
 
     async def mark_corrupt(self) -> None:
         """Nobody writes to this image any more, as far as we can tell them."""
-        marked = self.header.incompatible | Incompatible.CORRUPT
         if self.header.version >= 3:
             with contextlib.suppress(BlockError):
-                await self.write_header(incompatible=marked)
-                await self._file.flush()
+                await self._mark(Incompatible.CORRUPT, on=True)
+
+    async def finish(self) -> None:
+        """Write all, also what was put off.
+
+        Raises:
+            BlockError: a child's errno.
+            ImageError: counts are wrong.
+        """
+        while self._has_changes or self._has_counts:
+            # Twice, if the first one frees clusters: their counts are lowered when it is over.
+            await self.sync(everything=True)
+        if self._is_marked_dirty:
+            await self._file.flush()
+            await self._mark(Incompatible.DIRTY, on=False)
+
+    @property
+    def _is_marked_dirty(self) -> bool:
+        return bool(self._on_disk.incompatible & Incompatible.DIRTY)
+
+    async def _mark(self, feature: Incompatible, *, on: bool) -> None:
+        old = self._on_disk.incompatible
+        await self.write_header(incompatible=old | feature if on else old & ~feature)
+        await self._file.flush()
 
     async def change_header(self, change: Callable[[Header], HeaderChange]) -> None:
         """Put another header in place of what is on the disk, durably, by writes that are ordered.
@@ -396,28 +422,40 @@ class Metadata:
             self.cache.is_dirty
             or self._l1_dirty
             or self._header_dirty
-            or (self._refcounts is not None and self._refcounts.is_dirty)
+            or (self._refcounts is not None and self._refcounts.has_given_up)
+            or (self._has_counts and not (self.lazy and self._is_marked_dirty))
         )
+
+    @property
+    def _has_counts(self) -> bool:
+        return self._refcounts is not None and self._refcounts.has_writes
 
     @property
     def is_full(self) -> bool:
         """Whether so much waits to be written that it is time."""
         return self.cache.is_full or self.refcounts.is_full
 
-    async def sync(self) -> None:
+    async def sync(self, *, everything: bool = False) -> None:
         """Write what is dirty now; see the module's docstring.
+
+        Args:
+            everything: put nothing off.
 
         Raises:
             BlockError: a child's errno; all that was not written still has to be.
+            ImageError: counts are wrong.
         """
         async with self._sync_lock:
-            if self._has_changes:
-                await self._sync()
+            if self._has_changes or (everything and self._has_counts):
+                await self._sync(everything)
 
-    async def _sync(self) -> None:
+    async def _sync(self, everything: bool) -> None:
         refcounts, cache = self.refcounts, self.cache
+        puts_off = self.lazy and not everything and not refcounts.is_full
+        if puts_off and self._has_counts and not self._is_marked_dirty:
+            await self._mark(Incompatible.DIRTY, on=True)
         # One moment:
-        counts = refcounts.take_writes()
+        counts = refcounts.no_writes() if puts_off else refcounts.take_writes()
         slices = cache.take_dirty()
         pictures = cache.writes(slices)
         l1_dirty, l1_moved = self._l1_dirty, self._l1_moved
@@ -467,8 +505,10 @@ class Metadata:
         size = self.header.cluster_size
         if self.discards:
             for first, count in _runs(given_up):
-                if all([await self.refcounts.count((first + n) * size) == 1 for n in range(count)]):
-                    with contextlib.suppress(BlockError):  # it is a hint
+                with contextlib.suppress(BlockError):  # it is a hint
+                    if all(
+                        [await self.refcounts.count((first + n) * size) == 1 for n in range(count)]
+                    ):
                         await self._file.pdiscard(first * size, count * size)
         await self.refcounts.settle(given_up)
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 from collections.abc import Coroutine
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -57,8 +56,6 @@ if TYPE_CHECKING:
     from vhostblk.block.create import Creation
     from vhostblk.block.reopen import Reopen
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 
 _MAY_UNMAP = int(Req.MAY_UNMAP)
@@ -100,12 +97,12 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         Raises:
             ConfigError: not a qcow2 image, or one that is damaged or not supported.
         """
-        self._is_corrupt = False
+        self._is_open = self._is_corrupt = False
         self._reopened: Refcounts | None = None
         self._file = await context.open_child(self, "file", Role.IMAGE)
         self._header = header = await self._load_header()
         self._codec = codec(header.compression)
-        if not self.read_only:
+        if self._is_written:
             try:
                 self._check_may_write(header)
             except ConfigError:
@@ -116,9 +113,11 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         self.length = align_down(header.size, SECTOR_SIZE)
         await self._open_data_file(context)
         await self._load_tables()
-        await context.open_implied(
-            self, "backing", Role.COW, header.backing_name, header.backing_format
-        )
+        if not self.for_check:
+            await context.open_implied(
+                self, "backing", Role.COW, header.backing_name, header.backing_format
+            )
+        self._is_open = True
 
     async def _load_header(self) -> Header:
         try:
@@ -133,10 +132,11 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         return TableCache(self._file, OFFSETS, slice_bytes, self.options.l2_bytes(header))
 
     async def _load_tables(self) -> None:
+        await self._repair_dirty()
         header, file = self._header, self._file
         refcounts = None
         try:
-            if not self.read_only:
+            if self._is_written:
                 refcounts = await Refcounts.load(file, header, self.options.refcount_bytes())
             self._metadata = await Metadata.load(
                 file, self._data, header, self._make_cache(header), refcounts
@@ -146,6 +146,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         except BlockError as error:
             raise ConfigError(f"Could not read the tables: {error.strerror}") from None
         self._metadata.discards = self.unmap
+        self._metadata.lazy = self.options.is_lazy(header)
         self._clusters = Clusters(
             self._metadata,
             self._data,
@@ -166,7 +167,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             changed=self._now_somewhere,
         )
         self.shown = Hull()
-        if not self.read_only:
+        if self._is_written:
             await self._metadata.clear_unknown_features()
 
     def _check_may_write(self, header: Header) -> None:
@@ -178,8 +179,6 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         why = ""
         if header.incompatible & Incompatible.CORRUPT:
             why = "Image is corrupt; cannot be opened read/write"
-        elif header.incompatible & Incompatible.DIRTY:
-            why = "Image was not closed properly; repair it with qemu-img check -r all"
         elif header.autoclear & AutoClear.BITMAPS:
             why = "Image has persistent bitmaps, which this version cannot keep up to date"
         if why:
@@ -236,15 +235,6 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             return await self._clusters.run(offset, limit, since)
         except ImageError as error:
             raise await self._corrupt(error) from None
-
-    async def _corrupt(self, error: ImageError) -> BlockError:
-        """What a request fails with that has found damage; from now on nobody writes, and the image says so."""
-        if not self._is_corrupt:
-            self._is_corrupt = True
-            log.warning("node '%s': image is corrupt: %s", self.node_name, error)
-            if not self.read_only:
-                await self._metadata.mark_corrupt()
-        return BlockError(errno.EIO, f"{self.node_name}: image is corrupt: {error}")
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
         """Run by run; nobody moves what is being read."""
@@ -346,18 +336,23 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         return not offset % unit and (not end % unit or end >= self.length)
 
     async def _change(self, change: Coroutine[Any, Any, T]) -> T:
-        if self._is_corrupt:
-            change.close()
-            raise BlockError(errno.EIO, f"{self.node_name}: image is corrupt")
         try:
+            self._check_whole()
             return await change
         except ImageError as error:
             raise await self._corrupt(error) from None
+        finally:
+            change.close()
 
     async def driver_flush_to_os(self) -> None:
         """Tables, in the order that survives a crash."""
-        if not self.read_only and not self.inactive:
-            await self._metadata.sync()
+        if self._is_written and not self.inactive:
+            await self._store(self._metadata.sync())
+
+    async def close(self) -> None:
+        """Write what was put off. What is damaged stays as it is."""
+        if self._is_open and self._is_written and not self.inactive and not self._is_corrupt:
+            await self._store(self._metadata.finish())
 
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """See `resize.py`."""
@@ -378,6 +373,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
 
     async def driver_change_backing(self, filename: str, driver: str) -> None:
         """Another header, by a write that nothing can tear."""
+        self._check_whole()
         await to_the_end(
             self._metadata.change_header(lambda header: change_backing(header, filename, driver))
         )
@@ -389,8 +385,8 @@ class Qcow2Node(AmendNode, Qcow2Extents):
 
     async def driver_inactivate(self) -> None:
         """Write what only this process knows."""
-        if not self.read_only:
-            await self._metadata.sync()
+        if self._is_written:
+            await self._store(self._metadata.finish())
 
     async def driver_activate(self) -> None:
         """Read anew what somebody else may have changed."""
@@ -403,16 +399,23 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         Raises:
             ConfigError: it may not be written.
         """
+        lazy = reopen.options.is_lazy(self._header)
         if reopen.read_only or not self.read_only:
-            if reopen.read_only and not self.read_only:
-                # What the flush before has freed.
-                await self._metadata.sync()
+            if self._is_written and (reopen.read_only or not lazy):
+                try:
+                    await self._store(self._metadata.finish())
+                except BlockError as error:
+                    raise ConfigError(f"Could not write the tables: {error.strerror}") from None
             return
         header = await self._load_header()
         self._check_may_write(header)
         if header.autoclear & ~sum(AutoClear):
             raise ConfigError(
                 f"Node '{self.node_name}': Image has features that nobody here knows; open it for writing anew"
+            )
+        if header.incompatible & Incompatible.DIRTY or self.for_check:
+            raise ConfigError(
+                f"Node '{self.node_name}': Image was not closed properly; open it for writing anew"
             )
         try:
             self._reopened = await Refcounts.load(self._file, header, self.options.refcount_bytes())
@@ -425,6 +428,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             self._metadata.may_write(self._reopened)
         self._reopened = None
         self._metadata.discards = self.unmap
+        self._metadata.lazy = self.options.is_lazy(self._header)
 
     async def reopen_abort(self, reopen: Reopen) -> None:
         """As if nobody had asked."""

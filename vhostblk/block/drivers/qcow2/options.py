@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vhostblk.block.drivers.qcow2.header import Header
-from vhostblk.block.options import SIZE, option
+from vhostblk.block.drivers.qcow2.header import Compatible, Header
+from vhostblk.block.options import BOOLEAN, SIZE, option
 from vhostblk.errors import ConfigError
 
 _MAX_L2_CACHE = 32 << 20
@@ -31,6 +31,26 @@ class Qcow2Options:
     cache_size: int | None = option(
         SIZE, None, about="bytes for tables of all kinds; what `l2-cache-size` does not say"
     )
+
+    lazy_refcounts: bool | None = option(
+        BOOLEAN,
+        None,
+        about="put off writing reference counts: a crash leaves an image that is repaired when it is opened for writing"
+        "; absent: as the image says",
+        mutable=True,
+    )
+
+    def is_lazy(self, header: Header) -> bool:
+        """Whether to put off writing reference counts.
+
+        Raises:
+            ConfigError: this image cannot say that they were.
+        """
+        if self.lazy_refcounts and header.version < 3:
+            raise ConfigError("Parameter 'lazy-refcounts' needs an image of version 3")
+        if self.lazy_refcounts is None:
+            return bool(header.compatible & Compatible.LAZY_REFCOUNTS)
+        return self.lazy_refcounts
 
     def slice_bytes(self, header: Header) -> int:
         """Of an L2 table to read at a time.

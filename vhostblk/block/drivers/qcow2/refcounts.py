@@ -104,9 +104,14 @@ class Refcounts:
     # ------------------------------------------------------------------ taking and giving up
 
     @property
-    def is_dirty(self) -> bool:
-        """Whether something has to be written, or settled."""
-        return bool(self._blocks.is_dirty or self._dirty_entries or self._given_up)
+    def has_writes(self) -> bool:
+        """Whether something has to be written."""
+        return bool(self._blocks.is_dirty or self._dirty_entries)
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether something has to be settled."""
+        return bool(self._given_up)
 
     @property
     def is_full(self) -> bool:
@@ -231,7 +236,7 @@ class Refcounts:
         """Undo `allocate`, or `allocate_bytes`: nobody has referred to these bytes.
 
         Raises:
-            BlockError: the child's errno.
+            BlockError: the child's errno; those that are left are given up.
         """
         await self._decrement(self._touched(offset, length))
 
@@ -252,25 +257,32 @@ class Refcounts:
         """Nobody on the disk refers to these any more.
 
         Raises:
-            BlockError: the child's errno, EIO if a count was 0 already.
+            BlockError: the child's errno; those that are left are given up again.
+            ImageError: a count was 0 already: all counts may be wrong.
         """
         await self._decrement(clusters)
 
     async def _decrement(self, clusters: list[int] | range) -> None:
+        free: int | None = None
         async with self._lock:
-            for cluster in clusters:
+            for done, cluster in enumerate(clusters):
                 index, at = divmod(cluster, self._per_block)
-                block = await self._existing_block(index)
+                try:
+                    block = await self._existing_block(index)
+                except BaseException:
+                    self._given_up.extend(clusters[done:])
+                    raise
                 if block is None or not block.table[at]:
-                    raise BlockError(
-                        errno.EIO, f"reference count of cluster {cluster} is 0 already"
-                    )
+                    free = cluster
+                    continue
                 block.table[at] -= 1
                 self._blocks.changed(block)
                 if not block.table[at]:
                     self._hint = min(self._hint, cluster)
                     if self._free_byte >> self._cluster_bits == cluster:
                         self._free_byte = 0
+        if free is not None:
+            raise ImageError(f"Cluster {free} was in use, but its reference count is 0")
 
     # ------------------------------------------------------------------ getting smaller
 
@@ -343,6 +355,11 @@ class Refcounts:
         self._moved = False
         self._dirty_entries.clear()
         return RefcountWrites(blocks, table, moved, taken)
+
+    @staticmethod
+    def no_writes() -> RefcountWrites:
+        """What has to be written if nothing is: it is put off."""
+        return RefcountWrites([], [], None, [])
 
     def written(self, writes: RefcountWrites) -> None:
         """They are on the disk."""

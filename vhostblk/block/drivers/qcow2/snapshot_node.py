@@ -11,9 +11,9 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+from vhostblk.block.drivers.qcow2.check_node import CheckNode
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.drivers.qcow2.locks import to_the_end
-from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.shadow import Shadow
 from vhostblk.block.drivers.qcow2.snapshot_changes import Build, HalfWrittenError, switch
 from vhostblk.block.drivers.qcow2.snapshots import (
@@ -22,10 +22,8 @@ from vhostblk.block.drivers.qcow2.snapshots import (
     SnapshotTable,
     load_snapshots,
 )
-from vhostblk.block.edge import Edge
 from vhostblk.block.internal_snapshot import SnapshotInfo
 from vhostblk.block.limits import SECTOR_SIZE, align_down
-from vhostblk.block.node import BlockNode
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 log = logging.getLogger(__name__)
@@ -34,26 +32,16 @@ log = logging.getLogger(__name__)
 _MOST_DISCARDS = 1 << 16
 
 
-class SnapshotNode(BlockNode):
+class SnapshotNode(CheckNode):
     """The part of a qcow2 node that knows of snapshots.
 
     Attributes: _shown: the snapshot that a read-only node shows instead of what is active.
     """
 
     has_internal_snapshots = True
-    _header: Header
-    _file: Edge
-    _metadata: Metadata
-    _is_corrupt: bool
     _shown: str | None = None
 
-    async def _load_header(self) -> Header:
-        raise NotImplementedError
-
     async def _load_tables(self) -> None:
-        raise NotImplementedError
-
-    async def _corrupt(self, error: ImageError) -> BlockError:
         raise NotImplementedError
 
     async def driver_snapshots(self) -> tuple[SnapshotInfo, ...]:
@@ -150,10 +138,8 @@ class SnapshotNode(BlockNode):
     async def _change_snapshots(self, build: Build) -> None:
         if self._header.has_data_file:
             raise BlockError(errno.ENOTSUP, "guest data are in an external data file")
-        if self._is_corrupt:
-            raise BlockError(errno.EIO, "image is corrupt")
-        while self._metadata.is_dirty:  # what a sync has freed is for the next one
-            await self._metadata.sync()
+        self._check_whole()
+        await self._store(self._metadata.finish())
         await to_the_end(self._switch(build))
 
     async def _switch(self, build: Build) -> None:

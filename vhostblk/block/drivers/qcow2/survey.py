@@ -1,0 +1,464 @@
+"""What the tables of an image say about its clusters, and whether they agree (qcow2 specification, all of it).
+
+Theory of operation: everything that refers to clusters is read: the header, the active L1 table and those of all
+snapshots, L2 tables, reference counts, the snapshot table, bitmaps. Each reference is counted (`used`), and then
+compared to what the image has recorded. An L2 table that several L1 tables share is read once. What is counted as wrong
+is what QEMU counts.
+
+Memory is bounded by `most_bytes` for each of the two tallies; time by how much of the file there really is: tables that
+are nothing but holes are not read, and tables may not overlap without end.
+
+Context: the control loop; nobody changes the image meanwhile. Only `repair.py` writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from array import array
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+
+from vhostblk.block.check import CheckResult
+from vhostblk.block.drivers.qcow2.bitmaps import entry_problem, load_directory
+from vhostblk.block.drivers.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    OFFSET_MASK,
+    EntryReader,
+)
+from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
+from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
+from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, Table, read_bytes, read_table
+from vhostblk.block.drivers.qcow2.tally import PIECE, Tally, differences
+from vhostblk.block.edge import Edge
+from vhostblk.block.flags import StatusFlag
+from vhostblk.block.limits import MAX_LENGTH
+from vhostblk.block.status import block_status
+from vhostblk.errors import BlockError, ImageError
+
+MOST_BYTES = 1 << 30
+"""For counts: enough for 32 TiB of 64 KiB clusters."""
+_MOST_CLUSTERS = (1 << 31) - 1
+_ZERO = 1
+_ALL = (1 << SUBCLUSTERS) - 1
+# Bits of a standard descriptor that have no meaning.
+_L2_RESERVED = 0x3F00_0000_0000_01FE
+_REFCOUNT_RESERVED = 0x1FF
+_REFCOUNT_OFFSET = ~_REFCOUNT_RESERVED & (1 << 64) - 1
+# L2 tables to remember before they are read, so that those that are shared are read once.
+_AT_ONCE = 1 << 18
+_PIECE = 1 << 20
+_MOST_MISALIGNED = 1 << 16
+# All tables together have that many bytes more than the file at most, if they are no trick.
+_SLACK = 64 << 20
+_OFTEN = 16
+
+
+@dataclass(slots=True)
+class L2Table:
+    """One that was read.
+
+    Attributes: bitmaps: of subclusters, if there are any. times: who refers to it. active: how many of those are in the
+        active L1 table.
+    """
+
+    offset: int
+    entries: Table
+    bitmaps: Table | None
+    times: int
+    active: int
+
+
+class Survey:
+    """One look through an image.
+
+    Args:
+        result: where findings go.
+        fixes: errors are going to be repaired.
+
+    Attributes:
+        used: how often each cluster is referred to.
+        recorded: what the image says about that; pieces that agree are the same.
+        clusters: of the file.
+        structural: corruptions besides counts that are too low.
+        must_rebuild: reference counts cannot be repaired where they are.
+        misaligned: entries for zeroes whose place, which nobody needs, is wrong: table, index, bitmap. They are not
+            counted at all, if errors are going to be repaired.
+    """
+
+    def __init__(
+        self,
+        file: Edge,
+        header: Header,
+        result: CheckResult,
+        *,
+        fixes: bool = False,
+        most_bytes: int = MOST_BYTES,
+    ) -> None:
+        self.file = file
+        self.header = header
+        self.result = result
+        self.codec = Codec(header.refcount_order)
+        self.per_block = header.cluster_size * 8 >> header.refcount_order
+        self.used = Tally(header.refcount_order, most_bytes)
+        self.recorded = Tally(header.refcount_order, most_bytes)
+        self.refcount_table: Table = array("Q")
+        self.clusters = 0
+        self.structural = 0
+        self.must_rebuild = False
+        self.misaligned: list[tuple[int, int, int]] = []
+        self._fixes = fixes
+        self._entries = EntryReader(header)
+        self._size = header.cluster_size
+        self._bits = header.cluster_bits
+        self._length = file.node.length
+        self._most_read = self._budget = 0
+        self._block: tuple[int, Table] = (-1, array("B"))
+
+    # ------------------------------------------------------------------ counting
+
+    async def count(self) -> None:
+        """Count all references.
+
+        Raises:
+            BlockError: the child's errno; EFBIG: too large to be checked.
+            ImageError: something that names clusters cannot be read, so nobody knows which ones are free.
+        """
+        header, result = self.header, self.result
+        self.clusters = -(-self._length // self._size)
+        if self.clusters > _MOST_CLUSTERS:
+            raise ImageError(f"The file has too many clusters to be checked: {self.clusters}")
+        result.total_clusters = -(-header.size // self._size)
+        self._most_read = min(self._length, _OFTEN * await self._allocated()) + _SLACK
+        snapshots = await load_snapshots(self.file, header)
+        self._refer(0, self._size)
+        l1_tables = [(header.l1_offset, header.l1_entries, True)]
+        l1_tables += [(one.l1_offset, one.l1_entries, False) for one in snapshots.snapshots]
+        async for table in self.l2_tables(l1_tables, check=True):
+            self._count_l2(table)
+        self._refer(snapshots.offset, snapshots.length)
+        length = header.refcount_table_clusters * self._size
+        self._refer(header.refcount_table_offset, length)
+        await self._count_bitmaps()
+        self.refcount_table = await read_table(self.file, header.refcount_table_offset, length // 8)
+        self._count_blocks()
+        self.structural = result.corruptions
+
+    async def _allocated(self) -> int:
+        """Bytes of the file that are not holes, about."""
+        try:
+            return await self.file.node.driver_allocated_size()
+        except BlockError:
+            return self._length
+
+    def wrong(self, message: str, times: int = 1) -> None:
+        """Something is."""
+        self.result.corruptions += times
+        self.result.say(f"ERROR {message}")
+
+    def _refer(self, offset: int, length: int, times: int = 1) -> None:
+        """So many references to clusters that the range touches."""
+        if not length:
+            return
+        if offset + length - self._length >= self._size:
+            self.wrong(
+                f"reference behind the end of the file: {length} bytes at {offset:#x}", times
+            )
+            return
+        first = offset >> self._bits
+        last = offset + length - 1 >> self._bits
+        self.clusters = max(self.clusters, last + 1)
+        if lost := self.used.add(first, last + 1 - first, times):
+            self.wrong(f"clusters at {offset:#x} have more references than can be counted", lost)
+
+    # ------------------------------------------------------------------ L1 and L2 tables
+
+    async def l2_tables(
+        self, l1_tables: list[tuple[int, int, bool]], check: bool = False
+    ) -> AsyncIterator[L2Table]:
+        """All L2 tables of these L1 tables (offset, entries, is the active one), each once, mostly.
+
+        Args:
+            check: count references to both kinds, and what is wrong with the L1 tables.
+        """
+        self._budget = self._most_read
+        found: dict[int, tuple[int, int]] = {}
+        for offset, entries, is_active in l1_tables:
+            if check:
+                self._refer(offset, entries * 8)
+            for at in range(0, entries * 8, _PIECE):
+                length = min(_PIECE, entries * 8 - at)
+                for entry in await self._table_or_nothing(offset + at, length):
+                    if not entry:
+                        continue
+                    table = entry & OFFSET_MASK
+                    if check:
+                        self._check_l1_entry(entry, table)
+                    elif not table:
+                        continue
+                    times, active = found.get(table, (0, 0))
+                    found[table] = (times + 1, active + is_active)
+                while len(found) >= _AT_ONCE:
+                    async for read in self._read_all(found):
+                        yield read
+                    found = {}
+        async for read in self._read_all(found):
+            yield read
+
+    def _check_l1_entry(self, entry: int, table: int) -> None:
+        if entry & L1_RESERVED:
+            self.wrong(f"L1 entry with reserved bits: {entry:#x}")
+        self._refer(table, self._size)
+        if table % self._size:
+            self.wrong(f"L2 table at {table:#x} is not aligned")
+
+    async def _read_all(self, tables: dict[int, tuple[int, int]]) -> AsyncIterator[L2Table]:
+        for offset, (times, active) in tables.items():
+            # Others want to do something, too.
+            await asyncio.sleep(0)
+            table = await self._table_or_nothing(offset, self._size)
+            if not table:
+                continue
+            if self.header.has_subclusters:
+                yield L2Table(offset, table[::2], table[1::2], times, active)
+            else:
+                yield L2Table(offset, table, None, times, active)
+
+    async def _table_or_nothing(self, offset: int, length: int) -> Table:
+        """The table; an empty one if it is nothing but zeroes."""
+        if offset >= self._length:
+            return array("Q")
+        inside = min(length, self._length - offset)
+        status = await block_status(self.file.node, offset, inside)
+        if status.flags & StatusFlag.ZERO and status.length >= inside:
+            return array("Q")
+        self._budget -= length
+        if self._budget < 0:
+            raise ImageError("Tables overlap: there are more than the file has room for")
+        data = await read_bytes(self.file, offset, length)
+        return OFFSETS.decode(data) if data.count(0) < length else array("Q")
+
+    def _count_l2(self, table: L2Table) -> None:
+        expected = 0
+        for index, count, entry, bitmap in self.runs(table):
+            if entry & COMPRESSED:
+                self._count_compressed(table, entry, bitmap)
+                continue
+            if entry & _L2_RESERVED:
+                self.wrong(f"L2 entry with reserved bits: {entry:#x}", table.times * count)
+            if not self.has_place(entry):
+                if self.header.has_subclusters and bitmap & _ALL:
+                    self.wrong("subclusters without a cluster", table.times * count)
+                continue
+            offset = entry & OFFSET_MASK
+            if bitmap >> SUBCLUSTERS & bitmap:
+                what = f"cluster at {offset:#x}: bitmap of subclusters contradicts itself"
+                self.wrong(what, table.times * count)
+            if offset % self._size:
+                has_data = bitmap & _ALL if self.header.has_subclusters else not entry & _ZERO
+                if self._fixes and not has_data and len(self.misaligned) < _MOST_MISALIGNED:
+                    self.misaligned.append((table.offset, index, bitmap))
+                    continue
+                self.wrong(f"cluster at {offset:#x} is not aligned", table.times)
+            result = self.result
+            result.allocated_clusters += count * table.active
+            if expected and offset != expected:
+                result.fragmented_clusters += table.active
+            expected = offset + count * self._size
+            if self.header.has_data_file:
+                continue
+            if offset + count * self._size <= self._length:
+                self._refer(offset, count * self._size, table.times)
+            else:
+                for at in range(count):
+                    self._refer(offset + at * self._size, self._size, table.times)
+
+    def _count_compressed(self, table: L2Table, entry: int, bitmap: int) -> None:
+        host, length = self._entries.compressed_place(entry)
+        if entry & COPIED:
+            self.wrong(
+                f"compressed cluster at {host:#x} has the flag of writable ones", table.times
+            )
+        if self.header.has_data_file:
+            self.wrong("compressed cluster with an external data file", table.times)
+            return
+        if bitmap:
+            self.wrong(f"compressed cluster at {host:#x} has subclusters", table.times)
+            return
+        self._refer(host, length, table.times)
+        self.result.allocated_clusters += table.active
+        self.result.compressed_clusters += table.active
+        self.result.fragmented_clusters += table.active
+
+    def has_place(self, entry: int) -> bool:
+        """Whether an entry, not of a compressed cluster, names a place of a cluster."""
+        if entry & OFFSET_MASK:
+            return True
+        is_zero = entry & _ZERO and not self.header.has_subclusters
+        return self.header.has_data_file and bool(entry & COPIED) and not is_zero
+
+    def runs(self, table: L2Table) -> Iterator[tuple[int, int, int, int]]:
+        """Entries that can be looked at together: index, how many, the first, its bitmap.
+
+        They have all the same bits, and either no place or consecutive ones.
+        """
+        entries, bitmaps = table.entries, table.bitmaps
+        at, end = 0, len(entries)
+        while at < end:
+            entry = entries[at]
+            bitmap = bitmaps[at] if bitmaps is not None else 0
+            step = self._size if entry & OFFSET_MASK else 0
+            count = 1
+            is_plain = not entry & COMPRESSED and not entry & OFFSET_MASK & (self._size - 1)
+            if is_plain and (entry & OFFSET_MASK) + (end - at) * step <= OFFSET_MASK:
+                count = _alike(entries, at, entry, step)
+                if bitmaps is not None:
+                    count = min(count, _alike(bitmaps, at, bitmap, 0))
+            yield at, count, entry, bitmap
+            at += count
+
+    # ------------------------------------------------------------------ bitmaps and reference counts
+
+    async def _count_bitmaps(self) -> None:
+        directory = await load_directory(self.file, self.header)
+        for offset, length in directory.places():
+            self._refer(offset, length)
+        for bitmap in directory.bitmaps:
+            for at in range(0, bitmap.table_bytes, _PIECE):
+                length = min(_PIECE, bitmap.table_bytes - at)
+                for entry in await self._table_or_nothing(bitmap.table_offset + at, length):
+                    if why := entry_problem(entry, self._size):
+                        self.wrong(f"bitmap '{bitmap.name}': {why}")
+                    elif entry & OFFSET_MASK:
+                        self._refer(entry & OFFSET_MASK, self._size)
+
+    def _count_blocks(self) -> None:
+        for index, entry in enumerate(self.refcount_table):
+            offset = entry & _REFCOUNT_OFFSET
+            if entry & _REFCOUNT_RESERVED or offset % self._size:
+                self.wrong(f"reference count block {index}: wrong entry {entry:#x}")
+                self.must_rebuild = True
+            elif offset >> self._bits >= self.clusters:
+                self.wrong(f"reference count block {index} is outside the image")
+                self.must_rebuild = True
+            elif offset:
+                self._refer(offset, self._size)
+                if self.used.get(offset >> self._bits) != 1:
+                    self.wrong(f"reference count block {index} is used by others, too")
+                    self.must_rebuild = True
+
+    async def recorded_block(self, index: int) -> Table | None:
+        """A block of reference counts as it is in the file; None: there is none.
+
+        Raises:
+            BlockError: the child's errno.
+            ImageError: its place is wrong.
+        """
+        entry = self.refcount_table[index] if index < len(self.refcount_table) else 0
+        offset = entry & _REFCOUNT_OFFSET
+        if not self._can_be_read(offset):
+            raise ImageError(f"Reference count block {index} is where none can be")
+        if not offset or offset >= self._length:
+            return None
+        if self._block[0] != index:
+            data = await read_bytes(self.file, offset, self._size)
+            self._block = (index, self.codec.decode(data))
+        return self._block[1]
+
+    def forget_block(self) -> None:
+        """It was changed in the file."""
+        self._block = (-1, array("B"))
+
+    async def compare(self) -> None:
+        """Compare what is recorded to what was counted; sets `recorded`.
+
+        Raises:
+            BlockError: the child's errno.
+        """
+        for number in range(-(-self.clusters // PIECE)):
+            if not number % 64:
+                await asyncio.sleep(0)
+            recorded = await self._recorded_piece(number) or self.used.empty()
+            used = self.used.piece(number)
+            if recorded == used:
+                self.recorded.share(number, self.used)
+                continue
+            self.recorded.put(number, recorded)
+            for at, count, uses in differences(recorded, used):
+                self._differs(number * PIECE + at, count, uses)
+        self.result.image_end_offset = max(self.used.end(), self.recorded.end()) * self._size
+
+    def _differs(self, cluster: int, count: int, uses: int) -> None:
+        if count < uses:
+            self.wrong(f"cluster {cluster} refcount={count} reference={uses}")
+            self.must_rebuild |= not count
+        else:
+            self.result.leaks += 1
+            self.result.say(f"Leaked cluster {cluster} refcount={count} reference={uses}")
+
+    async def _recorded_piece(self, number: int) -> Table | None:
+        """The recorded counts of these clusters of the file; None: there are none."""
+        start = number * PIECE
+        length = min(PIECE, self.per_block)
+        blocks = []
+        for first in range(start, min(start + PIECE, self.clusters), length):
+            index, at = divmod(first, self.per_block)
+            try:
+                block = await self.recorded_block(index)
+            except ImageError:
+                # Nobody knows what it says.
+                self.result.check_errors += min(length, self.clusters - first)
+                block = None
+            if block is not None:
+                blocks.append((first - start, block[at : at + length]))
+        if not blocks:
+            return None
+        piece = self.used.empty()
+        for at, part in blocks:
+            piece[at : at + len(part)] = part
+        # Behind the end of the file there is nothing to compare.
+        inside = min(self.clusters - start, PIECE)
+        piece[inside:] = self.used.empty()[inside:]
+        return piece
+
+    async def recorded_count(self, cluster: int) -> int | None:
+        """What the image says about one cluster, wherever it is; None: nobody knows."""
+        if cluster < self.clusters and self.recorded_is_known(cluster):
+            return self.recorded.get(cluster)
+        try:
+            block = await self.recorded_block(cluster // self.per_block)
+        except ImageError:
+            return None
+        return block[cluster % self.per_block] if block is not None else 0
+
+    def recorded_is_known(self, cluster: int) -> bool:
+        """Whether the block that says it is where a block can be."""
+        index = cluster // self.per_block
+        if index >= len(self.refcount_table):
+            return True
+        return self._can_be_read(self.refcount_table[index] & _REFCOUNT_OFFSET)
+
+    def _can_be_read(self, offset: int) -> bool:
+        return not offset % self._size and offset + self._size <= MAX_LENGTH
+
+
+def _alike(table: Table, at: int, first: int, step: int) -> int:
+    """How many numbers from `at` on are `first`, `first + step`, and so on: at least one."""
+    count, size, grows = 1, 1, True
+    end = len(table) - at
+    while count < end and size:
+        size = min(size, end - count)
+        start = first + count * step
+        wanted = (
+            array("Q", range(start, start + size * step, step))
+            if step
+            else array("Q", [first]) * size
+        )
+        if table[at + count : at + count + size] == wanted:
+            count += size
+            size = size * 2 if grows else size
+        else:
+            grows = False
+            size //= 2
+    return count
