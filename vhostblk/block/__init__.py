@@ -11,8 +11,8 @@ and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and 
 The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` drivers,
 `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
 where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
-`reopen.py`, `activation.py` and `length.py`; `create.py` and `amend.py` make and change images;
-`check.py` looks whether one is whole.
+`reopen.py`, `activation.py` and `length.py`; `create.py` and `amend.py` make and change images,
+`measure.py` says how large they get, `check.py` looks whether one is whole.
 Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what
 is in layers, and work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users
 write and read: `options.py`, `keyval.py`, `filename.py`, `modes.py`, `introspection.py`.

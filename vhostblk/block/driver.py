@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from vhostblk.block.host_io import HostIO
     from vhostblk.block.internal_snapshot import SnapshotInfo
     from vhostblk.block.iov import IoVec
+    from vhostblk.block.length import Measurement
     from vhostblk.block.node import BlockNode
     from vhostblk.block.registry import DriverRegistry
     from vhostblk.block.reopen import Reopen
@@ -205,6 +206,13 @@ class Driver:
             f"Driver '{cls.driver_name}' does not support image creation", errno.ENOTSUP
         )
 
+    @classmethod
+    async def measure(cls, options: Any, source: BlockNode | None) -> Measurement:
+        """What an image takes that is made with these options, to have the content of `source` (row B31.6)."""
+        raise ConfigError(
+            f"Block driver '{cls.driver_name}' does not support size measurement", errno.ENOTSUP
+        )
+
     # ------------------------------------------------------------------ what a driver states
 
     async def open(self, context: OpenContext) -> None:
@@ -236,6 +244,10 @@ class Driver:
 
     async def reopen_abort(self, reopen: Reopen) -> None:
         """Put away what was prepared."""
+
+    async def driver_bitmap_room(self, cluster_size: int) -> int | None:
+        """What the bitmaps that are kept in the image take in one with such clusters; None: there cannot be any."""
+        return None
 
     async def driver_amend(self, options: Any, progress: Callable[[int, int], None]) -> None:
         """Change what the image is like (row B35.8); nobody else uses it meanwhile.

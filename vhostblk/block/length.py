@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 class Measurement:
     """What an image takes on the disk, in bytes.
 
-    Attributes: required: with what the source has allocated. fully_allocated: with every block written.
+    Attributes: required: with what the source has allocated. fully_allocated: with every block written. bitmaps: what
+        those of the source take besides; None: they cannot be kept.
     """
 
     required: int
     fully_allocated: int
+    bitmaps: int | None = None
 
 
 async def resize(

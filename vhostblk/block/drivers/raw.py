@@ -16,6 +16,7 @@ from vhostblk.block.driver import NodeInfo
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.iov import IoVec
+from vhostblk.block.length import Measurement, measure_raw
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import (
     BlockNode,
@@ -103,6 +104,11 @@ class RawNode(BlockNode):
                 errno.ENOSPC,
             )
         await file.flush()
+
+    @classmethod
+    async def measure(cls, options: RawCreateOptions, source: BlockNode | None) -> Measurement:
+        """All of the disk."""
+        return measure_raw(options.size)
 
     async def open(self, context: OpenContext) -> None:
         """Open the child and check that the window is inside.

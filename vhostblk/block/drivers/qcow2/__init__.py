@@ -18,6 +18,7 @@
 | `locks` | who uses which range of the disk |
 | `compressed`, `compressing` | compressed clusters as bytes; how they are written |
 | `layout`, `create` | where things are in a new image; making one |
+| `measuring` | how large an image gets |
 | `resize`, `amend` | a disk that grows or shrinks; an image that is to be like another |
 | `options`, `node` | what users may ask for, the driver |
 """

@@ -153,6 +153,23 @@ def check_refcount_bits(bits: int, version: int) -> None:
         )
 
 
+def layout_of(options: Qcow2CreateOptions, *, external: bool = False) -> Layout:
+    """What a new image has.
+
+    Args:
+        external: guest data are in a file of their own.
+    """
+    return Layout(
+        size=options.size,
+        cluster_size=options.cluster_size,
+        refcount_order=options.refcount_bits.bit_length() - 1,
+        l2_entry_size=16 if options.extended_l2 else 8,
+        # A raw data file shows the same with tables and without: they say where everything is.
+        preallocated=options.preallocation != "off" or options.data_file_raw,
+        external=external,
+    )
+
+
 def plan(options: Qcow2CreateOptions, *, data_file: str | None) -> tuple[Layout, Header]:
     """What a new image has, and its header.
 
@@ -166,15 +183,7 @@ def plan(options: Qcow2CreateOptions, *, data_file: str | None) -> tuple[Layout,
         raise ConfigError("data_file_raw requires data_file")
     if data_file is not None and options.compat < 3:
         raise ConfigError(f"External data files are only supported with {_NEEDS_V3}")
-    layout = Layout(
-        size=options.size,
-        cluster_size=options.cluster_size,
-        refcount_order=options.refcount_bits.bit_length() - 1,
-        l2_entry_size=16 if options.extended_l2 else 8,
-        # A raw data file shows the same with tables and without: they say where everything is.
-        preallocated=options.preallocation != "off" or options.data_file_raw,
-        external=data_file is not None,
-    )
+    layout = layout_of(options, external=data_file is not None)
     header = Header(
         version=options.compat,
         cluster_bits=options.cluster_size.bit_length() - 1,

@@ -29,7 +29,7 @@ MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MIN_EXTENDED_CLUSTER_BITS = 14
 MAX_BACKING_NAME = 1023
-_MAX_L1_BYTES = 32 << 20
+MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
 _MAX_REFCOUNT_ORDER = 6
@@ -331,7 +331,7 @@ class Header:
         """
         if self.size > MAX_LENGTH:
             raise ImageError(f"Image is too large: {self.size} bytes")
-        if self.l1_entries * 8 > _MAX_L1_BYTES:
+        if self.l1_entries * 8 > MAX_L1_BYTES:
             raise ImageError("Active L1 table too large")
         if self.refcount_table_clusters * self.cluster_size > MAX_REFCOUNT_TABLE_BYTES:
             raise ImageError("Reference count table too large")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vhostblk.block.driver import BackingName, NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
+from vhostblk.block.drivers.qcow2.bitmaps import load_directory
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
@@ -37,6 +38,7 @@ from vhostblk.block.drivers.qcow2.header import (
     cluster_size_of,
 )
 from vhostblk.block.drivers.qcow2.locks import to_the_end
+from vhostblk.block.drivers.qcow2.measuring import bitmap_room, is_sparse, measure
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
@@ -46,7 +48,9 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.extent import FlushTarget, Hull, Ranges
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
+from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_down
+from vhostblk.block.node import BlockNode
 from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus
@@ -80,6 +84,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
     _first_writes: FirstWrites
     _raw_data: RawDataFile | None
     _codec: ClusterCodec
+    _is_sparse: bool | None = None
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:
@@ -90,6 +95,21 @@ class Qcow2Node(AmendNode, Qcow2Extents):
     async def create(cls, creation: Creation, options: Qcow2CreateOptions) -> None:
         """See `create.py`."""
         await create(creation, options)
+
+    @classmethod
+    async def measure(cls, options: Qcow2CreateOptions, source: BlockNode | None) -> Measurement:
+        """See `measuring.py`."""
+        return await measure(options, source)
+
+    async def driver_bitmap_room(self, cluster_size: int) -> int | None:
+        """As the directory has them."""
+        if self._header.version < 3:
+            return None
+        try:
+            directory = await load_directory(self._file, self._header)
+        except ImageError as error:
+            raise BlockError(errno.EIO, str(error)) from None
+        return bitmap_room(directory, self.length, cluster_size)
 
     async def open(self, context: OpenContext) -> None:
         """Read and check the header and the L1 table; open the data file and the backing file.
@@ -453,8 +473,25 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             flags |= StatusFlag.ZERO
         if not run.has_host:
             return BlockStatus(flags, count)
+        if precise and run.kind is Kind.NORMAL and await self._has_unwritten():
+            flags |= StatusFlag.RECURSE
         place = run.host + offset - run.start
         return BlockStatus(flags | StatusFlag.OFFSET_VALID, count, self._data.node, place)
+
+    async def _has_unwritten(self) -> bool:
+        """Whether clusters have a place in the file that were never written, as far as one can see from its size."""
+        if self._is_sparse is None:
+            self._is_sparse = await is_sparse(self._file, self._header)
+        return self._is_sparse
+
+    def has_zero_init(self) -> bool:
+        """As long as nothing has a place; what is preallocated is as its file was."""
+        try:
+            if not self.length or not self._metadata.l2_table(0):
+                return True
+        except ImageError:
+            return False
+        return self._data.node.has_zero_init()
 
     # ------------------------------------------------------------------ the engine
 

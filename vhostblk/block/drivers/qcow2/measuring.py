@@ -1,0 +1,96 @@
+"""How large a qcow2 image gets, and whether it takes less room than it seems to (block layer rows B31.6 and B21.9).
+
+All tables of an image that is written completely are counted, whatever of its data is: this is an upper limit, as it is
+in QEMU.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import replace
+
+from vhostblk.block.drivers.qcow2.bitmaps import BitmapDirectory, BitmapFlag, bytes_needed
+from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, layout_of
+from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
+from vhostblk.block.drivers.qcow2.header import MAX_L1_BYTES, Header
+from vhostblk.block.drivers.qcow2.tables import Codec, read_bytes, read_table
+from vhostblk.block.edge import Edge
+from vhostblk.block.flags import StatusFlag
+from vhostblk.block.length import Measurement
+from vhostblk.block.limits import align_down, align_up
+from vhostblk.block.node import BlockNode
+from vhostblk.block.status import status_above
+from vhostblk.errors import BlockError, ConfigError
+
+_HAS_DATA = StatusFlag.DATA | StatusFlag.ALLOCATED
+
+
+async def measure(options: Qcow2CreateOptions, source: BlockNode | None) -> Measurement:
+    """What an image with these options takes.
+
+    Raises:
+        ConfigError: EFBIG: there is no such image.
+        BlockError: the source cannot be looked at.
+    """
+    layout = replace(layout_of(options), preallocated=True)
+    if layout.l1_entries * 8 > MAX_L1_BYTES:
+        raise ConfigError("Active L1 table too large", errno.EFBIG)
+    disk = layout.guest_clusters * layout.cluster_size
+    data, bitmaps = 0, None
+    if options.preallocation in ("falloc", "full") or (source and options.backing_file is not None):
+        # What the new image shares with its backing file nobody knows.
+        data = disk
+    elif source is not None:
+        data = await _data_of(source, layout.cluster_size)
+    if source is not None and options.compat >= 3:
+        bitmaps = await source.driver_bitmap_room(layout.cluster_size)
+    return Measurement(layout.end - disk + data, layout.end, bitmaps)
+
+
+async def _data_of(source: BlockNode, cluster_size: int) -> int:
+    """Bytes of clusters that have something else than zeroes."""
+    data = at = 0
+    while at < source.length:
+        status = await status_above(source, None, at, source.length - at)
+        end = at + status.length
+        if not status.flags & StatusFlag.ZERO and status.flags & _HAS_DATA == _HAS_DATA:
+            end = align_up(end, cluster_size)
+            data += end - align_down(at, cluster_size)
+        at = end
+    return data
+
+
+async def is_sparse(file: Edge, header: Header) -> bool:
+    """Whether far more clusters are used than the file has room for: some have a place, and were never written.
+
+    Raises:
+        BlockError: the child's errno.
+    """
+    size = header.cluster_size
+    try:
+        room = await file.node.driver_allocated_size() // size
+    except BlockError:  # nobody knows
+        return False
+    enough = max(room * 10 // 9, room + 2)
+    left, used = -(-file.node.length // size), 0
+    codec, per_block = Codec(header.refcount_order), size * 8 >> header.refcount_order
+    entries = header.refcount_table_clusters * size // 8
+    for block in await read_table(file, header.refcount_table_offset, entries):
+        if left <= 0 or used >= enough:
+            break
+        if block & OFFSET_MASK:
+            counts = codec.decode(await read_bytes(file, block & OFFSET_MASK, size))[:left]
+            used += len(counts) - counts.count(0)
+        left -= per_block
+    return used >= enough
+
+
+def bitmap_room(directory: BitmapDirectory, length: int, cluster_size: int) -> int:
+    """What the bitmaps of a disk take that are worth keeping, if none of their bits are alike."""
+    total = entries = 0
+    for bitmap in directory.bitmaps:
+        if not bitmap.flags & BitmapFlag.IN_USE:
+            clusters = -(-bytes_needed(length, bitmap.granularity) // cluster_size)
+            total += clusters * cluster_size + align_up(clusters * 8, cluster_size)
+            entries += align_up(24 + len(bitmap.name.encode(errors="surrogateescape")), 8)
+    return total + align_up(entries, cluster_size)
