@@ -327,11 +327,10 @@ class BlockBackend(Quiescent):
             return []
         self.in_flight += 1
         try:
-            new, there = await pipeline.prepare_writes(self.node, ranges)
+            found, there = await pipeline.prepare_writes(self.node, ranges)
         finally:
             self.leave()
         epoch = self._epoch
-        found = await pipeline.host_extents(self.node, new) if new else []
         found = [self._permitted(extent) for extent in found]
         reached = 0
         for start, end in sorted(there):

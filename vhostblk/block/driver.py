@@ -382,16 +382,16 @@ class Driver:
         """Whether a discard has an effect; what the export offers to the guest."""
         return self.is_filter and (child := self._filtered().node).unmap and child.can_discard()
 
-    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
+    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
         """Somebody would like to write to these ranges by extents: make it possible, where that is no more work than a
         write; `prepares_writes` says that this does something. What the disk shows stays the same.
 
-        Returns: where it has become possible now, and where it was possible before.
+        Returns: extents, in order, where it has become possible now; and where it was possible before.
 
         Raises:
             BlockError: whoever writes there finds the same.
         """
-        return (), ranges
+        return [], ranges
 
     async def host_extent(self, offset: int, length: int) -> HostExtent | None:
         """The largest extent around `offset` that may be used without asking, or None.

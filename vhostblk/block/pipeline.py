@@ -415,7 +415,7 @@ async def truncate(
 # map)
 
 
-async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[Ranges, Ranges]:
+async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
     """Somebody is about to write to these ranges (not empty) by extents, if he can: see the driver's.
 
     Raises:
@@ -426,16 +426,17 @@ async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[Ranges, Range
         ranges = [run for run in ranges if not tracker.serialises(*run)]
     usable = not (node.quiesced or node.inactive or node.has_debug_events) and node.writes_may_pass
     if not usable or not ranges:
-        return (), ()
+        return [], ()
     start, end = min(run[0] for run in ranges), max(run[1] for run in ranges)
     node.in_flight += 1
     request = tracker.begin(RequestType.WRITE, start, end - start)
     try:
-        return await node.driver_prepare_writes(ranges)
+        found, before = await node.driver_prepare_writes(ranges)
     finally:
         node.write_gen += 1  # a flush has something to do
         tracker.end(request)
         node.leave()
+    return _for_above(node, found), before
 
 
 async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent | None:
@@ -473,8 +474,12 @@ async def host_extents(node: BlockNode, ranges: Ranges) -> list[HostExtent]:
     """
     if node.quiesced or node.inactive:
         return []
-    found = await node.host_extents(ranges)
     # Asking the driver may have taken time.
+    return _for_above(node, await node.host_extents(ranges))
+
+
+def _for_above(node: BlockNode, found: list[HostExtent]) -> list[HostExtent]:
+    """What somebody above may use of what a driver has found."""
     if node.quiesced or node.inactive:
         return []
     if node.tracker.serialising:

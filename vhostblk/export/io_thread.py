@@ -16,18 +16,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Protocol
 
 from vhostblk import native
-from vhostblk.native import Message, MessageType, packed, packed_completion
+from vhostblk.native import Message, MessageType, packed, packed_completion, packed_retry
 
 log = logging.getLogger(__name__)
 
 _REQUEST = int(MessageType.REQUEST)
 _ACK = int(MessageType.ACK)
-_RETRY = int(MessageType.RETRY)
 
 # After so many seconds other callbacks of the loop get their turn.
 _TURN = 0.002
@@ -128,7 +127,13 @@ class IOThread:
 
     def retry(self, cookie: int) -> None:
         """Give a request back: the extent map can serve it now."""
-        self._outbox.append(packed((_RETRY, 0, 0, cookie, 0, 0, 0, 0, 0, 0, 0)))
+        self._outbox.append(packed_retry(cookie))
+        if not self._receiving:
+            self._flush_soon()
+
+    def retry_all(self, cookies: Iterable[int]) -> None:
+        """The same for many."""
+        self._outbox += [packed_retry(cookie) for cookie in cookies]
         if not self._receiving:
             self._flush_soon()
 

@@ -223,8 +223,8 @@ class NativeDataPath:
         except Exception:
             log.exception("a bug: first writes failed")
         finally:
-            for thread, message in batch:
-                thread.retry(message[3])
+            for thread in {thread for thread, _ in batch}:
+                thread.retry_all(message[3] for of, message in batch if of is thread)
             self._is_preparing = False
             self._begin_first_writes()
 

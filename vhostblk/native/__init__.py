@@ -37,7 +37,7 @@ from vhostblk.native.queues import (
     queue_config,
     segments,
 )
-from vhostblk.native.thread import EngineThread, Message, packed, packed_completion
+from vhostblk.native.thread import EngineThread, Message, packed, packed_completion, packed_retry
 
 __all__ = [
     "FLUSH_MISS",
@@ -69,6 +69,7 @@ __all__ = [
     "latency_bound",
     "packed",
     "packed_completion",
+    "packed_retry",
     "queue_config",
     "segments",
 ]

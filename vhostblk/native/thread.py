@@ -12,7 +12,7 @@ from vhostblk.errors import StateError
 from vhostblk.native.binding import IO_KIND_NAMES, IO_KINDS, check, engine, ffi, lib
 from vhostblk.native.constants import MessageType
 
-__all__ = ["EngineThread", "Message", "packed", "packed_completion"]
+__all__ = ["EngineThread", "Message", "packed", "packed_completion", "packed_retry"]
 
 Message = tuple[int, int, int, int, int, int, int, int, int, int, int]
 """type, flags, queue, cookie, disk, offset, length, pointer, count, result, aux."""
@@ -21,6 +21,8 @@ _MESSAGE = struct.Struct("=HHIQQQQQIiQ")
 # The same, without what is 0 in a VB_COMPLETE.
 _COMPLETION = struct.Struct("=H6xQ16xQ12xi8x")
 _COMPLETE = int(MessageType.COMPLETE)
+_COOKIE_ALONE = struct.Struct("=H6xQ48x")
+_RETRY = int(MessageType.RETRY)
 
 
 def packed(message: Message) -> bytes:
@@ -31,6 +33,11 @@ def packed(message: Message) -> bytes:
 def packed_completion(cookie: int, status: int, written: int) -> bytes:
     """A VB_COMPLETE."""
     return _COMPLETION.pack(_COMPLETE, cookie, written, status)
+
+
+def packed_retry(cookie: int) -> bytes:
+    """A VB_RETRY."""
+    return _COOKIE_ALONE.pack(_RETRY, cookie)
 
 
 class EngineThread:

@@ -85,6 +85,13 @@ class TableCache:
         self._slices.move_to_end(offset)
         return found
 
+    def find(self, offset: int) -> Slice | None:
+        """The slice at this offset, if it is here."""
+        found = self._slices.get(offset)
+        if found is not None:
+            self._slices.move_to_end(offset)
+        return found
+
     def add(self, offset: int) -> Slice:
         """A new slice, all of it 0, that has to be written."""
         slice_ = Slice(offset, self._codec.decode(bytes(self.slice_bytes)))

@@ -10,6 +10,7 @@ Knows nothing about how clusters get their place.
 
 from __future__ import annotations
 
+import asyncio
 from abc import abstractmethod
 
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
@@ -29,8 +30,10 @@ class Qcow2Extents(BlockNode):
 
     Attributes:
         shown: where zeroes, or a backing file's, were given out.
+        moves: how often clusters have changed their place.
     """
 
+    moves = 0
     shown: Hull
     _header: Header
     _file: Edge
@@ -83,6 +86,29 @@ class Qcow2Extents(BlockNode):
                     found.append(await _of_backing(backing, at, stop, at, stop - at))
                 at = stop
         return [extent for extent in found if extent is not None]
+
+    async def _extents_of(self, runs: list[Run]) -> list[HostExtent]:
+        """The same for runs that were looked up just now, as far as one extent of the file has them."""
+        if not runs:
+            return []
+        moves = self.moves
+        file = await host_extent(self._data.node, runs[0].host, self._header.cluster_size)
+        if self.moves != moves:
+            return []
+        found = [self._in_file(run, run.start, min(run.end, self.length), file) for run in runs]
+        return [extent for extent in found if extent is not None]
+
+    @abstractmethod
+    async def _moved(self, start: int, end: int) -> None:
+        """Other clusters are shown now: nobody may use the old ones, nor flush without the tables."""
+
+    async def _got_place(self, ranges: Ranges) -> None:
+        """What had none: as if it had moved, but that extents of it were given to few, if to anybody."""
+        await self.revoke_flush()
+        shown = [self._moved(*run) for run in ranges if self.shown.touches(*run)]
+        for error in await asyncio.gather(*shown, return_exceptions=True) if shown else ():
+            if error is not None:
+                raise error
 
     async def _of_file(
         self, run: Run, start: int, end: int, offset: int, length: int

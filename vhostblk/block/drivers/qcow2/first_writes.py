@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.drivers.qcow2.clusters import Read
-from vhostblk.block.drivers.qcow2.entries import COPIED, EntryReader, Kind
+from vhostblk.block.drivers.qcow2.entries import COPIED, EntryReader, Kind, Run
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
 from vhostblk.block.drivers.qcow2.locks import RangeLocks, to_the_end
 from vhostblk.block.drivers.qcow2.metadata import Metadata
@@ -81,14 +81,15 @@ class FirstWrites:
         self._size = header.cluster_size
         self._extended = header.has_subclusters
 
-    async def prepare(self, ranges: Ranges, backed: int) -> tuple[Ranges, Ranges]:
+    async def prepare(self, ranges: Ranges, backed: int) -> tuple[list[Run], Ranges]:
         """Give a place to what is simple.
 
         Args:
-            ranges: (start, end) of what will be written, each for itself.
+            ranges: of what will be written, each for itself.
             backed: up to where something may be below.
 
-        Returns: whole clusters: those that got a place, and those that had one where they may be written.
+        Returns: whole clusters, in order: those that got a place, and those that had one where they may be written. It
+            is true until the next `await`.
 
         Raises:
             BlockError: a child's errno; ENOSPC, EFBIG. Some clusters may have got their place.
@@ -111,25 +112,30 @@ class FirstWrites:
                 host, count = await self._metadata.refcounts.allocate(len(new) - done)
                 await self._use(new[done : done + count], host)
                 done += count
-        return self._runs([cluster.at for cluster in new]), self._runs(there)
+        return self._placed(new), self._runs(there)
 
     async def _look(
         self, clusters: Iterable[int], backed: int, covered: Container[int]
     ) -> tuple[list[_New], list[int]]:
         """Those that may get a place here, and those that need none."""
-        metadata, part_at = self._metadata, self._entries.part_at
+        metadata = self._metadata
         new: list[_New] = []
         there: list[int] = []
-        copied, base, own = 0, -1, None
+        copied = 0
         for at in clusters:
-            if own is None or metadata.slice_start(at) != base:
-                own, base = await metadata.own_slice(at), metadata.slice_start(at)
-            run = part_at(own.table, base, at)
-            if run.kind is Kind.NORMAL and run.copied:
-                there.append(at)
-            elif run.has_host or run.end - run.start < self._size:
-                continue
-            elif run.kind is Kind.ZERO or at >= backed:
+            own = metadata.own_slice_now(at) or await metadata.own_slice(at)
+            entry, bitmap = metadata.entry(own, at)
+            if not (entry or bitmap):
+                is_zero = at >= backed
+            else:
+                run = self._entries.part_at(own.table, metadata.slice_start(at), at)
+                if run.kind is Kind.NORMAL and run.copied:
+                    there.append(at)
+                    continue
+                is_zero = run.kind is Kind.ZERO
+                if run.has_host or not is_zero or run.end - run.start < self._size:
+                    continue
+            if is_zero:
                 new.append(_New(at))
             elif at not in covered and (not copied or copied + self._size <= _MOST_COPIED):
                 copied += self._size
@@ -139,27 +145,25 @@ class FirstWrites:
     async def _use(self, new: list[_New], host: int) -> None:
         """Put them there, as the disk shows them now."""
         metadata, size = self._metadata, self._size
+        linked = 0
         try:
             for number, cluster in enumerate(new):
                 cluster.host = host + number * size
             await self._fill(new)
-            by_slice: dict[int, list[_New]] = {}
             for cluster in new:
-                by_slice.setdefault(metadata.slice_start(cluster.at), []).append(cluster)
-        except BaseException:
-            await metadata.refcounts.release(host, len(new))
-            raise
-        linked = 0
-        try:
-            for clusters in by_slice.values():
-                own = await metadata.own_slice(clusters[0].at)
-                for cluster in clusters:
-                    metadata.change(own, cluster.at, cluster.host | COPIED, _WHOLE)
-                linked += len(clusters)
+                at = cluster.at
+                own = metadata.own_slice_now(at) or await metadata.own_slice(at)
+                metadata.change(own, at, cluster.host | COPIED, _WHOLE)
+                linked += 1
         finally:
-            if linked < len(new):
-                await metadata.refcounts.release(host + linked * size, len(new) - linked)
-            await to_the_end(self._changed(self._runs([c.at for c in new[:linked]])))
+            await to_the_end(self._settle(new, linked))
+
+    async def _settle(self, new: list[_New], linked: int) -> None:
+        """Nobody sees anything else for the first of them; the others are free again."""
+        await self._changed(self._runs([cluster.at for cluster in new[:linked]]))
+        if linked < len(new):
+            unused = (len(new) - linked) * self._size
+            await self._metadata.refcounts.release(new[linked].host, unused)
 
     async def _fill(self, new: list[_New]) -> None:
         copies = [self._copy(cluster) for cluster in new if cluster.content is not None]
@@ -187,6 +191,21 @@ class FirstWrites:
         await self._read(cluster.at, content)
         if content.is_zero():
             cluster.content = None
+
+    def _placed(self, new: list[_New]) -> list[Run]:
+        """Runs of the disk that are runs of the file."""
+        runs: list[Run] = []
+        size = self._size
+        start = host = end = 0
+        for cluster in new:
+            if cluster.at != end or cluster.host - host != end - start:
+                if end:
+                    runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
+                start, host = cluster.at, cluster.host
+            end = cluster.at + size
+        if end:
+            runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
+        return runs
 
     def _runs(self, clusters: Sequence[int]) -> list[tuple[int, int]]:
         return merged([(at, at + self._size) for at in clusters])

@@ -88,6 +88,10 @@ class Metadata:
         self._sync_lock = asyncio.Lock()
         self._growing = asyncio.Lock()
         self._header_lock = asyncio.Lock()
+        # What never changes, without a call for each request.
+        self._cluster_bits = header.cluster_bits
+        self._in_cluster = header.cluster_size - 1
+        self._extended = header.has_subclusters
         self._l2_covers = header.l2_entries << header.cluster_bits
         self.slice_covers = cache.slice_bytes // header.l2_entry_size << header.cluster_bits
 
@@ -135,7 +139,7 @@ class Metadata:
         index = offset // self._l2_covers
         entry = self._l1[index]
         table = entry & OFFSET_MASK
-        if entry & L1_RESERVED or table & (self.header.cluster_size - 1):
+        if entry & L1_RESERVED or table & self._in_cluster:
             raise ImageError(f"L2 table offset {entry:#x} unaligned (L1 index: {index})")
         return table
 
@@ -184,6 +188,20 @@ class Metadata:
                     await self._own_table(index, self.l2_table(offset))
         return await self.slice_at(self.l2_table(offset), offset)
 
+    def own_slice_now(self, offset: int) -> Slice | None:
+        """The same, if it is there already."""
+        entry = self._l1[offset // self._l2_covers]
+        table = entry & OFFSET_MASK
+        if (
+            not (entry & COPIED and table)
+            or entry & L1_RESERVED
+            or table & self._in_cluster
+            or table in self._overlapping
+        ):
+            return None
+        which = offset % self._l2_covers // self.slice_covers
+        return self.cache.find(table + which * self.cache.slice_bytes)
+
     def change(self, slice_: Slice, offset: int, entry: int, bitmap: int = 0) -> None:
         """A new entry for the cluster at this byte of the disk.
 
@@ -191,8 +209,8 @@ class Metadata:
             slice_: of `own_slice`, without an `await` since.
             bitmap: its subclusters, where the image has any.
         """
-        index = (offset - self.slice_start(offset)) >> self.header.cluster_bits
-        if self.header.has_subclusters:
+        index = (offset - self.slice_start(offset)) >> self._cluster_bits
+        if self._extended:
             slice_.table[2 * index] = entry
             slice_.table[2 * index + 1] = bitmap
         else:
@@ -201,8 +219,8 @@ class Metadata:
 
     def entry(self, slice_: Slice, offset: int) -> tuple[int, int]:
         """The entry for the cluster at this byte of the disk, and its bitmap, where there are any."""
-        index = (offset - self.slice_start(offset)) >> self.header.cluster_bits
-        if self.header.has_subclusters:
+        index = (offset - self.slice_start(offset)) >> self._cluster_bits
+        if self._extended:
             return slice_.table[2 * index], slice_.table[2 * index + 1]
         return slice_.table[index], 0
 

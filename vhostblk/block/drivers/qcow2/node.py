@@ -45,7 +45,7 @@ from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.resize import Resize, check_resizable
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
-from vhostblk.block.extent import FlushTarget, Hull, Ranges
+from vhostblk.block.extent import FlushTarget, HostExtent, Hull, Ranges
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.length import Measurement
@@ -184,7 +184,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             self._data,
             self._clusters.locks,
             read=self._read,
-            changed=self._now_somewhere,
+            changed=self._got_place,
         )
         self.shown = Hull()
         if self._is_written:
@@ -297,26 +297,20 @@ class Qcow2Node(AmendNode, Qcow2Extents):
 
     async def _moved(self, start: int, end: int) -> None:
         """Other clusters are shown now: nobody may use the old ones, nor flush without the tables."""
+        self.moves += 1
         await self.revoke_flush()
         end = min(end, self.length)
         if start < end:
             await self.revoke(start, end - start)
 
-    async def _now_somewhere(self, ranges: Ranges) -> None:
-        """What had no place has one: as if it had moved, but that extents of it were given to few, if to anybody."""
-        await self.revoke_flush()
-        shown = [self._moved(*run) for run in ranges if self.shown.touches(*run)]
-        for error in await asyncio.gather(*shown, return_exceptions=True) if shown else ():
-            if error is not None:
-                raise error
-
-    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
+    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
         """Clusters get a place; those of external data files have one."""
         if self._data is not self._file:
-            return (), ranges
+            return [], ranges
         backing = self.children.get("backing")
         backed = backing.node.length if backing is not None else 0
-        return await self._change(self._first_writes.prepare(ranges, backed))
+        new, there = await self._change(self._first_writes.prepare(ranges, backed))
+        return await self._extents_of(new), there
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         """In place, or to new clusters; or compressed."""
