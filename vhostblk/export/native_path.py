@@ -193,15 +193,15 @@ class NativeDataPath:
 
     def engine_request(self, thread: IOThread, message: Message) -> None:
         """A request that missed: map its range and give it back, or execute it."""
-        if not self._plugged and thread.has_more:
-            self._plugged = True
-            self._backend.plug()
-            thread.at_end_of_turn(self._unplug)
         if message[10] == _OUT and not message[1] and self._backend.prepares_writes:
             if not self._first_writes:
                 thread.at_end_of_turn(self._begin_first_writes)
             self._first_writes.append((thread, message))
             return
+        if not self._plugged and thread.has_more:
+            self._plugged = True
+            self._backend.plug()
+            thread.at_end_of_turn(self._unplug)
         run_eagerly(self._serve(thread, message), self._tasks)
 
     def _begin_first_writes(self) -> None:

@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from vhostblk.block.eager import DONE, begin, rest
+
 
 @dataclass(slots=True, eq=False)
 class _Use:
@@ -75,9 +77,16 @@ class RangeLocks:
         return None
 
 
+async def _finish(work: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    await rest(work, waits_for)
+
+
 async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
     """Do what must not be left half done; who is cancelled meanwhile learns that afterwards."""
-    task = asyncio.get_running_loop().create_task(work)
+    waits_for = begin(work)
+    if waits_for is DONE:
+        return
+    task = asyncio.get_running_loop().create_task(_finish(work, waits_for))
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:
