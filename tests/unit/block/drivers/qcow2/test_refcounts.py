@@ -1,0 +1,87 @@
+"""Who uses which cluster of the file: where compressed clusters get their bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from array import array
+from collections.abc import Awaitable, Callable
+
+from tests.unit.block.drivers.qcow2.files import HEADER, BytesFile
+from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
+from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+
+CLUSTER = 65536
+
+
+def with_refcounts(scenario: Callable[[Refcounts], Awaitable[None]], order: int = 4) -> None:
+    """Of a file of four clusters that are in use; all others are free."""
+
+    async def everything() -> None:
+        table = array("Q", [2 * CLUSTER] + 8191 * [0])
+        header = dataclasses.replace(HEADER, refcount_order=order)
+        counts = Refcounts(BytesFile().edge, header, table, CLUSTER, TablePlaces(16))
+        assert await counts.allocate(4) == (0, 4)
+        await scenario(counts)
+
+    asyncio.run(everything())
+
+
+def test_bytes_lie_one_behind_the_other_and_reach_into_the_cluster_that_follows() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        places = [await counts.allocate_bytes(30_000) for _ in range(4)]
+        assert places == [4 * CLUSTER + 30_000 * number for number in range(4)]
+        # The third is in both.
+        assert [await counts.count(at * CLUSTER) for at in (4, 5, 6)] == [3, 2, 0]
+
+    with_refcounts(scenario)
+
+
+def test_room_in_a_cluster_is_left_where_the_one_that_follows_is_in_use() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        assert await counts.allocate_bytes(60_000) == 4 * CLUSTER
+        assert await counts.allocate(1) == (5 * CLUSTER, 1)
+        assert await counts.allocate_bytes(10_000) == 6 * CLUSTER
+        assert [await counts.count(at * CLUSTER) for at in (4, 5, 6)] == [1, 1, 1]
+
+    with_refcounts(scenario)
+
+
+def test_cluster_that_somebody_has_given_up_gets_nothing_more() -> None:
+    """The host is told that it may have its room, as soon as the disk knows."""
+
+    async def scenario(counts: Refcounts) -> None:
+        place = await counts.allocate_bytes(1000)
+        counts.give_up(place, 1000)
+        assert await counts.allocate_bytes(1000) == 5 * CLUSTER
+        await counts.settle(counts.take_given_up())
+        assert await counts.count(place) == 0
+
+    with_refcounts(scenario)
+
+
+def test_cluster_that_was_freed_gets_nothing_as_if_it_were_not() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        place = await counts.allocate_bytes(1000)
+        await counts.release(place, 1000)
+        assert await counts.allocate(1) == (place, 1)
+        assert await counts.allocate_bytes(1000) == 5 * CLUSTER
+
+    with_refcounts(scenario)
+
+
+def test_cluster_with_as_many_users_as_a_count_can_say_gets_no_more() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        places = [await counts.allocate_bytes(10) for _ in range(4)]
+        assert places == [4 * CLUSTER, 4 * CLUSTER + 10, 4 * CLUSTER + 20, 5 * CLUSTER]
+
+    with_refcounts(scenario, order=1)  # 2 bits
+
+
+def test_whole_range_is_released_however_many_clusters_it_touches() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        place, length = await counts.allocate(3)
+        await counts.release(place, length * CLUSTER)
+        assert [await counts.count(at * CLUSTER) for at in (4, 5, 6)] == [0, 0, 0]
+
+    with_refcounts(scenario)
