@@ -271,6 +271,7 @@ class Refcounts:
                     block = await self._existing_block(index)
                 except BaseException:
                     self._given_up.extend(clusters[done:])
+                    self._free_byte = 0  # as in `give_up`
                     raise
                 if block is None or not block.table[at]:
                     free = cluster

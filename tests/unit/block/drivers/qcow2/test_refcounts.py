@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
 from array import array
 from collections.abc import Awaitable, Callable
 
+import pytest
+
 from tests.unit.block.drivers.qcow2.files import HEADER, BytesFile
+from vhostblk.block.drivers.qcow2.cache import Slice
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+from vhostblk.errors import BlockError
 
 CLUSTER = 65536
 
@@ -68,6 +73,22 @@ def test_cluster_that_was_freed_gets_nothing_as_if_it_were_not() -> None:
         assert await counts.allocate_bytes(1000) == 5 * CLUSTER
 
     with_refcounts(scenario)
+
+
+def test_cluster_whose_count_could_not_be_read_when_it_was_released_gets_nothing_more() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        place = await counts.allocate_bytes(1000)
+        existing, counts._existing_block = counts._existing_block, _fails  # type: ignore[method-assign]
+        with pytest.raises(BlockError):
+            await counts.release(place, 1000)
+        counts._existing_block = existing  # type: ignore[method-assign]
+        assert await counts.allocate_bytes(1000) == 5 * CLUSTER
+
+    with_refcounts(scenario)
+
+
+async def _fails(index: int) -> Slice | None:
+    raise BlockError(errno.EIO)
 
 
 def test_cluster_with_as_many_users_as_a_count_can_say_gets_no_more() -> None:
