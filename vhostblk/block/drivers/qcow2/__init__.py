@@ -8,6 +8,8 @@
 | `refcounts` | who uses which cluster of the file |
 | `metadata` | all tables of an image, and the order in which they reach the disk |
 | `clusters` | where guest clusters are, and how they get a place |
+| `first_writes` | how many of them get theirs before the engine writes to them |
+| `extents` | what the engine may do alone |
 | `snapshots`, `bitmaps` | the table of internal snapshots, the directory of bitmaps and their tables |
 | `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
 | `backing` | what the header says the image is backed by, and how that changes |
