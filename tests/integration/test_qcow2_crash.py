@@ -29,6 +29,7 @@ from tests.qcow2_images import (
     qemu_io,
     with_image,
 )
+from vhostblk.block.amend import amend
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
@@ -38,6 +39,7 @@ from vhostblk.block.graph import BlockGraph
 from vhostblk.block.internal_snapshot import create_snapshot, delete_snapshot, go_to_snapshot
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import align_down, align_up
+from vhostblk.block.permissions import Perm
 
 STATES = int(os.environ.get("VHOSTBLK_CRASH_STATES", "25"))
 """Of each workload."""
@@ -96,6 +98,16 @@ class SnapshotsChange:
     after: dict[str, bytes]
 
 
+AMENDS = (
+    "compat=0.10,refcount_bits=16,lazy_refcounts=off",
+    "compat=1.1",
+    "compat=1.1,lazy_refcounts=on",
+    "compat=1.1,refcount_bits=1",
+    "compat=1.1,refcount_bits=64,lazy_refcounts=off",
+    "compat=1.1,refcount_bits=8",
+)
+
+
 class Workload:
     """One guest request after the other, with flushes between.
 
@@ -119,7 +131,7 @@ class Workload:
         recorder = node.children["file"].node
         assert isinstance(recorder, Recorder)
         recorder.log = self.log
-        backend = BlockBackend(node, "the guest", writable=True, resize=True)
+        backend = BlockBackend(node, "the guest", writable=True, resize=True, shared=Perm.ALL)
         self._graph, self._node = graph, node
         for _ in range(60):
             await self._request(backend)
@@ -133,6 +145,9 @@ class Workload:
         kind = rnd.choice(self._kinds)
         if kind == "r":
             await self._resize(backend)
+            return
+        if kind == "a":
+            await amend(self._graph, self._node, rnd.choice(AMENDS))
             return
         if kind in "SDG":
             await self._change_snapshots(kind)
@@ -292,6 +307,17 @@ def test_no_crash_while_a_disk_grows_or_shrinks_corrupts_it(tmp_path: Path, shap
     create(image, 2 * MIB, *words)
     kinds = "wwwwwuddfrrr"
     look_at_states(Workload(image, contents(image, tmp_path), len(shape), kinds), image, 3)
+
+
+@pytest.mark.parametrize("how", ["alone", "overlay"])
+def test_no_crash_while_an_image_is_amended_corrupts_it(tmp_path: Path, how: str) -> None:
+    image = tmp_path / "i.qcow2"
+    words: list[object] = ["-o", "cluster_size=4k"]
+    if how == "overlay":
+        (tmp_path / "base").write_bytes(random.Random(2).randbytes(MIB))
+        words += ["-b", "base", "-F", "raw"]
+    create(image, 2 * MIB, *words)
+    look_at_states(Workload(image, contents(image, tmp_path), 7, "wwwwzudfaaa"), image, 4)
 
 
 def look_at_states(workload: Workload, image: Path, seed: int, *, snapshots: bool = False) -> None:

@@ -153,8 +153,9 @@ class AmendNode(SnapshotNode):
         progress(len(wanted), len(wanted))
 
     async def _rewrite(self, change: Callable[[Header], HeaderChange]) -> None:
-        """Another header."""
+        """Another header, when everything that it is about is on the disk."""
         await self._settle()
+        await self._file.flush()
         await to_the_end(self._use_header(self._metadata.change_header(change)))
 
     async def _use_header(self, write: Coroutine[Any, Any, None]) -> None:
