@@ -40,16 +40,9 @@ from vhostblk.block.flags import CheckMode
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
-from vhostblk.testing.requirements import require
 
 ALL = int(CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS)
 SIZE = 2 * MIB
-
-
-@pytest.fixture(autouse=True)
-def tools() -> None:
-    require("qemu-img")
-    require("qemu-io")
 
 
 class Image:

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.qcow2_images import MIB, check, contents, create, qemu_img, qemu_io, read, with_image
+from tests.qcow2_images import (
+    MIB,
+    check,
+    contents,
+    create,
+    export,
+    qemu_img,
+    qemu_io,
+    read,
+    with_image,
+)
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites
@@ -25,17 +35,10 @@ from vhostblk.client.bench.run import bench
 from vhostblk.errors import BlockError
 from vhostblk.native import load
 from vhostblk.testing.plugin import DaemonStarter
-from vhostblk.testing.requirements import require
 
 CLUSTER = 65536
 PAGE = 4096
 RW = ExtentFlag.READ | ExtentFlag.WRITE
-
-
-@pytest.fixture(autouse=True)
-def tools() -> None:
-    require("qemu-img")
-    require("qemu-io")
 
 
 def page(cluster: int, number: int = 3) -> tuple[int, int]:
@@ -287,13 +290,7 @@ def test_many_guests_requests_at_a_time_find_what_they_wrote(
         words = ["-b", base, "-F", "qcow2"]
     image = create(tmp_path / "i", 64 * MIB, *words)
     sock = socket_directory / "s"
-    process = daemon(
-        *("storage-daemon", "--blockdev"),
-        f"qcow2,node-name=d,file.driver=file,file.filename={image}",
-        "--export",
-        f"vhost-user-blk,id=e,node-name=d,writable=on,addr.type=unix,addr.path={sock}",
-        sockets=[sock],
-    )
+    process = export(daemon, image, sock)
     pattern = parse_pattern("read=3,write=6,flush=1")
     options = BenchOptions(
         pattern=pattern, block_max=32768, requests=3000, ramp=0, verify=True, sleep=True, timeout=60
