@@ -31,6 +31,7 @@ from tests.qcow2_images import (
 )
 from vhostblk.block.amend import amend
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.dirty_bitmap import add_bitmap, find_bitmap, remove_bitmap
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.filters.filter import FilterNode
@@ -39,6 +40,7 @@ from vhostblk.block.graph import BlockGraph
 from vhostblk.block.internal_snapshot import create_snapshot, delete_snapshot, go_to_snapshot
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import align_down, align_up
+from vhostblk.block.opening import open_image
 from vhostblk.block.permissions import Perm
 
 STATES = int(os.environ.get("VHOSTBLK_CRASH_STATES", "25"))
@@ -114,6 +116,9 @@ class Workload:
     Args: kinds: of requests; some come more often.
     """
 
+    sessions = 1
+    """How often the image is opened."""
+
     def __init__(self, image: Path, content: bytes, seed: int, kinds: str) -> None:
         self.before = image.read_bytes()
         self.log: Recording = []
@@ -122,18 +127,18 @@ class Workload:
         self._rnd = random.Random(seed)
         self._kinds = kinds
         self.snapshots = [SnapshotsChange(0, 0, {})]
-        asyncio.run(self._run(image))
+        for _ in range(self.sessions):
+            asyncio.run(self._run(image))
 
     async def _run(self, image: Path) -> None:
-        graph = BlockGraph({**DRIVERS, "recorder": Recorder})
+        # What opening writes counts, too.
+        recorder = type("RecorderOfThis", (Recorder,), {"log": self.log})
+        graph = BlockGraph({**DRIVERS, "recorder": recorder})
         file = f"file.driver=recorder,file.file.driver=file,file.file.filename={image}"
         node = await graph.add(f"qcow2,node-name=d,discard=unmap,{file}")
-        recorder = node.children["file"].node
-        assert isinstance(recorder, Recorder)
-        recorder.log = self.log
         backend = BlockBackend(node, "the guest", writable=True, resize=True, shared=Perm.ALL)
         self._graph, self._node = graph, node
-        for _ in range(60):
+        for _ in range(60 // self.sessions):
             await self._request(backend)
         await backend.close()
         await graph.close_all()
@@ -149,8 +154,8 @@ class Workload:
         if kind == "a":
             await amend(self._graph, self._node, rnd.choice(AMENDS))
             return
-        if kind in "SDG":
-            await self._change_snapshots(kind)
+        if kind in "SDGBR":
+            await self._change(kind)
             return
         if kind == "c":
             unit = backend.node.cluster_size
@@ -182,6 +187,9 @@ class Workload:
         else:
             await backend.pwrite_zeroes(offset, length, int(Req.MAY_UNMAP) if kind == "u" else 0)
             self._model[offset:end] = bytes(length)
+
+    async def _change(self, kind: str) -> None:
+        await self._change_snapshots(kind)
 
     async def _change_snapshots(self, kind: str) -> None:
         """Make one, delete one, or go back to one."""
@@ -266,6 +274,48 @@ class Workload:
         for at in range(0, len(mask), SECTOR):
             if mask[at]:
                 assert found[at : at + SECTOR] == promise.content[at : at + SECTOR], at
+
+
+class BitmapWorkload(Workload):
+    """The image is opened and closed, and bitmaps come and go."""
+
+    sessions = 4
+
+    async def _change(self, kind: str) -> None:
+        there = [bitmap for bitmap in self._node.bitmaps if bitmap.name != "all"]
+        if kind == "B" and len(there) < 4:
+            name = f"bitmap {len(self.log)} {self._rnd.random()}"
+            await add_bitmap(self._graph, self._node, name, 512, persistent=True)
+        elif kind == "R" and there:
+            await remove_bitmap(self._graph, self._rnd.choice(there))
+
+    def check_bitmap(self, end: int, image: Path) -> None:
+        """A bitmap that may be believed has all that was ever written."""
+        written = {
+            at
+            for when, start, stop in self.promises[0].touched
+            if when < end
+            for at in range(start // 4096, (stop - 1) // 4096 + 1)
+        }
+        found, is_right = asyncio.run(_granules(image, "all"))
+        assert not is_right or found >= written
+        if end == len(self.log):
+            assert is_right
+            assert found == written
+
+
+async def _granules(image: Path, name: str) -> tuple[set[int], bool]:
+    graph = BlockGraph(DRIVERS)
+    try:
+        node = await open_image(graph, str(image), {"read-only": True})
+        bitmap = find_bitmap(node, name)
+        return {
+            at // bitmap.granularity
+            for start, length in bitmap.ranges()
+            for at in range(start, start + length, bitmap.granularity)
+        }, not bitmap.inconsistent
+    finally:
+        await graph.close_all()
 
 
 SHAPES = {
@@ -402,3 +452,27 @@ def test_image_that_was_killed_while_counts_were_put_off_is_repaired(
     assert not is_dirty(image)
     assert check(image) == ""
     assert contents(image, tmp_path) == before
+
+
+@pytest.mark.parametrize("shape", ["usual", "small clusters", "tiny clusters"])
+@pytest.mark.parametrize("how", ["alone", "overlay"])
+def test_no_crash_makes_a_bitmap_that_is_wrong_look_right(
+    tmp_path: Path, shape: str, how: str
+) -> None:
+    image = tmp_path / "i.qcow2"
+    words: list[object] = list(SHAPES[shape])
+    if how == "overlay":
+        # A long name: the header does not fit into a sector.
+        base = tmp_path / ("b" * 100)
+        base.write_bytes(random.Random(2).randbytes(MIB))
+        words += ["-b", base.name, "-F", "raw"]
+    create(image, 2 * MIB, *words)
+    qemu_img("bitmap", "--add", "-g", "4k", image, "all")
+    workload = BitmapWorkload(image, contents(image, tmp_path), len(shape), "wwwzBRf")
+    rnd = random.Random(len(shape))
+    ends = [rnd.randrange(len(workload.log) + 1) for _ in range(STATES)]
+    for end in [*ends, len(workload.log)]:
+        image.write_bytes(workload.state(end, rnd))
+        no_worse_than_leaks(image)
+        workload.check(end, contents(image, tmp_path))
+        workload.check_bitmap(end, image)

@@ -26,7 +26,7 @@ from tests.qcow2_images import (
 from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
-from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
+from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.flags import Req
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
@@ -266,7 +266,6 @@ def _fields(header: Header) -> dict[str, object]:
     ("fields", "why"),
     [
         ({"incompatible": Incompatible.CORRUPT}, "corrupt"),
-        ({"autoclear": AutoClear.BITMAPS}, "persistent bitmaps"),
     ],
 )
 def test_image_that_writing_would_damage_is_only_read(

@@ -4,8 +4,8 @@ Where to look. Requests: `driver.py` is the contract of a driver, `node.py` what
 `pipeline.py`, `submit.py`, `clear.py`, `flush.py` and `status.py` are one request on one node,
 `eager.py` begins one that may never wait, `tracking.py` knows which waits for which, `quiesce.py` is
 drain. What they need: `iov.py` and `bounce.py` memory, `registered_buf.py` where it is, `limits.py`
-how much at once, `flags.py` QEMU's names, `extent.py` what may be done without asking, `dirty_map.py`
-and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and `block_copy.py`, and
+how much at once, `flags.py` QEMU's names, `extent.py` what may be done without asking, `dirty_map.py`,
+`dirty_bitmap.py` and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and `block_copy.py`, and
 `snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an image keeps.
 
 The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` drivers,

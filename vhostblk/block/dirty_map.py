@@ -58,6 +58,55 @@ class DirtyMap:
         self._bits[stop] |= high
         self._bits[start + 1 : stop] = b"\xff" * (stop - start - 1)
 
+    def unmark(self, offset: int, length: int) -> None:
+        """Every granule that is wholly in the range, as far as the map goes, is clean."""
+        end = min(offset + length, self.length)
+        last = self._granules if end == self.length else end >> self._shift
+        first = -(-offset >> self._shift)
+        if first >= last:
+            return
+        start, stop = first >> 3, (last - 1) >> 3
+        low, high = 0xFF << (first & 7) & 0xFF, 0xFF >> (7 - (last - 1 & 7))
+        if start == stop:
+            self._bits[start] &= ~(low & high)
+            return
+        self._bits[start] &= ~low
+        self._bits[stop] &= ~high
+        self._bits[start + 1 : stop] = bytes(stop - start - 1)
+
+    @property
+    def _granules(self) -> int:
+        return -(-self.length >> self._shift)
+
+    def is_dirty(self, offset: int) -> bool:
+        """Whether the granule that has this byte is."""
+        if not 0 <= offset < self.length:
+            return False
+        index = offset >> self._shift
+        return bool(self._bits[index >> 3] >> (index & 7) & 1)
+
+    def count(self) -> int:
+        """Bytes in granules that are dirty; the last one counts as a whole."""
+        return int.from_bytes(self._bits).bit_count() << self._shift
+
+    def merge(self, other: DirtyMap) -> None:
+        """What is dirty there is dirty here, too."""
+        if other.granularity == self.granularity and other.length == self.length:
+            both = int.from_bytes(self._bits) | int.from_bytes(other._bits)
+            self._bits[:] = both.to_bytes(len(self._bits))
+            return
+        for offset, length in other.ranges():
+            self.mark(offset, length)
+
+    def to_bytes(self) -> bytes:
+        """A bit for each granule, the first one in the lowest bit of the first byte, as qcow2 has it."""
+        return bytes(self._bits)
+
+    def load(self, bits: bytes | bytearray) -> None:
+        """The reverse of `to_bytes`; bits that are missing are 0, bits beyond the end are left out."""
+        self._bits[:] = bits[: len(self._bits)].ljust(len(self._bits), b"\0")
+        self._cut()
+
     def ranges(self) -> Iterator[tuple[int, int]]:
         """What is dirty: offset and length in bytes, in order, as long as possible. The last may end in a granule."""
         begin = end = 0
@@ -89,7 +138,10 @@ class DirtyMap:
         size = self._size(length)
         del self._bits[size:]
         self._bits += bytes(size - len(self._bits))
-        unused = size * 8 - (-(-length >> self._shift) if length else 0)
+        self._cut()
+
+    def _cut(self) -> None:
+        unused = len(self._bits) * 8 - self._granules
         if unused:
             self._bits[-1] &= 0xFF >> unused
 

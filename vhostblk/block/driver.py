@@ -360,6 +360,14 @@ class Driver:
         """Show it without changing the image, which is read-only; returns what it is."""
         raise BlockError(errno.ENOTSUP)
 
+    def driver_check_bitmap(self, name: str, granularity: int) -> None:
+        """Whether the image could keep a further dirty bitmap; raises ConfigError if not."""
+        raise ConfigError("the image cannot keep dirty bitmaps", errno.ENOTSUP)
+
+    async def driver_remove_bitmap(self, name: str) -> None:
+        """Forget a dirty bitmap that the image keeps, if it has one of this name yet; nothing is in flight."""
+        raise BlockError(errno.ENOTSUP)
+
     def driver_cancel_in_flight(self) -> None:
         """Make pending requests fail soon, where waiting for them may take long (row B25.3)."""
 

@@ -142,7 +142,7 @@ async def go_to_snapshot(graph: BlockGraph, node: BlockNode, id_or_name: str) ->
     """
     async with graph.changing():
         found = _writable(node, OpType.INTERNAL_SNAPSHOT)
-        if any(getattr(above, "bitmaps", ()) for above in _shown_by(found)):
+        if any(above.bitmaps for above in _shown_by(found)):
             raise ConfigError("Device has active dirty bitmaps", errno.EBUSY)
         wanted = _find(await list_snapshots(found), id_or_name)
         if wanted.disk_size != found.length:

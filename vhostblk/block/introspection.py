@@ -13,7 +13,9 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.block.dirty_bitmap import DirtyInfo, query_bitmaps
 from vhostblk.block.filename import format_json
+from vhostblk.block.internal_snapshot import SnapshotInfo
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import backing_chain
 from vhostblk.block.options import strong_options
@@ -141,6 +143,23 @@ async def block_device_info(node: BlockNode, *, flat: bool = False) -> dict[str,
     }
     if backing is not None:
         answer["backing_file"] = filename(backing)
+    if node.bitmaps:
+        answer["dirty-bitmaps"] = [_bitmap(info) for info in query_bitmaps(node)]
+    return answer
+
+
+def _bitmap(info: DirtyInfo) -> dict[str, Any]:
+    """As `BlockDirtyInfo`."""
+    answer: dict[str, Any] = {} if info.name is None else {"name": info.name}
+    answer |= {
+        "count": info.count,
+        "granularity": info.granularity,
+        "recording": info.recording,
+        "busy": info.busy,
+        "persistent": info.persistent,
+    }
+    if info.inconsistent:
+        answer["inconsistent"] = True
     return answer
 
 
@@ -161,9 +180,28 @@ async def image_info(node: BlockNode, *, flat: bool = False) -> dict[str, Any]:
         answer["dirty-flag"] = info.is_dirty
         if info.cluster_size:
             answer["cluster-size"] = info.cluster_size
+    if node.has_internal_snapshots and (snapshots := await node.driver_snapshots()):
+        answer["snapshots"] = [_snapshot(snapshot) for snapshot in snapshots]
     backing = node.backing
     if backing is not None and not flat:
         answer["backing-image"] = await image_info(backing)
+    return answer
+
+
+def _snapshot(snapshot: SnapshotInfo) -> dict[str, Any]:
+    """As QEMU's `SnapshotInfo`."""
+    seconds, nanoseconds = divmod(snapshot.vm_clock, 10**9)
+    answer: dict[str, Any] = {
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_size,
+        "date-sec": snapshot.seconds,
+        "date-nsec": snapshot.nanoseconds,
+        "vm-clock-sec": seconds,
+        "vm-clock-nsec": nanoseconds,
+    }
+    if snapshot.icount is not None:
+        answer["icount"] = snapshot.icount
     return answer
 
 

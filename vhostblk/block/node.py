@@ -24,6 +24,7 @@ from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.tracking import RequestTracker, TrackedRequest
 
 if TYPE_CHECKING:
+    from vhostblk.block.dirty_bitmap import DirtyBitmap
     from vhostblk.block.dirty_map import DirtyMap
     from vhostblk.block.edge import Edge
     from vhostblk.block.options import NodeOptions
@@ -130,6 +131,7 @@ class BlockNode(Driver, Quiescent):
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
         self.before_write: list[BeforeWrite] = []  # see `add_before_write`
         self.dirty_maps: list[DirtyMap] = []  # see `dirty_map.record`
+        self.bitmaps: list[DirtyBitmap] = []  # see `dirty_bitmap.py`
         self.plugged = 0
         self.highest_write = 0  # the end of the write that reached furthest (row B24.4)
         self.write_gen = 0
@@ -335,7 +337,7 @@ class BlockNode(Driver, Quiescent):
         """Change `length` and tell whoever is above."""
         if length != self.length:
             self.length = length
-            for dirty in self.dirty_maps:
+            for dirty in (*self.dirty_maps, *(bitmap.map for bitmap in self.bitmaps)):
                 dirty.resize(length)
             for edge in tuple(self.parents):
                 edge.parent.child_resized(edge)

@@ -21,6 +21,7 @@ import errno
 from collections.abc import Awaitable
 
 from vhostblk.block import submit
+from vhostblk.block.dirty_bitmap import check_resizable
 from vhostblk.block.dirty_map import recorded
 from vhostblk.block.eager import DONE, rest
 from vhostblk.block.extent import ExtentFlag, HostExtent, Ranges
@@ -396,6 +397,7 @@ async def truncate(
         raise BlockError(errno.EFBIG, f"{node.node_name}: length {length} is too large")
     if preallocation is not Preallocation.OFF and length < node.length:
         raise BlockError(errno.ENOTSUP, "Cannot use preallocation for shrinking files")
+    check_resizable(node)
     low, high = sorted((node.length, length))
     node.in_flight += 1
     request = node.tracker.begin(RequestType.TRUNCATE, low, high - low)

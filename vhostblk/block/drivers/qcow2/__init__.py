@@ -2,7 +2,7 @@
 
 | module | what it knows |
 |---|---|
-| `header` | the header and its extensions |
+| `header`, `header_change` | the header and its extensions; changing them so that nothing can tear them |
 | `entries` | what an entry of an L2 table says |
 | `tables`, `cache` | tables as bytes and as numbers; parts of them in memory |
 | `refcounts` | who uses which cluster of the file |
@@ -11,6 +11,7 @@
 | `first_writes` | how many of them get theirs before the engine writes to them |
 | `extents` | what the engine may do alone |
 | `snapshots`, `bitmaps` | the table of internal snapshots, the directory of bitmaps and their tables |
+| `bitmap_store`, `bitmap_node` | bits of bitmaps in the image, all of them written anew; for whom |
 | `shadow`, `snapshot_changes`, `snapshot_node` | the image's next state; what snapshots change in it; for whom |
 | `backing` | what the header says the image is backed by, and how that changes |
 | `survey`, `tally` | what all tables say, and how often each cluster is used: a check |

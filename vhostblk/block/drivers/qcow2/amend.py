@@ -143,6 +143,10 @@ class AmendNode(SnapshotNode):
         if version < self._header.version:
             size = self._header.size if options.size is None else options.size
             await self._check_snapshots(size)
+            if any(bitmap.persistent for bitmap in self.bitmaps):  # stored or not
+                raise ConfigError(
+                    "Cannot downgrade an image with persistent bitmaps", errno.ENOTSUP
+                )
         wanted = [step for step, is_wanted in steps if is_wanted]
         for done, step in enumerate(wanted):
             progress(done, len(wanted))

@@ -19,6 +19,7 @@ from vhostblk.block.drivers.qcow2.header import (
     ExtensionType,
     Header,
 )
+from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.errors import ImageError
@@ -35,7 +36,7 @@ MAX_GRANULARITY_BITS = 31
 MAX_BYTES = 512 << 20
 """Of one bitmap, in whole clusters."""
 _MAX_TABLE_ENTRIES = 1 << 27
-_MAX_DIRECTORY = 64 << 20
+MAX_DIRECTORY = 64 << 20
 
 ALL_ONES = 1
 """An entry of a bitmap table without a place: all its bits are 1."""
@@ -142,7 +143,7 @@ async def load_directory(file: Edge, header: Header) -> BitmapDirectory:
         raise ImageError("bitmaps_ext: Reserved field is not zero")
     if not 0 < count <= MAX_BITMAPS:
         raise ImageError(f"bitmaps_ext: impossible number of bitmaps: {count}")
-    if not 0 < length <= _MAX_DIRECTORY:
+    if not 0 < length <= MAX_DIRECTORY:
         raise ImageError(f"bitmaps_ext: impossible size of the bitmap directory: {length}")
     if not offset or offset % header.cluster_size or offset > MAX_OFFSET - length:
         raise ImageError("bitmaps_ext: invalid bitmap directory offset")
@@ -222,3 +223,28 @@ def entry_problem(entry: int, cluster_size: int) -> str:
     if entry & _TABLE_RESERVED or place % cluster_size or (place and entry & ALL_ONES):
         return f"entry {entry:#x} of its table is wrong"
     return ""
+
+
+async def add_bitmap_places(file: Edge, header: Header, places: TablePlaces) -> None:
+    """Where directory, tables and bits are, which nobody may overwrite.
+
+    Raises:
+        BlockError: the child's errno.
+        ImageError: they make no sense, or overlap others.
+    """
+    directory = await load_directory(file, header)
+    for offset, length in directory.places():
+        places.add_alone("Bitmap directory or table", offset, length)
+    used: set[int] = set()
+    for entry in directory.bitmaps:
+        for offset in used_by(await load_table(file, header, entry)):
+            if offset in used:
+                raise ImageError(f"Bitmap '{entry.name}': bits at {offset:#x} are another's, too")
+            places.check(f"Bits of bitmap '{entry.name}'", offset)
+            used.add(offset)
+    places.add_all(used)
+
+
+def used_by(table: Table) -> list[int]:
+    """Where the bits are."""
+    return [place for entry in table if (place := entry & OFFSET_MASK)]

@@ -414,6 +414,7 @@ class Metadata:
                 backing_name=header.backing_name,
                 backing_offset=header.backing_offset,
                 extensions=header.extensions,
+                autoclear=header.autoclear,
             )
 
     async def write_header(self, **fields: int) -> None:

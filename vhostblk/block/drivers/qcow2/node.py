@@ -137,6 +137,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             await context.open_implied(
                 self, "backing", Role.COW, header.backing_name, header.backing_format
             )
+        await self._load_bitmaps()
         self._is_open = True
 
     async def _load_header(self) -> Header:
@@ -199,8 +200,6 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         why = ""
         if header.incompatible & Incompatible.CORRUPT:
             why = "Image is corrupt; cannot be opened read/write"
-        elif header.autoclear & AutoClear.BITMAPS:
-            why = "Image has persistent bitmaps, which this version cannot keep up to date"
         if why:
             raise ConfigError(f"Node '{self.node_name}': {why}", errno.EACCES)
 
@@ -366,11 +365,13 @@ class Qcow2Node(AmendNode, Qcow2Extents):
     async def close(self) -> None:
         """Write what was put off. What is damaged stays as it is."""
         if self._is_open and self._is_written and not self.inactive and not self._is_corrupt:
+            await self._store_bitmaps_at_last()
             await self._store(self._metadata.finish())
 
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """See `resize.py`."""
         check_resizable(self._metadata.header, length)
+        self._check_bitmaps_resizable()
         backing = self.children.get("backing")
         resize = Resize(
             *(self._metadata, self._clusters, self._file, self._data),
@@ -399,13 +400,17 @@ class Qcow2Node(AmendNode, Qcow2Extents):
 
     async def driver_inactivate(self) -> None:
         """Write what only this process knows."""
+        await self._give_bitmaps_away()
         if self._is_written:
             await self._store(self._metadata.finish())
 
     async def driver_activate(self) -> None:
         """Read anew what somebody else may have changed."""
+        await self._file.node.refresh_length()  # tables may be where nothing was
         await self._reload()
         self.set_length(align_down(self._header.size, SECTOR_SIZE))
+        if self._bitmap_store is None:
+            await self._load_bitmaps()
 
     async def reopen_prepare(self, reopen: Reopen) -> None:
         """Read what a writer needs; not what everybody has already.
@@ -415,6 +420,8 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         """
         lazy = reopen.options.is_lazy(self._header)
         if reopen.read_only or not self.read_only:
+            if self._is_written and reopen.read_only:
+                await self._bitmaps_become_readonly()
             if self._is_written and (reopen.read_only or not lazy):
                 try:
                     await self._store(self._metadata.finish())
@@ -447,6 +454,13 @@ class Qcow2Node(AmendNode, Qcow2Extents):
     async def reopen_abort(self, reopen: Reopen) -> None:
         """As if nobody had asked."""
         self._reopened = None
+        if reopen.read_only and self._is_written:
+            await self._bitmaps_become_writable()
+
+    async def reopen_done(self, reopen: Reopen) -> None:
+        """Whoever may write now says so, before anything is written."""
+        if not self.read_only and any(bitmap.readonly for bitmap in self.bitmaps):
+            await self._bitmaps_become_writable()
 
     def can_discard(self) -> bool:
         """Clusters that are given up are used again."""

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from vhostblk.block.drivers.qcow2.bitmaps import add_bitmap_places
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
@@ -99,6 +100,7 @@ class Refcounts:
         for offset, size in (await load_snapshots(file, header)).places():
             places.check("Table of a snapshot", offset, size)
             places.add_all(range(offset, offset + size, header.cluster_size))
+        await add_bitmap_places(file, header, places)
         return cls(file, header, table, cache_bytes, places)
 
     # ------------------------------------------------------------------ taking and giving up

@@ -40,8 +40,6 @@ def check_resizable(header: Header, length: int) -> None:
     if header.snapshots and header.version < 3:
         # Theirs is not written in the image.
         raise BlockError(errno.ENOTSUP, "Can't resize a v2 image which has snapshots")
-    if header.autoclear & AutoClear.BITMAPS:
-        raise BlockError(errno.ENOTSUP, "Cannot resize an image with persistent bitmaps")
 
 
 class Resize:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from vhostblk.block.drivers.qcow2.check_node import CheckNode
+from vhostblk.block.drivers.qcow2.bitmap_node import BitmapNode
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.shadow import Shadow
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 _MOST_DISCARDS = 1 << 16
 
 
-class SnapshotNode(CheckNode):
+class SnapshotNode(BitmapNode):
     """The part of a qcow2 node that knows of snapshots.
 
     Attributes: _shown: the snapshot that a read-only node shows instead of what is active.
@@ -92,6 +92,7 @@ class SnapshotNode(CheckNode):
             self._header = before
             raise BlockError(errno.EIO, str(error)) from None
         self._shown = found.id
+        self._forget_bitmaps()
         self.set_length(align_down(self._header.size, SECTOR_SIZE))
         return self._info_of(found)
 
