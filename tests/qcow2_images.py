@@ -6,6 +6,8 @@ import asyncio
 import json
 import random
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +142,26 @@ def qemu_io(path: Path, *commands: str) -> None:
         ["qemu-io", *words, path], capture_output=True, text=True, check=True, timeout=120
     )
     assert "failed" not in done.stdout + done.stderr
+
+
+@contextmanager
+def used_by_qemu(path: Path) -> Iterator[None]:
+    """QEMU has the image open for writing inside `with`."""
+    user = subprocess.Popen(
+        ["qemu-io", path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert user.stdin is not None
+    assert user.stdout is not None
+    try:
+        user.stdin.write("length\n")
+        user.stdin.flush()
+        while "MiB" not in (line := user.stdout.readline()):
+            assert line
+        yield
+    finally:
+        user.stdin.close()
+        user.stdout.close()
+        user.wait(timeout=60)
 
 
 def scribble(path: Path, size: int, seed: int, times: int = 40) -> None:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.qcow2_images import MIB, check, contents, create, qemu_img, qemu_io, scribble
+from tests.qcow2_images import (
+    MIB,
+    check,
+    contents,
+    create,
+    qemu_img,
+    qemu_io,
+    scribble,
+    used_by_qemu,
+)
 from vhostblk.block.amend import amend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.errors import BlockError, ConfigError
@@ -175,22 +183,8 @@ def test_image_that_somebody_writes_or_that_is_read_only_is_not_amended(tmp_path
     image = create(tmp_path / "disk", SIZE)
     with pytest.raises(BlockError, match="read-only"):
         amend_image(image, "lazy_refcounts=on", **{"read-only": "on"})
-    user = subprocess.Popen(
-        ["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert user.stdin is not None
-    assert user.stdout is not None
-    try:
-        user.stdin.write("length\n")
-        user.stdin.flush()
-        while "MiB" not in (line := user.stdout.readline()):
-            assert line
-        with pytest.raises(ConfigError, match="lock"):
-            amend_image(image, "lazy_refcounts=on")
-    finally:
-        user.stdin.close()
-        user.stdout.close()
-        user.wait(timeout=60)
+    with used_by_qemu(image), pytest.raises(ConfigError, match="lock"):
+        amend_image(image, "lazy_refcounts=on")
 
 
 def test_driver_that_cannot_says_so(tmp_path: Path) -> None:

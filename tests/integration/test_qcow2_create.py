@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.qcow2_images import MIB, check, contents, qemu_img
+from tests.qcow2_images import MIB, check, contents, qemu_img, used_by_qemu
 from vhostblk.block.create import create, create_image
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.filters.filter import FilterNode
@@ -192,6 +191,22 @@ def test_size_is_that_of_the_backing_file_if_nobody_says_it(tmp_path: Path) -> N
     assert contents(tmp_path / "disk", tmp_path) == bytes(3 * MIB + 512)
 
 
+def test_no_image_is_made_in_place_of_one_that_it_is_based_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By whatever name, and however far below."""
+    monkeypatch.chdir(tmp_path)
+    Path("base").write_bytes(b"b" * MIB)
+    make("middle", "", backing_file="base", backing_format="raw")
+    os.symlink("middle", "link")
+    before = Path("middle").read_bytes()
+    for name, backing in (("./middle", "middle"), ("link", "middle"), ("base", "middle")):
+        with pytest.raises(ConfigError, match="same filename as the backing file"):
+            make(name, "", backing_file=backing, backing_format="qcow2")
+    assert Path("middle").read_bytes() == before
+    assert Path("base").read_bytes() == b"b" * MIB
+
+
 class Failing(FilterNode):
     """Fails a request when its turn comes; notes where writes went."""
 
@@ -274,23 +289,9 @@ def test_image_that_somebody_uses_is_not_overwritten(tmp_path: Path) -> None:
     image = tmp_path / "disk"
     make(image, "", size=MIB)
     before = image.read_bytes()
-    user = subprocess.Popen(
-        ["qemu-io", image], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert user.stdin is not None
-    assert user.stdout is not None
-    try:
-        user.stdin.write("length\n")
-        user.stdin.flush()
-        while "1 MiB" not in (line := user.stdout.readline()):
-            assert line
-        with pytest.raises(ConfigError, match="lock"):
-            make(image, "", size=2 * MIB)
-        assert image.read_bytes() == before
-    finally:
-        user.stdin.close()
-        user.stdout.close()
-        user.wait(timeout=60)
+    with used_by_qemu(image), pytest.raises(ConfigError, match="lock"):
+        make(image, "", size=2 * MIB)
+    assert image.read_bytes() == before
 
 
 def test_image_in_nodes_with_options_as_programs_write_them(tmp_path: Path) -> None:

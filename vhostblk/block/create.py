@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from vhostblk.block.host_io import HostIO
 
 Driver = type[BlockNode]
+
+_SAME_FILE = "Trying to create an image with the same filename as the backing file"
 
 
 @dataclasses.dataclass(slots=True)
@@ -296,9 +299,7 @@ class _Image:
         if driver is not None and driver not in self._graph.drivers:
             raise ConfigError(f"Unknown backing file format '{driver}'", errno.ENOENT)
         if backing is not None and backing == self._filename:
-            raise ConfigError(
-                "Trying to create an image with the same filename as the backing file"
-            )
+            raise ConfigError(_SAME_FILE)
 
     def _new_file(self, filename: Any) -> _NewFile:
         if not isinstance(filename, str) or not filename or is_json(filename):
@@ -353,7 +354,10 @@ class _Image:
             except ConfigError as error:
                 raise ConfigError(f"Could not open backing image: {error}", error.errno) from None
             found, length = node.driver_name, node.length
+            is_below = any(_is_same_file(name, self._filename) for name in _files_of(node))
             await self._graph.collect(node)
+        if is_below:
+            raise ConfigError(_SAME_FILE)
         if driver is None:
             raise ConfigError(
                 f"Backing file specified without backing format (detected format: {found})"
@@ -366,6 +370,21 @@ class _Image:
         return ConfigError(
             f"The image size is too large for file format '{name}'{hint}", errno.EFBIG
         )
+
+
+def _files_of(node: BlockNode) -> Iterator[str]:
+    """Names of the files of a node and of all below."""
+    if node.is_protocol and (name := node.exact_filename()):
+        yield name
+    for edge in node.children.values():
+        yield from _files_of(edge.node)
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
 
 
 def _options_type(driver: Driver, what: str) -> type[Any]:

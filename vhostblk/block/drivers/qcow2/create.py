@@ -101,9 +101,9 @@ class Qcow2CreateOptions:
         check_cluster_size(self.cluster_size, extended_l2=self.extended_l2)
         check_refcount_bits(self.refcount_bits, self.compat)
         self._check_version()
-        if self.backing_file is None and self.backing_fmt is not None:
+        if not self.backing_file and self.backing_fmt is not None:
             raise ConfigError("Backing format cannot be used without backing file")
-        if self.backing_file is not None:
+        if self.backing_file:
             if self.preallocation != "off" and not self.extended_l2:
                 raise ConfigError(
                     "Backing file and preallocation can only be used at the same time if extended_l2 is on"
