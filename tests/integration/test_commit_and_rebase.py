@@ -516,6 +516,7 @@ steps = st.lists(
 )  # fmt: skip
 
 
+@pytest.mark.timeout(120 * HUNT)
 @settings(
     max_examples=12 * HUNT, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )  # fmt: skip

@@ -104,11 +104,17 @@ async def commit_all(graph: BlockGraph) -> None:
 
 @asynccontextmanager
 async def committing(graph: BlockGraph, edge: Edge) -> AsyncIterator[None]:
-    """The base of a link may be written, and nobody changes the link or begins another operation at either end."""
+    """The base of a link may be written, and nobody changes the link or begins another operation at either end.
+
+    Raises:
+        ConfigError: EPERM: the link is frozen; EBUSY: it has changed.
+    """
     top, base = edge.parent, edge.node
     assert isinstance(top, BlockNode)
     reason = Reason(f"it is being committed to '{base.node_name}'")
     async with graph.changing():
+        if cow_child(top) is not edge or edge.node is not base:
+            raise ConfigError(f"Node '{top.node_name}' is backed by another by now", errno.EBUSY)
         check_frozen(edge)
         _tolerate(top, edge, tolerant=True)
         edge.frozen = True

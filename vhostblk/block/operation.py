@@ -60,6 +60,8 @@ class Operation(BlockBackend):
         Raises:
             BlockError: as `pipeline.prefetch`.
         """
+        if not length:
+            return
         await self.resumed()
         self.in_flight += 1
         try:

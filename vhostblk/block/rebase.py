@@ -179,12 +179,15 @@ class _Comparison:
         old, new = bytearray(count), bytearray(count)
         await _read(self._old, offset, old)
         await _read(self._new, offset, new)
-        at = 0
+        # As few requests as possible: each takes its range back from whoever uses it.
+        at = start = 0
         while at < count:
             stop = min(count, align_up(offset + at + 1, cluster) - offset)
-            if old[at:stop] != new[at:stop]:
-                await self._work.prefetch(offset + at, stop - at)
+            if old[at:stop] == new[at:stop]:
+                await self._work.prefetch(offset + start, at - start)
+                start = stop
             at = stop
+        await self._work.prefetch(offset + start, count - start)
         return count
 
     async def _same_by_status(self, offset: int, length: int) -> int:
