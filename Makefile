@@ -9,7 +9,7 @@
 #   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300), and a busy
 #                    export moved between threads a thousand times
 #   make hunt        other random requests and schedules, HUNT (default 20) times as many as usual
-#   make fuzz        the fuzzers, FUZZ_SECONDS each (default 60)
+#   make fuzz        the fuzzers, of damaged images too, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
 #   make bench-scaling  queues, threads, sizes of requests, depths, idle guests
 #   make bench-python   a disk made of Python, against nbdkit's Python plugin
@@ -80,7 +80,8 @@ sanitize: $(stamps)/system-test build
 	$(python) -m pytest tests/native $(ARGS)
 
 fuzz: $(stamps)/system-test build
-	VHOSTBLK_FUZZ_SECONDS=$(FUZZ_SECONDS) $(python) -m pytest tests/fuzz $(ARGS)
+	VHOSTBLK_FUZZ_SECONDS=$(FUZZ_SECONDS) $(python) -m pytest -o timeout=0 tests/fuzz \
+		tests/integration/test_qcow2_faults.py::test_damaged_images_give_errors_and_nothing_else $(ARGS)
 
 verify: $(stamps)/system-test build
 	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py \

@@ -10,9 +10,11 @@ each time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
+import resource
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,12 +22,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.qcow2_images import MIB, contents, create, no_worse_than_leaks, qemu_img, qemu_io, read
+from tests.qcow2_images import (
+    MIB,
+    check,
+    contents,
+    create,
+    no_worse_than_leaks,
+    our_check,
+    qemu_img,
+    qemu_io,
+    read,
+    with_image,
+)
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.filters.filter import FilterNode
-from vhostblk.block.flags import Req
+from vhostblk.block.flags import CheckMode, Req
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import align_down, align_up
@@ -36,6 +49,7 @@ FUZZ_SECONDS = float(os.environ.get("VHOSTBLK_FUZZ_SECONDS", "0"))
 _SEED = time.time_ns() % 1_000_000_000 if FUZZ_SECONDS else 1
 _IMAGES = 12
 """Damaged ones of each shape, unless they are to go on for some seconds."""
+ALL_MODES = CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS
 _LONGEST = 20.0  # seconds for one image
 SIZE = 2 * MIB
 
@@ -45,9 +59,10 @@ class Faulty(FilterNode):
 
     driver_name = "faulty"
     luck: random.Random | None = None
+    odds = 0.15
 
     def _maybe_fail(self) -> None:
-        if self.luck is not None and self.luck.random() < 0.15:
+        if self.luck is not None and self.luck.random() < self.odds:
             raise BlockError(self.luck.choice([errno.EIO, errno.ENOSPC]))
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
@@ -72,11 +87,11 @@ class Faulty(FilterNode):
 
 
 @asynccontextmanager
-async def faulty_disk(image: Path) -> AsyncIterator[tuple[Faulty, BlockBackend]]:
-    """An image whose file fails when it is told to."""
+async def faulty_disk(image: Path, *words: str) -> AsyncIterator[tuple[Faulty, BlockBackend]]:
+    """An image, with more options perhaps, whose file fails when it is told to."""
     graph = BlockGraph({**DRIVERS, "faulty": Faulty})
     file = f"file.driver=faulty,file.file.driver=file,file.file.filename={image}"
-    node = await graph.add(f"qcow2,node-name=d,discard=unmap,{file}")
+    node = await graph.add(",".join(["qcow2,node-name=d,discard=unmap", file, *words]))
     faulty = node.children["file"].node
     assert isinstance(faulty, Faulty)
     backend = BlockBackend(node, "the guest", writable=True)
@@ -278,6 +293,7 @@ def test_damaged_images_give_errors_and_nothing_else(
 ) -> None:
     expect_log.allow("image is corrupt", "flush at close failed", "features that nobody")
     image = tmp_path / "i.qcow2"
+    room = _room()
     words = ["-o", {"version 2": "compat=0.10"}.get(shape, SHAPES.get(shape, "cluster_size=4k"))]
     create(image, SIZE, *words)
     qemu_io(image, "write -P 3 0 300k", "write -z 500k 64k", "write -P 4 1M 10k")
@@ -304,6 +320,54 @@ def test_damaged_images_give_errors_and_nothing_else(
                 raise
             if read_only:
                 assert image.read_bytes() == bytes(bad)
+        check_and_repair(image, bytes(bad), rnd, seed)
+    # What no image of this size may make us use.
+    assert _room() - room < 256 << 20
+
+
+def _room() -> int:
+    """The most memory that this process has used so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def check_and_repair(image: Path, bad: bytes, rnd: random.Random, seed: int) -> None:
+    """Neither a check nor a repair does anything but that; what a repair calls whole can be used."""
+    image.write_bytes(bad)
+    before = content_of(image)
+    try:
+        found = our_check(image)
+        assert image.read_bytes() == bad
+        fix = rnd.choice([CheckMode.FIX_LEAKS, CheckMode.FIX_ERRORS, ALL_MODES, ALL_MODES])
+        repaired = our_check(image, int(fix))
+        again = our_check(image)
+        # Tables take less than the file has already, and the old counts; no hole of any size is made.
+        assert image.stat().st_size < 2 * len(bad) + (1 << 20)
+        if fix & CheckMode.FIX_ERRORS and not found.check_errors:
+            assert again.corruptions <= found.corruptions
+        if repaired.is_clean:
+            assert again.is_clean, again.messages
+        if before is not None and not repaired.check_errors:
+            assert content_of(image) == before
+    except ConfigError:
+        assert image.read_bytes() == bad
+    except BaseException as error:
+        error.add_note(f"seed: {seed}, check")
+        raise
+
+
+def content_of(image: Path) -> bytes | None:
+    """What the disk shows to us; None: that cannot be said."""
+    found: list[bytes] = []
+
+    async def look(backend: BlockBackend) -> None:
+        found.append(await read(backend, 0, min(backend.length, SIZE)))
+
+    options = {"driver": "qcow2", "read-only": True, "backing.driver": "null-co"}
+    try:
+        with_image(image, look, **options)
+    except (ConfigError, BlockError):
+        return None
+    return found[0]
 
 
 @pytest.mark.parametrize("target", ["L1", "reference counts"])
@@ -335,3 +399,164 @@ def test_cluster_that_is_said_to_be_where_a_table_is_is_not_written(
     after = image.read_bytes()
     assert after[place : place + 65536] == bytes(data[place : place + 65536])
     assert Header.parse(after[:65536]).incompatible & Incompatible.CORRUPT
+
+
+def test_read_that_finds_damage_marks_a_writable_image_and_ends_all_writes(
+    tmp_path: Path, expect_log: ExpectedLog
+) -> None:
+    """As in QEMU, which also ends all reads."""
+    expect_log.expect("image is corrupt")
+    image = create(tmp_path / "i.qcow2", SIZE)
+    qemu_io(image, "write -P 5 0 64k", "write -P 6 1M 64k")
+    data = bytearray(image.read_bytes())
+    header = Header.parse(bytes(data[:65536]))
+    table = int.from_bytes(data[header.l1_offset :][:8]) & ((1 << 56) - 512)
+    data[table + 6] |= 2  # not aligned any more
+    image.write_bytes(data)
+
+    async def use_it(backend: BlockBackend) -> None:
+        with pytest.raises(BlockError, match="corrupt"):
+            await read(backend, 0, 4096)
+        assert await read(backend, MIB, 4096) == b"\6" * 4096
+        if not backend.node.read_only:
+            for offset in (MIB, MIB // 2):
+                with pytest.raises(BlockError, match="corrupt"):
+                    await backend.pwritev(offset, IoVec.of(bytes(4096)))
+
+    with_image(image, use_it, **{"read-only": True})
+    assert image.read_bytes() == bytes(data)
+    with_image(image, use_it)
+    after = image.read_bytes()
+    assert Header.parse(after[:65536]).incompatible & Incompatible.CORRUPT
+    assert after[len(after) // 2 :] == bytes(data[len(after) // 2 :])
+    with pytest.raises(ConfigError, match="corrupt"):
+        with_image(image, use_it)
+
+
+def test_cluster_that_is_given_up_but_was_counted_as_free_marks_the_image(
+    tmp_path: Path, expect_log: ExpectedLog
+) -> None:
+    expect_log.expect("was in use, but its reference count is 0")
+    image = create(tmp_path / "i.qcow2", SIZE)
+    qemu_io(image, "write -P 5 0 128k", "write -P 6 1M 64k")
+    data = bytearray(image.read_bytes())
+    cluster = len(data) // 65536 - 3
+    data[0x20000 + 2 * cluster : 0x20002 + 2 * cluster] = bytes(2)
+    image.write_bytes(data)
+
+    async def discard(backend: BlockBackend) -> None:
+        await backend.pdiscard(0, 65536)
+        with pytest.raises(BlockError, match="corrupt"):
+            await backend.flush()
+        with pytest.raises(BlockError, match="corrupt"):
+            await backend.pwritev(MIB // 2, IoVec.of(bytes(65536)))
+
+    with_image(image, discard, discard="unmap")
+    assert Header.parse(image.read_bytes()[:65536]).incompatible & Incompatible.CORRUPT
+    assert our_check(image, int(ALL_MODES)).is_clean
+    assert check(image) == ""
+
+
+def test_clusters_that_cannot_be_settled_at_once_are_free_in_the_end(tmp_path: Path) -> None:
+    """What counts them cannot be read for a while, after the tables were written."""
+    image = create(tmp_path / "i.qcow2", 8 * MIB, "-o", "cluster_size=512,refcount_bits=64")
+    qemu_io(image, "write -P 5 0 4M")
+
+    async def run() -> None:
+        async with faulty_disk(image, "refcount-cache-size=2048") as (faulty, backend):
+            rnd = random.Random(3)
+            for number in range(8):
+                await backend.pdiscard(number * 512 * 1024, 512 * 1024)
+                faulty.luck = rnd
+                with contextlib.suppress(BlockError):
+                    await backend.flush()
+                faulty.luck = None
+                no_worse_than_leaks(image, "-U")
+
+    asyncio.run(run())
+    assert check(image) == ""
+
+
+def test_table_of_reference_counts_that_grows_while_requests_fail_loses_nothing(
+    tmp_path: Path, expect_log: ExpectedLog
+) -> None:
+    """Of 512 bytes, so one of its clusters is for 2 MiB of the file."""
+    expect_log.allow("flush at close failed")
+    size = 12 * MIB
+    image = create(tmp_path / "i.qcow2", size, "-o", "cluster_size=512,refcount_bits=64")
+    qemu_io(image, "write -P 5 0 1900k")
+    content = contents(image, tmp_path)
+
+    async def run() -> Guest:
+        async with faulty_disk(image) as (faulty, backend):
+            rnd = random.Random(7)
+            guest = Guest(backend, content, rnd)
+            faulty.odds = 0.02
+            for _ in range(3):
+                faulty.luck = rnd
+                for _ in range(60):
+                    await guest.request()
+                faulty.luck = None
+                await backend.flush()
+                no_worse_than_leaks(image, "-U")
+            guest.check(await read(backend, 0, size))
+        return guest
+
+    before = Header.parse(image.read_bytes()[:512]).refcount_table_clusters
+    guest = asyncio.run(run())
+    assert Header.parse(image.read_bytes()[:512]).refcount_table_clusters > before
+    guest.check(contents(image, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("words", "is_protected"),
+    [
+        ({}, False),
+        ({"overlap-check": "cached"}, False),
+        ({"overlap-check": "all"}, True),
+        ({"overlap-check.template": "all"}, True),
+        ({"overlap-check.template": "all", "overlap-check.inactive-l2": False}, False),
+        ({"overlap-check.template": "none", "overlap-check.inactive-l2": True}, True),
+    ],
+)
+def test_table_of_a_snapshot_that_is_counted_as_free_is_protected_on_demand(
+    tmp_path: Path, words: dict[str, object], is_protected: bool, expect_log: ExpectedLog
+) -> None:
+    expect_log.allow("Preventing invalid allocation")
+    image = create(tmp_path / "i.qcow2", SIZE)
+    qemu_io(image, "write -P 5 0 64k")
+    qemu_img("snapshot", "-c", "s", image)
+    qemu_io(image, "write -P 6 0 64k")
+    data = bytearray(image.read_bytes())
+    header = Header.parse(bytes(data[:65536]))
+    l1 = int.from_bytes(data[header.snapshots_offset :][:8])
+    table = int.from_bytes(data[l1 : l1 + 8]) & (1 << 56) - 512
+    data[0x20000 + table // 65536 * 2 : 0x20002 + table // 65536 * 2] = bytes(2)
+    image.write_bytes(data)
+
+    async def write(backend: BlockBackend) -> None:
+        if is_protected:
+            with pytest.raises(BlockError, match="corrupt"):
+                await backend.pwritev(MIB, IoVec.of(b"\7" * (6 * 65536)))
+        else:
+            await backend.pwritev(MIB, IoVec.of(b"\7" * (6 * 65536)))
+
+    with_image(image, write, **words)
+    is_whole = image.read_bytes()[table : table + 65536] == bytes(data[table : table + 65536])
+    assert is_whole is is_protected
+
+
+def test_overlap_checks_that_nobody_knows_or_that_contradict_are_refused(tmp_path: Path) -> None:
+    image = create(tmp_path / "i.qcow2", SIZE)
+
+    async def nothing(backend: BlockBackend) -> None:
+        pass
+
+    for words in (
+        {"overlap-check": "some"},
+        {"overlap-check.tables": True},
+        {"overlap-check": "all", "overlap-check.template": "none"},
+        {"overlap-check.active-l1": "maybe"},
+    ):
+        with pytest.raises(ConfigError, match="overlap-check"):
+            with_image(image, nothing, **words)

@@ -282,7 +282,10 @@ class Metadata:
 
     def has_table(self, offset: int, length: int) -> bool:
         """Whether a table is in this range of the file, so that it cannot be guest data; if somebody writes here."""
-        return self._refcounts is not None and self._refcounts.places.has(offset, length)
+        refcounts = self._refcounts
+        return refcounts is not None and (
+            refcounts.places.has(offset, length) or refcounts.inactive.has(offset, length)
+        )
 
     async def make_room(self, size: int) -> None:
         """A table for a disk of this size.

@@ -152,13 +152,20 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         slice_bytes = self.options.slice_bytes(header)
         return TableCache(self._file, OFFSETS, slice_bytes, self.options.l2_bytes(header))
 
+    async def _load_refcounts(self, header: Header) -> Refcounts:
+        options = self.options
+        return await Refcounts.load(
+            *(self._file, header, options.refcount_bytes()),
+            protects_inactive=options.protects_inactive,
+        )
+
     async def _load_tables(self) -> None:
         await self._repair_dirty()
         header, file = self._header, self._file
         refcounts = None
         try:
             if self._is_written:
-                refcounts = await Refcounts.load(file, header, self.options.refcount_bytes())
+                refcounts = await self._load_refcounts(header)
             self._metadata = await Metadata.load(
                 file, self._data, header, self._make_cache(header), refcounts
             )
@@ -439,7 +446,7 @@ class Qcow2Node(AmendNode, Qcow2Extents):
                 f"Node '{self.node_name}': Image was not closed properly; open it for writing anew"
             )
         try:
-            self._reopened = await Refcounts.load(self._file, header, self.options.refcount_bytes())
+            self._reopened = await self._load_refcounts(header)
         except (ImageError, BlockError) as error:
             raise ConfigError(f"Could not read the reference counts: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.header import Compatible, Header
-from vhostblk.block.options import BOOLEAN, SIZE, option
+from vhostblk.block.options import BOOLEAN, SIZE, choice, option
 from vhostblk.errors import ConfigError
 
 _MAX_L2_CACHE = 32 << 20
@@ -39,6 +39,55 @@ class Qcow2Options:
         "; absent: as the image says",
         mutable=True,
     )
+
+    overlap_check: str | None = option(
+        choice("none", "constant", "cached", "all"),
+        None,
+        about="which tables are looked for where something is written; less than `cached` is the same as that",
+    )
+    overlap_template: str | None = option(
+        choice("none", "constant", "cached", "all"),
+        None,
+        name="overlap-check.template",
+        about="the same",
+    )
+    overlap_main_header: bool | None = option(
+        BOOLEAN, None, name="overlap-check.main-header", about="always checked"
+    )
+    overlap_active_l1: bool | None = option(
+        BOOLEAN, None, name="overlap-check.active-l1", about="always checked"
+    )
+    overlap_active_l2: bool | None = option(
+        BOOLEAN, None, name="overlap-check.active-l2", about="always checked"
+    )
+    overlap_refcount_table: bool | None = option(
+        BOOLEAN, None, name="overlap-check.refcount-table", about="always checked"
+    )
+    overlap_refcount_block: bool | None = option(
+        BOOLEAN, None, name="overlap-check.refcount-block", about="always checked"
+    )
+    overlap_snapshot_table: bool | None = option(
+        BOOLEAN, None, name="overlap-check.snapshot-table", about="always checked"
+    )
+    overlap_inactive_l1: bool | None = option(
+        BOOLEAN, None, name="overlap-check.inactive-l1", about="always checked"
+    )
+    overlap_inactive_l2: bool | None = option(
+        BOOLEAN,
+        None,
+        name="overlap-check.inactive-l2",
+        about="check tables that only snapshots use, too",
+    )
+    overlap_bitmap_directory: bool | None = option(
+        BOOLEAN, None, name="overlap-check.bitmap-directory", about="always checked"
+    )
+
+    @property
+    def protects_inactive(self) -> bool:
+        """Whether L2 tables that only snapshots use are looked for, too. All others always are: that is cheap."""
+        if self.overlap_inactive_l2 is not None:
+            return self.overlap_inactive_l2
+        return "all" in (self.overlap_check, self.overlap_template)
 
     def is_lazy(self, header: Header) -> bool:
         """Whether to put off writing reference counts.

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.bitmaps import add_bitmap_places
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
+from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
@@ -52,6 +53,8 @@ class Refcounts:
     Args:
         cache_bytes: of blocks to keep in memory.
         places: of all tables but L2 tables; kept up to date for what is changed here.
+
+    Attributes: inactive: places of L2 tables that snapshots use, if somebody wants to know.
     """
 
     def __init__(
@@ -74,10 +77,16 @@ class Refcounts:
         self._given_up: list[int] = []
         self._lock = asyncio.Lock()
         self.places = places
+        self.inactive = TablePlaces(header.cluster_bits)
 
     @classmethod
-    async def load(cls, file: Edge, header: Header, cache_bytes: int) -> Refcounts:
+    async def load(
+        cls, file: Edge, header: Header, cache_bytes: int, *, protects_inactive: bool = False
+    ) -> Refcounts:
         """Read the table.
+
+        Args:
+            protects_inactive: look where the snapshots' L2 tables are, too.
 
         Raises:
             BlockError: the child's errno.
@@ -97,11 +106,17 @@ class Refcounts:
         if len(set(blocks)) < len(blocks):
             raise ImageError("Two reference count blocks are at the same place")
         places.add_all(blocks)
-        for offset, size in (await load_snapshots(file, header)).places():
+        snapshots = await load_snapshots(file, header)
+        for offset, size in snapshots.places():
             places.check("Table of a snapshot", offset, size)
             places.add_all(range(offset, offset + size, header.cluster_size))
         await add_bitmap_places(file, header, places)
-        return cls(file, header, table, cache_bytes, places)
+        refcounts = cls(file, header, table, cache_bytes, places)
+        if protects_inactive:
+            for snapshot in snapshots.snapshots:
+                l1 = await read_table(file, snapshot.l1_offset, snapshot.l1_entries)
+                refcounts.inactive.add_all({entry & OFFSET_MASK for entry in l1} - {0})
+        return refcounts
 
     # ------------------------------------------------------------------ taking and giving up
 
@@ -154,7 +169,8 @@ class Refcounts:
             got += 1
         offset = (index * self._per_block + first) << self._cluster_bits
         # If they are, counts are wrong.
-        self.places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
+        for places in (self.places, self.inactive):
+            places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
         for place in range(first, first + got):
             block.table[place] = 1
         self._blocks.changed(block)

@@ -40,11 +40,13 @@ class Codec:
             table = array(_TYPES[self._order])
             table.frombytes(data)
             return _swapped(table)
+        # All first numbers of bytes at once, then all second ones, ...: a block may have 16 million.
         bits, mask = 1 << self._order, self.largest
-        table = array("B")
-        for byte in data:
-            table.extend(byte >> shift & mask for shift in range(0, 8, bits))
-        return table
+        each = 8 // bits
+        numbers = bytearray(len(data) * each)
+        for n in range(each):
+            numbers[n::each] = data.translate(bytes(byte >> n * bits & mask for byte in range(256)))
+        return array("B", numbers)
 
     def encode(self, table: Table) -> bytes:
         """Numbers to bytes."""
@@ -52,9 +54,10 @@ class Codec:
             return _swapped(table[:]).tobytes()
         bits = 1 << self._order
         each = 8 // bits
-        return bytes(
-            sum(table[at + n] << n * bits for n in range(each)) for at in range(0, len(table), each)
-        )
+        whole = 0
+        for n in range(each):
+            whole |= int.from_bytes(table[n::each].tobytes()) << n * bits
+        return whole.to_bytes(len(table) // each)
 
 
 OFFSETS = Codec(6)

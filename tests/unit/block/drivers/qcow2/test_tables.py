@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any, cast
 
 import pytest
 
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
-from vhostblk.block.drivers.qcow2.tables import OFFSETS
+from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import ImageError
 
@@ -40,6 +41,21 @@ def test_slice_that_is_forgotten_while_it_is_read_is_read_anew_by_the_next_one()
         assert (await cache.get(1024)).table[0] == 2
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("order", range(7))
+def test_numbers_of_any_width_are_where_the_specification_says(order: int) -> None:
+    codec, bits = Codec(order), 1 << order
+    data = random.Random(order).randbytes(64)
+    if bits < 8:
+        # "Refcount block entry": the least significant bits of a byte are the first.
+        expected = [byte >> at & (1 << bits) - 1 for byte in data for at in range(0, 8, bits)]
+    else:
+        step = bits // 8
+        expected = [int.from_bytes(data[at : at + step]) for at in range(0, 64, step)]
+    table = codec.decode(data)
+    assert list(table) == expected
+    assert codec.encode(table) == data
 
 
 def test_places_of_tables_overlap_where_a_cluster_is_touched() -> None:
