@@ -62,6 +62,30 @@ static int check_against_model(struct extent_map *map)
 	return found;
 }
 
+/* Several at once, most often in order and apart from each other. */
+static void insert_many(struct extent_map *map)
+{
+	struct vb_extent extents[20];
+	uint32_t count = 1 + random_below(20);
+	bool ordered = random_below(4);
+
+	for (uint32_t n = 0; n < count; n++) {
+		uint64_t first = ordered ? n * 20 + random_below(15) : random_below(BLOCKS - 20);
+		uint64_t length = 1 + random_below(5), host = random_below(4) ? first : random_below(1000);
+
+		extents[n] = (struct vb_extent){.offset = first * 512,
+			.length = length * 512,
+			.host_offset = host * 512,
+			.fd = host == first ? 3 : 3 + (int)host % 12,
+			.flags = VB_EXTENT_READ,
+			.request_alignment = 1,
+			.memory_alignment = 1};
+		for (uint64_t i = 0; i < length; i++)
+			model[first + i] = 1 + host + i;
+	}
+	extent_map_insert_all(map, extents, count);
+}
+
 static void random_extents(uint32_t limit)
 {
 	struct extent_map map;
@@ -89,6 +113,8 @@ static void random_extents(uint32_t limit)
 			extent_map_remove(&map, e.offset, e.length);
 		for (uint64_t i = 0; i < count; i++)
 			model[first + i] = insert ? 1 + host + i : 0;
+		if (!random_below(8))
+			insert_many(&map);
 		check_sorted(&map);
 		check_files(&map);
 		if (step % 16 == 0) {

@@ -59,8 +59,7 @@ static int map(struct attachment *a, const struct vb_message *command)
 	for (uint32_t i = 0; i < command->count; i++)
 		if (!extent_valid(&extents[i]))
 			return -EINVAL;
-	for (uint32_t i = 0; i < command->count; i++)
-		extent_map_insert(&a->map, &extents[i]);
+	extent_map_insert_all(&a->map, extents, command->count);
 	attachment_register_files(a);
 	return 0;
 }

@@ -44,10 +44,10 @@ static uint64_t extent_end(const struct vb_extent *e)
 	return e->offset + e->length;
 }
 
-/* Index of the first extent that ends behind `offset`: the one that holds it, or the next. */
-static uint32_t first_behind(const struct extent_map *map, uint64_t offset)
+/* Index of the first of `high` extents that ends behind `offset`: the one that holds it, or the next. */
+static uint32_t first_of_behind(const struct extent_map *map, uint32_t high, uint64_t offset)
 {
-	uint32_t low = 0, high = map->count;
+	uint32_t low = 0;
 
 	while (low < high) {
 		uint32_t middle = (low + high) / 2;
@@ -60,14 +60,19 @@ static uint32_t first_behind(const struct extent_map *map, uint64_t offset)
 	return low;
 }
 
-static bool make_room(struct extent_map *map)
+static uint32_t first_behind(const struct extent_map *map, uint64_t offset)
 {
-	uint32_t capacity = MIN(map->capacity ? map->capacity * 2 : 16, map->limit);
+	return first_of_behind(map, map->count, offset);
+}
+
+static bool make_room(struct extent_map *map, uint32_t more)
+{
+	uint32_t capacity = MIN(MAX(map->capacity ? map->capacity * 2 : 16, map->count + more), map->limit);
 	struct extent_entry *entries;
 
-	if (map->count < map->capacity)
+	if (more <= map->capacity - map->count)
 		return true;
-	if (map->count >= map->limit)
+	if (more > map->limit - map->count)
 		return false;
 	entries = realloc(map->entries, capacity * sizeof(*entries));
 	if (!entries)
@@ -146,7 +151,7 @@ void extent_map_remove(struct extent_map *map, uint64_t offset, uint64_t length)
 		if (extent_end(&tail) > end) {
 			/* A hole in the middle. Without room for the part behind it, that part is forgotten. */
 			cut_front(&tail, end);
-			if (make_room(map))
+			if (make_room(map, 1))
 				insert_at(map, first, &tail);
 			return;
 		}
@@ -187,19 +192,11 @@ static bool continues(const struct vb_extent *a, const struct vb_extent *b)
 	       (a->flags & FILELESS || a->host_offset + a->length == b->host_offset);
 }
 
-void extent_map_insert(struct extent_map *map, const struct vb_extent *extent)
+/* An extent that continues its neighbours, or is continued by them, becomes one with them. */
+static void join(struct extent_map *map, uint32_t index)
 {
-	struct extent_entry *entries;
-	uint32_t index;
+	struct extent_entry *entries = map->entries;
 
-	extent_map_remove(map, extent->offset, extent->length);
-	if (map->count >= map->limit)
-		evict(map);
-	if (!make_room(map))
-		return;
-	index = first_behind(map, extent->offset);
-	insert_at(map, index, extent);
-	entries = map->entries;
 	if (index + 1 < map->count && continues(&entries[index].extent, &entries[index + 1].extent)) {
 		entries[index].extent.length += entries[index + 1].extent.length;
 		delete_at(map, index + 1, 1);
@@ -208,6 +205,61 @@ void extent_map_insert(struct extent_map *map, const struct vb_extent *extent)
 		entries[index - 1].extent.length += entries[index].extent.length;
 		delete_at(map, index, 1);
 	}
+}
+
+void extent_map_insert(struct extent_map *map, const struct vb_extent *extent)
+{
+	uint32_t index;
+
+	extent_map_remove(map, extent->offset, extent->length);
+	if (map->count >= map->limit)
+		evict(map);
+	if (!make_room(map, 1))
+		return;
+	index = first_behind(map, extent->offset);
+	insert_at(map, index, extent);
+	join(map, index);
+}
+
+static bool is_ascending(const struct vb_extent *extents, uint32_t count)
+{
+	for (uint32_t i = 0; i + 1 < count; i++)
+		if (extent_end(&extents[i]) > extents[i + 1].offset)
+			return false;
+	return true;
+}
+
+/* Where many are to be inserted, what is behind them moves once, not once for each. */
+static bool insert_ascending(struct extent_map *map, const struct vb_extent *extents, uint32_t count)
+{
+	uint32_t end;
+
+	for (uint32_t i = 0; i < count; i++)
+		extent_map_remove(map, extents[i].offset, extents[i].length);
+	if (!make_room(map, count))
+		return false;
+	end = map->count;
+	for (uint32_t i = count; i-- > 0;) {
+		uint32_t index = first_of_behind(map, end, extents[i].offset);
+		struct extent_entry *entry = &map->entries[index];
+
+		memmove(entry + i + 1, entry, (end - index) * sizeof(*entry));
+		entry[i] = (struct extent_entry){
+			.extent = extents[i], .recent = true, .file = enter_file(map, &extents[i])};
+		end = index;
+	}
+	map->count += count;
+	for (uint32_t i = 0; i < count; i++)
+		join(map, first_behind(map, extents[i].offset));
+	return true;
+}
+
+void extent_map_insert_all(struct extent_map *map, const struct vb_extent *extents, uint32_t count)
+{
+	if (count > 1 && is_ascending(extents, count) && insert_ascending(map, extents, count))
+		return;
+	for (uint32_t i = 0; i < count; i++)
+		extent_map_insert(map, &extents[i]);
 }
 
 const struct vb_extent *extent_map_find(struct extent_map *map, uint64_t offset, uint64_t length, uint32_t flags)

@@ -41,6 +41,8 @@ bool extent_valid(const struct vb_extent *extent);
 
 /* Replaces what overlaps. Does nothing when memory is short. */
 void extent_map_insert(struct extent_map *map, const struct vb_extent *extent);
+/* The same for many, later ones after earlier ones; quick if they are in ascending order, apart from each other. */
+void extent_map_insert_all(struct extent_map *map, const struct vb_extent *extents, uint32_t count);
 void extent_map_remove(struct extent_map *map, uint64_t offset, uint64_t length);
 
 /* The file of an extent that extent_map_find has returned, or NULL: it is not among those that are counted. */
