@@ -29,6 +29,7 @@ from tests.qcow2_images import (
     qemu_img,
     qemu_io,
     scribble,
+    with_image,
 )
 from tests.schedule import HUNT
 from vhostblk.block.backend import BlockBackend
@@ -40,6 +41,7 @@ from vhostblk.block.flags import CheckMode
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
+from vhostblk.testing.plugin import ExpectedLog
 
 ALL = int(CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS)
 SIZE = 2 * MIB
@@ -239,6 +241,42 @@ def test_damage_is_counted_as_by_qemu_and_repaired_without_changing_the_disk(
         ["qemu-img", "check", "-q", "-r", "all", path], check=False, capture_output=True, timeout=60
     )
     assert counts(our_check(path)) == qemu_check(path)
+
+
+def test_table_that_two_parts_of_the_disk_share_is_written_after_a_repair_and_not_before(
+    tmp_path: Path, expect_log: ExpectedLog
+) -> None:
+    expect_log.expect("L2 table overlaps another table")
+    path = create(tmp_path / "i.qcow2", 4 * SIZE, "-o", "cluster_size=4k")
+    qemu_io(path, "write -P 3 0 300k")
+    image = Image(path)
+    image.put(image.header.l1_offset + 8, image.l2 | COPIED)
+    image.save()
+
+    async def refused(backend: BlockBackend) -> None:
+        with pytest.raises(BlockError, match="corrupt"):
+            await backend.pwritev(SIZE + MIB, IoVec.of(b"\7" * 4096))
+
+    with_image(path, refused)
+    image.save()
+    assert counts(our_check(path)) == qemu_check(path)
+    assert our_check(path, ALL).is_clean
+    assert check(path) == ""
+
+    async def write(backend: BlockBackend) -> None:
+        await backend.pwritev(SIZE, IoVec.of(b"\7" * 8192))
+        await backend.pwritev(4096, IoVec.of(b"\6" * 8192))
+
+    with_image(path, write)
+    # Who is left alone with a cluster does not know that.
+    left = our_check(path)
+    assert counts(left) == qemu_check(path)
+    assert all("flag" in message for message in left.messages)
+    assert our_check(path, ALL).is_clean
+    assert check(path) == ""
+    data = contents(path, tmp_path)
+    assert data[:16384:4096] == b"\3\6\6\3"
+    assert data[SIZE : SIZE + 16384 : 4096] == b"\7\7\3\3"
 
 
 def test_leaks_are_repaired_alone_but_errors_are_not(tmp_path: Path) -> None:

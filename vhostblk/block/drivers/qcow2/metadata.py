@@ -179,8 +179,10 @@ class Metadata:
             ImageError: the L1 table is wrong.
         """
         index = offset // self._l2_covers
-        if self.l2_table(offset) in self._overlapping:
-            # Whoever writes either of them destroys the other.
+        if (table := self.l2_table(offset)) in self._overlapping and (
+            self._l1[index] & COPIED or await self.refcounts.count(table) < 2
+        ):
+            # Whoever writes either of them destroys the other. What is counted for both, as by a repair, is copied.
             raise ImageError(f"L2 table overlaps another table (L1 index: {index})")
         if not self._l1[index] & COPIED or not self.l2_table(offset):
             async with self._growing:
@@ -249,7 +251,8 @@ class Metadata:
             self.cache.forget(old + at)
             self.cache.forget(new + at)
         if old:
-            self.refcounts.places.remove(old)
+            if old not in self._overlapping:
+                self.refcounts.places.remove(old)
             self.refcounts.give_up(old)
 
     @property
