@@ -216,12 +216,16 @@ def test_emptied_image_without_a_backing_file_reads_as_zeroes(folder: Path) -> N
         with pytest.raises(BlockError) as raised:
             await make_empty(read_only)
         assert raised.value.errno == errno.EPERM
+        external = await graph.open_image(str(folder / "external"))
         raw = await graph.open_image(None, {"driver": "raw", "file.driver": "null-co"})
-        with pytest.raises(BlockError) as raised:
-            await make_empty(raw)
-        assert raised.value.errno == errno.ENOTSUP
+        for one in (external, raw):
+            with pytest.raises(BlockError) as raised:
+                await make_empty(one)
+            assert raised.value.errno == errno.ENOTSUP
 
     create(folder / "other", MIB)
+    data_file = f"data_file={folder}/data,data_file_raw=on"
+    create(folder / "external", MIB, "-o", data_file)
     with_image(image, scenario)
     assert check(image) == ""
     assert contents(image, folder) == bytes(MIB) + b"\2" * 512 + bytes(MIB - 512)

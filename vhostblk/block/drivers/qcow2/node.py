@@ -402,7 +402,11 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         self._header = self._metadata.header
 
     async def driver_make_empty(self) -> None:
-        """An L1 table without entries."""
+        """An L1 table without entries; not where the data file has to show the same."""
+        if self._raw_data is not None:
+            raise BlockError(
+                errno.ENOTSUP, f"{self.node_name}: a raw data file cannot be emptied by tables"
+            )
         await self._change(self._clusters.make_empty())
 
     async def driver_inactivate(self) -> None:
