@@ -239,17 +239,6 @@ def test_image_grows_and_what_is_new_reads_as_zeroes(tmp_path: Path, backing: in
     qemu_io(image, "read -P 0 3M 8M")
 
 
-def test_shrinking_and_preallocation_are_refused(tmp_path: Path) -> None:
-    image = create(tmp_path / "i.qcow2", MIB)
-
-    async def scenario(backend: BlockBackend) -> None:
-        with pytest.raises(BlockError) as caught:
-            await backend.truncate(MIB // 2)
-        assert caught.value.errno == errno.ENOTSUP
-
-    with_image(image, scenario)
-
-
 def marked(image: Path, **fields: int) -> None:
     """Change an image's header."""
     header = Header.parse(image.read_bytes()[:65536])
