@@ -32,7 +32,6 @@ from vhostblk.export.io_thread import IOThread
 from vhostblk.export.native_path import NativeDataPath
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.native import Message, MessageType
-from vhostblk.native.binding import IOV
 from vhostblk.virtio.blk import RequestType
 
 _BLOCK = 4096
@@ -110,13 +109,12 @@ async def main() -> None:
     path = NativeDataPath(device, [thread], NoEvents(), page)
     await path.open()
     path._queues.memory = native.Memory([])  # what a front-end would have given, for whoever asks
-    tables = [IOV.pack(native.address_of(piece), _BLOCK) for piece in pieces]
+    addresses = [native.address_of(piece) for piece in pieces]
 
     def everything(kind: RequestType) -> Callable[[], None]:
         def message(n: int) -> Message:
-            table = native.address_of(tables[n])
             head = (int(MessageType.REQUEST), 0, 0, n, path._disk.id)
-            return (*head, places[n], _BLOCK, table, 1, 0, int(kind))
+            return (*head, places[n], _BLOCK, addresses[n], 1, 0, int(kind))
 
         requests = [message(n) for n in range(_REQUESTS)]
 

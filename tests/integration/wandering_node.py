@@ -151,7 +151,7 @@ class WanderingNode(BlockNode):
             slot = old
         finally:
             self._free.append(slot)
-            self.write_gen += 1
+            self.write_log.generation += 1
             self.bounce.release(buffer)
             self.tracker.end(request)
             self.leave()

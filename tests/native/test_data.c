@@ -301,7 +301,8 @@ TEST(data_without_any_fd)
 static void serve_from(struct engine *engine, const struct vb_message *m)
 {
 	int fd = *(int *)engine->opaque;
-	const struct iovec *iov = (const struct iovec *)m->pointer;
+	struct iovec whole = {(void *)m->pointer, m->length};
+	const struct iovec *iov = m->count == 1 ? &whole : (const struct iovec *)m->pointer;
 	struct vb_message answer = {.type = VB_COMPLETE, .cookie = m->cookie, .length = m->length};
 	ssize_t n = -1;
 

@@ -14,9 +14,11 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import Any
 
 from vhostblk.block import clear, pipeline
 from vhostblk.block.driver import Driver
+from vhostblk.block.eager import DONE, Request
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites, Ranges
 from vhostblk.block.flags import Preallocation
@@ -166,15 +168,7 @@ class BlockBackend(Quiescent):
         Raises:
             BlockError: EIO outside the disk, else the driver's errno.
         """
-        if self.quiesced:
-            await self.resumed()
-        if offset < 0 or offset > self.node.length - iov.length:
-            self._check(offset, iov.length)
-        self.in_flight += 1
-        try:
-            await pipeline.preadv(self.node, offset, iov)
-        finally:
-            self.leave()
+        await self.begin_preadv(offset, iov)
 
     async def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> None:
         """Write `iov`; durable when this returns if `flags` has `Req.FUA` or there is no write cache.
@@ -182,17 +176,44 @@ class BlockBackend(Quiescent):
         Raises:
             BlockError: EIO outside the disk, EPERM if not writable, else the driver's errno.
         """
-        if self.quiesced:
-            await self.resumed()
+        await self.begin_pwritev(offset, iov, flags)
+
+    def begin_preadv(self, offset: int, iov: IoVec, has_waited: bool = False) -> Request:
+        """`preadv` without a coroutine if it need not wait, see `eager.py`: await at once what this gives.
+
+        Args:
+            has_waited: for `resumed` already.
+        """
+        if self.quiesced and not has_waited:
+            return self._begin_later(self.begin_preadv, offset, iov)
+        if offset < 0 or offset > self.node.length - iov.length:
+            self._check(offset, iov.length)
+        request = pipeline.preadv(self.node, offset, iov)
+        return request if request is DONE else self._counted(request)
+
+    def begin_pwritev(
+        self, offset: int, iov: IoVec, flags: int = 0, has_waited: bool = False
+    ) -> Request:
+        """The same of `pwritev`."""
+        if self.quiesced and not has_waited:
+            return self._begin_later(self.begin_pwritev, offset, iov, flags)
         if offset < 0 or offset > self.node.length - iov.length:
             self._check(offset, iov.length)
         if not self.writable:
             self._check_writable()
+        if not self.write_cache:
+            flags |= _FUA
+        request = pipeline.pwritev(self.node, offset, iov, flags)
+        return request if request is DONE else self._counted(request)
+
+    async def _begin_later(self, begin: Callable[..., Request], *arguments: Any) -> None:
+        await self.resumed()
+        await begin(*arguments, has_waited=True)
+
+    async def _counted(self, request: Request) -> None:
         self.in_flight += 1
         try:
-            if not self.write_cache:
-                flags |= _FUA
-            await pipeline.pwritev(self.node, offset, iov, flags)
+            await request
         finally:
             self.leave()
 
@@ -211,15 +232,11 @@ class BlockBackend(Quiescent):
             await self.resumed()
         self._check(offset, length)
         self._check_writable()
-        self.in_flight += 1
-        try:
-            if may_unmap:
-                flags |= _MAY_UNMAP
-            if not self.write_cache:
-                flags |= _FUA
-            await clear.pwrite_zeroes(self.node, offset, length, flags)
-        finally:
-            self.leave()
+        if may_unmap:
+            flags |= _MAY_UNMAP
+        if not self.write_cache:
+            flags |= _FUA
+        await self._counted(clear.pwrite_zeroes(self.node, offset, length, flags))
 
     async def pdiscard(self, offset: int, length: int) -> None:
         """The range is not needed any more; does nothing unless the node has `discard=unmap`.
@@ -231,11 +248,7 @@ class BlockBackend(Quiescent):
             await self.resumed()
         self._check(offset, length)
         self._check_writable()
-        self.in_flight += 1
-        try:
-            await clear.pdiscard(self.node, offset, length)
-        finally:
-            self.leave()
+        await self._counted(clear.pdiscard(self.node, offset, length))
 
     async def flush(self) -> None:
         """Make durable every write that has completed before this call, also through extents.
@@ -245,11 +258,7 @@ class BlockBackend(Quiescent):
         """
         if self.quiesced:
             await self.resumed()
-        self.in_flight += 1
-        try:
-            await pipeline.flush(self.node)
-        finally:
-            self.leave()
+        await self._counted(pipeline.flush(self.node))
 
     async def truncate(self, length: int, preallocation: Preallocation = Preallocation.OFF) -> None:
         """Change the length; needs the resize permission.
@@ -259,11 +268,7 @@ class BlockBackend(Quiescent):
         """
         if self.quiesced:
             await self.resumed()
-        self.in_flight += 1
-        try:
-            await self._edge.truncate(length, preallocation)
-        finally:
-            self.leave()
+        await self._counted(self._edge.truncate(length, preallocation))
 
     def plug(self) -> None:
         """More requests follow at once: call `unplug` when they have begun, before anything else runs (row B28)."""

@@ -94,7 +94,7 @@ async def _aligned_zeroes(
             await node.driver_debug_event("pwritev_zero")
         return await submit.write_zeroes(node, offset, end, flags)
     finally:
-        node.wrote(offset, end)
+        node.write_log.wrote(offset, end)
         if node.has_debug_events:
             await node.driver_debug_event("pwritev_done")
 
@@ -118,7 +118,7 @@ async def pdiscard(node: BlockNode, offset: int, length: int) -> None:
             await run_before_write(node, request)
         await submit.discard(node, offset, length)
     finally:
-        node.discarded(offset, length)
+        node.write_log.discarded(offset, length)
         tracker.end(request)
         node.leave()
 

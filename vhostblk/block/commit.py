@@ -174,7 +174,7 @@ async def make_empty(node: BlockNode) -> None:
         try:
             await node.driver_make_empty()
         finally:
-            node.write_gen += 1
+            node.write_log.generation += 1
         await pipeline.flush(node)
     finally:
         node.tracker.end(request)

@@ -73,7 +73,7 @@ async def copy_range_to(
                 await pipeline.run_before_write(target, request)
             await target.driver_copy_range_to(source, source_offset, offset, length, flags)
         finally:
-            target.wrote(offset, offset + length)
+            target.write_log.wrote(offset, offset + length)
         pipeline.written(target, offset + length)
     finally:
         target.tracker.end(request)

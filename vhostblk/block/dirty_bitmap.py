@@ -247,7 +247,7 @@ class DirtyBitmap:
         """The other one records from now on, if this one does; no write is missed, none recorded twice."""
         if self.enabled:
             collect(self.node)
-            maps = self.node.dirty_maps
+            maps = self.node.write_log.dirty_maps
             maps[maps.index(self.map)] = other.map
 
 
@@ -357,7 +357,7 @@ def release_bitmap(bitmap: DirtyBitmap) -> None:
     """Take a bitmap from its node; nobody works on it."""
     if bitmap.enabled:
         collect(bitmap.node)
-        bitmap.node.dirty_maps.remove(bitmap.map)
+        bitmap.node.write_log.dirty_maps.remove(bitmap.map)
     bitmap.enabled = False
     bitmap.node.bitmaps.remove(bitmap)
 

@@ -149,14 +149,14 @@ class DirtyMap:
 async def record(node: BlockNode, dirty: DirtyMap) -> None:
     """From when this returns, whatever changes the node is marked."""
     collect(node)  # what happened before is no business of this map
-    node.dirty_maps.append(dirty)
+    node.write_log.dirty_maps.append(dirty)
     await node.revoke(0, node.length)
 
 
 async def stop_recording(node: BlockNode, dirty: DirtyMap) -> None:
     """Undo `record`: the map has everything that ended before the call."""
     collect(node)
-    node.dirty_maps.remove(dirty)
+    node.write_log.dirty_maps.remove(dirty)
     await node.revoke(0, node.length)
 
 
@@ -171,7 +171,7 @@ def recorded(node: BlockNode, extent: HostExtent) -> HostExtent:
         node.child_range(edge, extent.offset) is None for edge in node.children.values()
     ):
         return extent.without(ExtentFlag.WRITE)
-    wanted = [dirty.granularity for dirty in node.dirty_maps]
+    wanted = [dirty.granularity for dirty in node.write_log.dirty_maps]
     if extent.record:
         wanted.append(extent.record)
     return replace(extent, record=min(wanted))

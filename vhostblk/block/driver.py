@@ -11,12 +11,13 @@ out fails with ENOTSUP and is emulated by the pipeline (block layer rows B03.6 a
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
+from vhostblk.block.eager import Request
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import CheckMode, Preallocation, StatusFlag
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
@@ -57,9 +58,6 @@ class BlockSizes:
 
 _FILTERED = int(Role.FILTERED)
 _and = int.__and__  # that of IntFlag makes an object
-
-# What the methods return that make requests; drivers write `async def ... -> None`.
-Request = Coroutine[Any, Any, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +114,9 @@ class OpenContext(Protocol):
 class Driver:
     """What drivers and filters override; derive from `BlockNode`, which has the rest.
 
+    Methods that make requests may be `async def ... -> None`, whatever the type says: `Request` is what such a one
+    returns. Those that mostly have nothing to wait for may be functions instead that return DONE (`eager.py`).
+
     Context: the control loop.
     """
 
@@ -152,7 +153,7 @@ class Driver:
     # Opened only to be checked: a damaged image will do, and is not written but to be repaired (row B35.10).
     for_check: bool = False
     # Whether `driver_debug_event` wants to hear (row B43).
-    has_debug_events: bool = False
+    has_debug_events: bool
 
     node_name: str
     read_only: bool

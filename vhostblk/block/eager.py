@@ -4,6 +4,9 @@ Most requests never wait: the data was in memory, or the request was refused. Wh
 out, and spares what matters only to those who run meanwhile, because nobody does: a task, a place in the list of
 requests. What has to wait is finished by awaiting `rest`.
 
+A request that may well be over at once need not be a coroutine at all: a function that does it, and returns DONE or
+what is to be awaited, costs a fraction. Who calls it awaits what it gives at once, before anything else can happen.
+
 Outside of a task `asyncio.current_task()` is None until then, hence `asyncio.timeout` must not be entered before the
 first wait.
 """
@@ -15,18 +18,42 @@ from collections.abc import Coroutine, Generator
 from functools import partial
 from typing import Any, Final
 
-DONE: Final = object()
-"""What a coroutine waits for that waits for nothing any more."""
+Request = Coroutine[Any, Any, None]
+"""What functions return that make requests: DONE, or a coroutine."""
 
 
-def begin(coro: Coroutine[Any, Any, None]) -> Any:
+class _Done(Request):
+    """A coroutine that has ended, however often it is awaited."""
+
+    __slots__ = ()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from ()
+
+    def send(self, _value: Any) -> Any:
+        """Ends."""
+        raise StopIteration
+
+    def throw(self, error: Any, *_: Any) -> Any:
+        """Nobody is there to catch it."""
+        raise error
+
+    def close(self) -> None:
+        """Is."""
+
+
+DONE: Final = _Done()
+"""A request that is over; and what a coroutine waits for that waits for nothing any more."""
+
+
+def begin(coro: Request) -> Any:
     """Run `coro` until it waits; gives what `rest` wants to know, or DONE. Raises what `coro` raises."""
     # Unlike send(None), this makes no exception out of a return: that would be a third of the price of a request.
     return next(coro.__await__(), DONE)
 
 
 @types.coroutine
-def rest(coro: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+def rest(coro: Request, waits_for: Any) -> Generator[Any, Any, None]:
     """What remains of `coro`, for which `begin` has given `waits_for`."""
     while True:
         try:

@@ -7,10 +7,10 @@ pipeline of the child does the rest.
 from __future__ import annotations
 
 import errno
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vhostblk.block import clear, pipeline
+from vhostblk.block.eager import Request
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.permissions import Perm
 from vhostblk.block.transaction import GraphTransaction
@@ -74,34 +74,32 @@ class Edge:
         with GraphTransaction() as change:
             change.detach(self)
 
-    def preadv(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
+    def preadv(self, offset: int, iov: IoVec, flags: int = 0) -> Request:
         """Read `iov` full; see `pipeline.preadv`."""
         return pipeline.preadv(self.node, offset, iov, flags)
 
-    def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Coroutine[Any, Any, None]:
+    def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Request:
         """Write `iov`; see `pipeline.pwritev`."""
         node = self.node
         if offset + iov.length > node.length or not self.perm._value_ & _WRITES:
             self._check_write(offset, iov.length)
         return pipeline.pwritev(node, offset, iov, flags)
 
-    def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> Coroutine[Any, Any, None]:
+    def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> Request:
         """Make a range read as zeroes; see `clear.pwrite_zeroes`."""
         self._check_write(offset, length)
         return clear.pwrite_zeroes(self.node, offset, length, flags)
 
-    def pdiscard(self, offset: int, length: int) -> Coroutine[Any, Any, None]:
+    def pdiscard(self, offset: int, length: int) -> Request:
         """Give a range up; see `clear.pdiscard`."""
         self._check_write(offset, 0)
         return clear.pdiscard(self.node, offset, length)
 
-    def flush(self) -> Coroutine[Any, Any, None]:
+    def flush(self) -> Request:
         """Make completed writes durable; see `pipeline.flush`."""
         return pipeline.flush(self.node)
 
-    def truncate(
-        self, length: int, preallocation: Preallocation = Preallocation.OFF
-    ) -> Coroutine[Any, Any, None]:
+    def truncate(self, length: int, preallocation: Preallocation = Preallocation.OFF) -> Request:
         """Change the node's length; see `pipeline.truncate`."""
         assert self.perm & Perm.RESIZE or self.node.read_only, f"{self.describe()}: no resize"
         return pipeline.truncate(self.node, length, preallocation)

@@ -6,7 +6,7 @@ Knows nothing about drivers: they fill these in, the pipeline obeys them.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 SECTOR_SIZE = 512
 # Row B02, "Sizes": 2 and 3.
@@ -50,6 +50,8 @@ class BlockLimits:
     min_mem_alignment: int = SECTOR_SIZE
     opt_mem_alignment: int = mmap.PAGESIZE
     max_iov: int = IOV_MAX
+    # Whatever is in one piece and not longer than this needs no look at the others; `check` finds out.
+    as_is: int = field(default=0, init=False)
 
     def merge(self, child: BlockLimits) -> None:
         """Take over what a node inherits from a child (row B12.3): transfer and memory limits only."""
@@ -68,10 +70,10 @@ class BlockLimits:
             self.opt_transfer = align_up(self.opt_transfer, align)
 
     def check(self) -> None:
-        """Assert what a driver promises (rows B12.1 and B12.5); a violation is a bug of the driver."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            assert 0 <= value <= _INT_MAX, f"{field.name}={value}"
+        """Assert what a driver promises (rows B12.1 and B12.5); a violation is a bug of the driver. Sets `as_is`."""
+        for limit in fields(self):
+            value = getattr(self, limit.name)
+            assert 0 <= value <= _INT_MAX, f"{limit.name}={value}"
         align = self.request_alignment
         for name in ("request_alignment", "min_mem_alignment", "opt_mem_alignment"):
             value = getattr(self, name)
@@ -80,11 +82,12 @@ class BlockLimits:
         for name in ("pdiscard_alignment", "pwrite_zeroes_alignment", "opt_transfer"):
             assert not getattr(self, name) % align, f"{name} is no multiple of {align}"
         assert not self.max_transfer or self.max_transfer >= align, "max_transfer below one block"
-        for limit, unit in (
+        for most, unit in (
             (self.max_pdiscard, self.discard_unit),
             (self.max_pwrite_zeroes, self.zeroes_unit),
         ):
-            assert not limit or limit >= unit, f"a limit of {limit} with a unit of {unit}"
+            assert not most or most >= unit, f"a limit of {most} with a unit of {unit}"
+        self.as_is = self.transfer if align == self.min_mem_alignment == 1 else 0
 
     @property
     def transfer(self) -> int:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.driver import BlockSizes, Driver, OpenContext
@@ -22,10 +22,10 @@ from vhostblk.block.quiesce import Quiescent
 from vhostblk.block.registered_buf import RegisteredBuffers
 from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.tracking import RequestTracker, TrackedRequest
+from vhostblk.block.write_log import Decides, WriteLog
 
 if TYPE_CHECKING:
     from vhostblk.block.dirty_bitmap import DirtyBitmap
-    from vhostblk.block.dirty_map import DirtyMap
     from vhostblk.block.edge import Edge
     from vhostblk.block.options import NodeOptions
 
@@ -98,9 +98,18 @@ class BlockNode(Driver, Quiescent):
     Context: the control loop.
     """
 
+    # The first is for whoever is above; the image is somebody else's for now (row B40); a driver's `Driver`; an option.
+    read_only: bool = cast(bool, Decides())
+    inactive: bool = cast(bool, Decides())
+    has_debug_events: bool = cast(bool, Decides())
+    detect_zeroes: str = cast(str, Decides())
+
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
         super().__init__()
         self.node_name = name
+        self.write_log = WriteLog()
+        self.before_write: list[BeforeWrite] = []  # see `add_before_write`
+        self._inactive = self._detect_zeroes = self._has_debug_events = False
         self.read_only = common.read_only
         self.length = 0  # bytes, a multiple of 512
         self.limits = BlockLimits()
@@ -123,18 +132,13 @@ class BlockNode(Driver, Quiescent):
         self.left_alone: Callable[[BlockNode], Awaitable[None]] | None = None
         self.op_blockers = OpBlockers()
         self.write_threshold = 0  # see `write_threshold.py`
-        self.inactive = False  # the image is somebody else's for now (row B40)
         self.being_activated = False  # it may turn out that it still is: nobody new may come
         self.bounce = BouncePool()
         # State of the pipeline.
         self.tracker = RequestTracker()
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
-        self.before_write: list[BeforeWrite] = []  # see `add_before_write`
-        self.dirty_maps: list[DirtyMap] = []  # see `dirty_map.record`
         self.bitmaps: list[DirtyBitmap] = []  # see `dirty_bitmap.py`
         self.plugged = 0
-        self.highest_write = 0  # the end of the write that reached furthest (row B24.4)
-        self.write_gen = 0
         # Not 0: whatever ran before us may have left writes in the page cache, so the first flush
         # must reach the disk.
         self.flushed_gen = -1
@@ -146,10 +150,15 @@ class BlockNode(Driver, Quiescent):
 
     # ------------------------------------------------------------------ what every node does
 
-    @property
-    def writes_may_pass(self) -> bool:
-        """Whether somebody above may write through extents: nobody here wants to see writes."""
-        return not (self.read_only or self.before_write or self.detect_zeroes)
+    def review_writes(self) -> None:
+        """Something has changed that decides whether writes may pass, without being looked at."""
+        self.write_log.may_pass = not (
+            self.read_only
+            or self.inactive
+            or self.before_write
+            or self.detect_zeroes
+            or self.has_debug_events
+        )
 
     async def add_before_write(self, hook: BeforeWrite) -> None:
         """Call `hook` with every write, zero-write and discard before it happens; it may raise BlockError to veto it.
@@ -157,11 +166,13 @@ class BlockNode(Driver, Quiescent):
         From when this returns on, no write goes past it.
         """
         self.before_write.append(hook)
+        self.review_writes()
         await self.revoke(0, self.length)
 
     def remove_before_write(self, hook: BeforeWrite) -> None:
         """Undo `add_before_write`."""
         self.before_write.remove(hook)
+        self.review_writes()
 
     def cancel_in_flight(self) -> None:
         """Make pending requests here and below fail soon, if they can (row B25.3)."""
@@ -195,44 +206,21 @@ class BlockNode(Driver, Quiescent):
     def write_generation(self) -> int:
         """Grows with every write that may have reached this node, by the pipeline or past it (row B16.12)."""
         self.collect_writes(ranges=False)
-        return self.write_gen
+        return self.write_log.generation
 
     def highest_offset(self) -> int:
         """The end of the write that reached furthest, by the pipeline or past it (row B24.4)."""
         self.collect_writes(ranges=False)
-        return self.highest_write
+        return self.write_log.highest
 
     def collect_writes(self, *, ranges: bool) -> None:
         """Take note of what was written through extents given to somebody above; see `EdgeParent`."""
         for edge in self.parents:
             edge.parent.collect_writes(ranges=ranges)
 
-    def wrote(self, offset: int, end: int) -> None:
-        """Bookkeeping of a write that has ended: even after a failure, or a veto, a part of it may have been written
-        (rows B16.12 and B16.13)."""
-        self.write_gen += 1
-        if end > self.highest_write:
-            self.highest_write = end
-        if self.dirty_maps:
-            self.mark_dirty(offset, end - offset)
-
-    def discarded(self, offset: int, length: int) -> None:
-        """The same of a discard, which does not count as a write that reaches somewhere (row B18.7)."""
-        self.write_gen += 1
-        self.mark_dirty(offset, length)
-
-    def mark_dirty(self, offset: int, length: int) -> None:
-        """Every dirty map has this range (row B29.7)."""
-        for dirty in self.dirty_maps:
-            dirty.mark(offset, length)
-
     def wrote_past(self, writes: PastWrites) -> None:
         """Somebody above has written through extents of this node: the same bookkeeping, here and below."""
-        self.write_gen += writes.count
-        self.highest_write = max(self.highest_write, writes.highest)
-        if self.dirty_maps:
-            for offset, length in writes.ranges:
-                self.mark_dirty(offset, length)
+        self.write_log.wrote_past(writes)
         for edge in self.children.values():
             shift = self.child_range(edge, 0)
             # Who does not know where they were at least has something to flush.
@@ -337,7 +325,7 @@ class BlockNode(Driver, Quiescent):
         """Change `length` and tell whoever is above."""
         if length != self.length:
             self.length = length
-            for dirty in (*self.dirty_maps, *(bitmap.map for bitmap in self.bitmaps)):
+            for dirty in (*self.write_log.dirty_maps, *(bitmap.map for bitmap in self.bitmaps)):
                 dirty.resize(length)
             for edge in tuple(self.parents):
                 edge.parent.child_resized(edge)

@@ -9,8 +9,9 @@ there either, overlapping requests are waited for, the first and the last block 
 padded whole is written. Hooks see it and may veto it; zeroes are detected. The write generation grows, and only *after*
 that FUA which the driver cannot do becomes a flush, so that the flush cannot believe there is nothing to do.
 
-Coroutines here suspend only where a driver does, or behind another request. A request that finds nothing to do but to
-hand itself over is counted and tracked when its driver first waits: nobody could have looked before. Most never wait.
+Requests suspend only where a driver does, or behind another request. A read or write that finds nothing to do but to
+hand itself over is counted and tracked when its driver first waits: nobody could have looked before. Most never wait,
+and no coroutine is made for them: see `eager.py` about what that asks of callers.
 
 Knows nothing about files, virtio or the engine.
 """
@@ -18,15 +19,13 @@ Knows nothing about files, virtio or the engine.
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable
 
 from vhostblk.block import submit
 from vhostblk.block.dirty_bitmap import check_resizable
-from vhostblk.block.dirty_map import recorded
-from vhostblk.block.eager import DONE, rest
-from vhostblk.block.extent import ExtentFlag, HostExtent, Ranges
+from vhostblk.block.eager import DONE, Request, begin, rest
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush, flush_target
+from vhostblk.block.host_extent import host_extent, host_extents, prepare_writes
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import (
     MAX_BOUNCE,
@@ -96,8 +95,8 @@ def check_writable(node: BlockNode) -> None:
 # ---------------------------------------------------------------------- reads (row B15)
 
 
-async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> None:
-    """Read `iov` full; what lies behind the end of the node reads as zeroes.
+def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> Request:
+    """Read `iov` full; what lies behind the end of the node reads as zeroes. Await at once what this gives.
 
     Args:
         flags: of `Req`: COPY_ON_READ, REGISTERED_BUF.
@@ -105,45 +104,55 @@ async def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> No
     Raises:
         BlockError: with the driver's errno; the content of `iov` is then undefined.
     """
-    length, tracker = iov.length, node.tracker
+    length = iov.length
     if (
         not flags
-        and not tracker.serialising
+        and not node.tracker.serialising
         and 0 <= offset <= node.length - length
-        and submit.takes(node.limits, offset, iov)
+        and (
+            (0 < length <= node.limits.as_is and len(iov.views) == 1)
+            or submit.takes(node.limits, offset, iov)
+        )
     ):
         # Nothing to do but to hand it over, as with most requests.
-        driver = node.driver_preadv(offset, length, iov)
-        waits_for = next(driver.__await__(), DONE)  # `begin`, at the price of no call
-        if waits_for is not DONE:
-            await _visibly(node, RequestType.READ, offset, length, rest(driver, waits_for))
+        request = node.driver_preadv(offset, length, iov)
+        if request is DONE:
+            return request
+        return _handed_over(node, RequestType.READ, offset, length, request)
+    return _read(node, offset, iov, flags)
+
+
+async def _handed_over(
+    node: BlockNode, kind: RequestType, offset: int, length: int, driver: Request
+) -> None:
+    """Let a driver finish; if it waits, in sight of drains and of serialising requests."""
+    waits_for = begin(driver)
+    if waits_for is DONE:
         return
+    node.in_flight += 1
+    request = node.tracker.begin(kind, offset, length)
+    try:
+        await rest(driver, waits_for)
+    finally:
+        node.tracker.end(request)
+        node.leave()
+
+
+async def _read(node: BlockNode, offset: int, iov: IoVec, flags: int) -> None:
+    length = iov.length
     check_range(node, offset, length, MAX_REQUEST)
     node.in_flight += 1
-    request = tracker.begin(RequestType.READ, offset, length)
+    request = node.tracker.begin(RequestType.READ, offset, length)
     try:
         if (offset | length) & (node.limits.request_alignment - 1):
             await _padded_read(node, request, offset, iov, flags)
         else:
-            if tracker.serialising:
-                await tracker.wait(request)
+            if node.tracker.serialising:
+                await node.tracker.wait(request)
             if flags & _COPY_ON_READ:
                 await _copy_on_read(node, request, iov)
             elif length:
                 await submit.read(node, offset, iov)
-    finally:
-        tracker.end(request)
-        node.leave()
-
-
-async def _visibly(
-    node: BlockNode, kind: RequestType, offset: int, length: int, driver: Awaitable[None]
-) -> None:
-    """Let a driver finish that waits, in sight of drains and of serialising requests."""
-    node.in_flight += 1
-    request = node.tracker.begin(kind, offset, length)
-    try:
-        await driver
     finally:
         node.tracker.end(request)
         node.leave()
@@ -226,39 +235,55 @@ async def _populate(node: BlockNode, offset: int, buffer: memoryview) -> None:
         else:
             await submit.write(node, offset, content, _WRITE_UNCHANGED)
     finally:
-        node.write_gen += 1  # what is visible is the same, but a flush has something to do
+        node.write_log.generation += (
+            1  # what is visible is the same, but a flush has something to do
+        )
 
 
 # ---------------------------------------------------------------------- writes (row B16)
 
 
-async def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> None:
-    """Write `iov`.
+def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> Request:
+    """Write `iov`. Await at once what this gives.
 
-    Args:
-        flags: of `Req`: FUA, SERIALISING, NO_WAIT, WRITE_UNCHANGED, WRITE_COMPRESSED, REGISTERED_BUF.
+    Args: flags: of `Req`: FUA, SERIALISING, NO_WAIT, WRITE_UNCHANGED, WRITE_COMPRESSED, REGISTERED_BUF.
 
-    Raises: BlockError: EPERM on a read-only node, EBUSY for NO_WAIT, ENOTSUP for WRITE_COMPRESSED if the
-        driver cannot, else the driver's errno; part of the range may have been written then.
+    Raises: BlockError: EPERM, EBUSY for NO_WAIT, ENOTSUP for WRITE_COMPRESSED, else the driver's errno; a part may have
+        been written.
     """
-    if node.read_only or node.inactive:
-        check_writable(node)
-    length, tracker = iov.length, node.tracker
+    length, writes = iov.length, node.write_log
     if (
-        not (flags and flags & ~node.supported_write_flags)
-        and not (node.before_write or node.has_debug_events or node.detect_zeroes)
-        and not tracker.serialising
+        writes.may_pass
+        and not (flags and flags & ~node.supported_write_flags)
+        and not node.tracker.serialising
         and 0 <= offset <= node.length - length
-        and submit.takes(node.limits, offset, iov)
+        and (
+            (0 < length <= node.limits.as_is and len(iov.views) == 1)
+            or submit.takes(node.limits, offset, iov)
+        )
     ):
         try:
-            driver = node.driver_pwritev(offset, length, iov, flags)
-            waits_for = next(driver.__await__(), DONE)
-            if waits_for is not DONE:
-                await _visibly(node, RequestType.WRITE, offset, length, rest(driver, waits_for))
-        finally:
-            node.wrote(offset, offset + length)
-        return
+            request = node.driver_pwritev(offset, length, iov, flags)
+        except BaseException:
+            writes.wrote(offset, offset + length)
+            raise
+        if request is not DONE:
+            return _handed_over_write(node, offset, length, request)
+        writes.wrote(offset, offset + length)
+        return request
+    return _write(node, offset, iov, flags)
+
+
+async def _handed_over_write(node: BlockNode, offset: int, length: int, driver: Request) -> None:
+    try:
+        await _handed_over(node, RequestType.WRITE, offset, length, driver)
+    finally:
+        node.write_log.wrote(offset, offset + length)
+
+
+async def _write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> None:
+    check_writable(node)
+    length, tracker = iov.length, node.tracker
     check_range(node, offset, length, MAX_REQUEST)
     assert not flags & ~_MASK, f"unknown request flags {flags:#x}"
     node.in_flight += 1
@@ -290,8 +315,7 @@ async def serialise(
     tracker.mark_serialising(request, alignment or node.limits.request_alignment)
     if flags & _NO_WAIT and tracker.blocker(request):
         raise BlockError(errno.EBUSY, f"{node.node_name}: another request is in the way")
-    # Marked before revoked: from here on nobody is given a new extent, and whoever comes waits for
-    # us.
+    # Marked before revoked: from here on nobody is given a new extent, and whoever comes waits.
     await node.revoke(request.start, request.end - request.start)
     await tracker.wait(request)
 
@@ -358,7 +382,7 @@ async def _aligned_write(
             return await submit.write_compressed(node, offset, iov, flags)
         return await submit.write(node, offset, iov, flags)
     finally:
-        node.wrote(offset, end)
+        node.write_log.wrote(offset, end)
         if node.has_debug_events:
             await node.driver_debug_event("pwritev_done")
 
@@ -407,90 +431,7 @@ async def truncate(
             await node.driver_truncate(length, preallocation)
         finally:
             await node.refresh_length()
-            node.write_gen += 1
+            node.write_log.generation += 1
     finally:
         node.tracker.end(request)
         node.leave()
-
-
-# ---------------------------------------------------------------------- extents (design: the extent
-# map)
-
-
-async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
-    """Somebody is about to write to these ranges (not empty) by extents, if he can: see the driver's.
-
-    Raises:
-        BlockError: the driver's errno; as if one of the writes had failed.
-    """
-    tracker = node.tracker
-    if tracker.serialising:
-        ranges = [run for run in ranges if not tracker.serialises(*run)]
-    usable = not (node.quiesced or node.inactive or node.has_debug_events) and node.writes_may_pass
-    if not usable or not ranges:
-        return [], ()
-    start, end = min(run[0] for run in ranges), max(run[1] for run in ranges)
-    node.in_flight += 1
-    request = tracker.begin(RequestType.WRITE, start, end - start)
-    try:
-        found, before = await node.driver_prepare_writes(ranges)
-    finally:
-        node.write_gen += 1  # a flush has something to do
-        tracker.end(request)
-        node.leave()
-    return _for_above(node, found), before
-
-
-async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent | None:
-    """The largest run around `offset` that somebody above may use without asking, or None for now.
-
-    The answer holds until it is revoked, which may happen at the caller's next suspension.
-
-    Args:
-        length: how much of it somebody wants; none of that may be in a serialising request's way.
-    """
-    if not node.mappable(offset, length):
-        return None
-    extent = await node.host_extent(offset, length)
-    # Asking the driver may have taken time: look again.
-    if extent is None or not extent.offset <= offset < extent.end or node.quiesced:
-        return None
-    end = min(offset + length, extent.end)
-    run = node.tracker.clear_run(offset, end, extent.offset, extent.end)
-    if run is None:
-        return None
-    if extent.flags & ExtentFlag.WRITE and not node.writes_may_pass:
-        extent = extent.without(ExtentFlag.WRITE)
-    if extent.flags & ExtentFlag.WRITE and (node.dirty_maps or extent.record):
-        extent = recorded(node, extent)
-    return extent.cut(*run)
-
-
-async def host_extents(node: BlockNode, ranges: Ranges) -> list[HostExtent]:
-    """What somebody above may use of these ranges without asking, as far as the driver can tell of many at once.
-
-    The answer holds as that of `host_extent`.
-
-    Args:
-        ranges: in order and apart from each other.
-    """
-    if node.quiesced or node.inactive:
-        return []
-    # Asking the driver may have taken time.
-    return _for_above(node, await node.host_extents(ranges))
-
-
-def _for_above(node: BlockNode, found: list[HostExtent]) -> list[HostExtent]:
-    """What somebody above may use of what a driver has found."""
-    if node.quiesced or node.inactive:
-        return []
-    if node.tracker.serialising:
-        found = [extent for extent in found if node.mappable(extent.offset, extent.length)]
-    if not node.writes_may_pass:
-        return [extent.without(ExtentFlag.WRITE) for extent in found]
-    if node.dirty_maps or any(extent.record for extent in found):
-        return [
-            recorded(node, extent) if extent.flags & ExtentFlag.WRITE else extent
-            for extent in found
-        ]
-    return found

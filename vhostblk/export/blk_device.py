@@ -20,8 +20,8 @@ import errno
 import logging
 import mmap
 import os
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Awaitable, Callable, Mapping
+from typing import ClassVar
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
@@ -39,7 +39,6 @@ SEG_MAX = 126
 # The largest request of the block layer (B02) in sectors: bounds one segment.
 _MAX_SECTORS = 4194303
 
-_IN = int(RequestType.IN)
 _EVERY_PAGE = slice(None, None, mmap.PAGESIZE)
 
 # status, data bytes written to the guest
@@ -296,23 +295,6 @@ class BlkDevice:
             name += " (ignored)"
         self._errors.record_io_error(name, error, offset, length)
 
-    def transfer(
-        self, kind: int, offset: int, data: Sequence[memoryview]
-    ) -> Coroutine[Any, Any, None]:
-        """Read or write, which is all that most requests ask; whoever has called `transfer` need not call `execute`.
-
-        Args:
-            kind: `RequestType.IN` or `OUT`.
-            data: live guest memory. To be written: every page of it was touched, and no fault was found then; memory
-                that was truncated reads as zeroes once it was touched, which must not be copied to the disk.
-
-        Raises:
-            BlockError: here or when it is awaited: give the errno to `execute`, which decides what is to be done.
-        """
-        if kind == _IN:
-            return self.backend.preadv(offset, IoVec(data))
-        return self.backend.pwritev(offset, IoVec(data))
-
     async def _transfer(self, request: BlkRequest) -> Outcome:
         if request.type == RequestType.OUT:
             for view in request.data:
@@ -320,8 +302,10 @@ class BlkDevice:
                 view[-1]
             if self.memory_faulted():
                 raise BlockError(errno.EFAULT)
-        await self.transfer(request.type, request.offset, request.data)
-        return _OK[0], request.length if request.type == RequestType.IN else 0
+            await self.backend.pwritev(request.offset, IoVec(request.data))
+            return _OK
+        await self.backend.preadv(request.offset, IoVec(request.data))
+        return _OK[0], request.length
 
     async def _flush(self, _request: BlkRequest) -> Outcome:
         await self.backend.flush()

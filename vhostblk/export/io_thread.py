@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from operator import length_hint
 from time import monotonic
 from typing import Any, Protocol
 
@@ -61,7 +61,7 @@ class IOThread:
             name, poll_max_ns=poll_max_ns, poll_grow=poll_grow, poll_shrink=poll_shrink
         )
         self._sinks: dict[int, Sink] = {}
-        self._inbox: deque[Message] = deque()
+        self._inbox: Iterator[Message] = iter(())  # what was received and not yet looked at
         self._outbox: list[bytes] = []
         self._flush_scheduled = False
         self._receiving = False
@@ -140,7 +140,7 @@ class IOThread:
     @property
     def has_more(self) -> bool:
         """Whether other messages follow the one that a sink is told of, in the same turn."""
-        return bool(self._inbox)
+        return length_hint(self._inbox) > 0
 
     def at_end_of_turn(self, function: Callable[[], None]) -> None:
         """Call `function` when this turn's messages have been looked at; for sinks."""
@@ -171,27 +171,33 @@ class IOThread:
                 self._loop.call_soon(self._flush)
 
     def _receive(self) -> None:
-        inbox, until = self._inbox, monotonic() + _TURN
+        until = monotonic() + _TURN
         self._receiving = True
         try:
-            while monotonic() < until:
-                if not inbox:
-                    self._flush()
-                    inbox.extend(self._thread.receive())
-                    if not inbox:
+            while True:
+                for message in self._inbox:
+                    if message[0] == _REQUEST:
+                        self._sinks[message[4]].engine_request(self, message)
+                    else:
+                        self._hear(message)
+                    if monotonic() >= until:
                         return
-                message = inbox.popleft()
-                if message[0] == _REQUEST:
-                    self._sinks[message[4]].engine_request(self, message)
-                elif message[0] == _ACK:
-                    future, _ = self._commands.pop(message[3])
-                    if not future.cancelled():
-                        future.set_result(message)
-                else:
-                    self._sinks[message[4]].engine_event(self, message)
+                self._flush()
+                batch = self._thread.receive()
+                if not batch:
+                    return
+                self._inbox = iter(batch)
         finally:
             self._receiving = False
             self._flush()
             ends, self._turn_ends = self._turn_ends, []
             for function in ends:
                 function()
+
+    def _hear(self, message: Message) -> None:
+        if message[0] == _ACK:
+            future, _ = self._commands.pop(message[3])
+            if not future.cancelled():
+                future.set_result(message)
+        else:
+            self._sinks[message[4]].engine_event(self, message)

@@ -15,6 +15,8 @@ import logging
 from collections.abc import Sequence
 
 from vhostblk import native
+from vhostblk.block.eager import DONE, Request
+from vhostblk.block.iov import IoVec
 from vhostblk.block.node import ExtentFlag, HostExtent, PastWrites
 from vhostblk.errors import BlockError
 from vhostblk.export import offload
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 
 _IN, _OUT, _FLUSH = int(RequestType.IN), int(RequestType.OUT), int(RequestType.FLUSH)
 _FAILED = int(native.RequestFlag.FAILED)
+_FAULTED = int(native.RequestFlag.FAULTED)
 _TRANSFERS = (_IN, _OUT)
 _OK = int(Status.OK)
 # It was retried already, or the map has its range but the request is not aligned enough for it, or cannot serve it.
@@ -193,7 +196,8 @@ class NativeDataPath:
 
     def engine_request(self, thread: IOThread, message: Message) -> None:
         """A request that missed: map its range and give it back, or execute it."""
-        if message[10] == _OUT and not message[1] and self._backend.prepares_writes:
+        kind, is_new = message[10], not message[1]
+        if kind == _OUT and is_new and self._backend.prepares_writes:
             if not self._first_writes:
                 thread.at_end_of_turn(self._begin_first_writes)
             self._first_writes.append((thread, message))
@@ -202,7 +206,27 @@ class NativeDataPath:
             self._plugged = True
             self._backend.plug()
             thread.at_end_of_turn(self._unplug)
-        run_eagerly(self._serve(thread, message), self._tasks)
+        transfer: Request | None = None
+        if is_new and not self._backend.may_map and kind in _TRANSFERS:
+            # Nothing has to be found out before, as for most requests of disks that are served here.
+            try:
+                transfer = self._transfer(message)
+            except Exception as exc:
+                transfer = _failed(exc)
+            if transfer is DONE:
+                thread.complete(message[3], _OK, message[6] if kind == _IN else 0)
+                return
+        run_eagerly(self._serve(thread, message, transfer), self._tasks)
+
+    def _transfer(self, message: Message) -> Request:
+        _, flags, _, _, _, offset, length, pointer, count, _, kind = message
+        data = IoVec(native.iov_views(pointer, count, length))
+        if kind == _IN:
+            return self._backend.begin_preadv(offset, data)
+        if flags & _FAULTED and self._memory_faulted():
+            # What was truncated reads as zeroes since the engine has touched it: they must not reach the disk.
+            raise BlockError(errno.EFAULT)
+        return self._backend.begin_pwritev(offset, data)
 
     def _begin_first_writes(self) -> None:
         """Those that came together, and while others were looked at."""
@@ -232,12 +256,16 @@ class NativeDataPath:
         self._plugged = False
         self._backend.unplug()
 
-    async def _serve(self, thread: IOThread, message: Message) -> None:
+    async def _serve(
+        self, thread: IOThread, message: Message, transfer: Request | None = None
+    ) -> None:
         _, flags, _, cookie, _, offset, length, pointer, count, error, kind = message
         retry = not flags & _DO_NOT_MAP
         try:
             if kind in _TRANSFERS:
-                if flags & _NEEDS_FLUSH:
+                if transfer is not None:
+                    retry = False
+                elif flags & _NEEDS_FLUSH:
                     self._learn_of_failed_flush()
                     retry = retry and self._allow_flush(thread)
                 elif flags & _FAILED:
@@ -246,16 +274,14 @@ class NativeDataPath:
                     retry = self._backend.may_map and await self._fault(
                         thread, offset, length, kind == _OUT
                     )
-                data = native.iov_views(pointer, count)
                 if not retry and not error:
                     try:
-                        if kind == _OUT and self._is_truncated(pointer, count):
-                            raise BlockError(errno.EFAULT)
-                        await self._device.transfer(kind, offset, data)
+                        await (transfer or self._transfer(message))
                         thread.complete(cookie, _OK, length if kind == _IN else 0)
                         return
                     except BlockError as exc:
                         error = -(exc.errno or errno.EIO)
+                data = native.iov_views(pointer, count, length)
                 request = BlkRequest(0, _NOWHERE, kind, offset, length, data)
             elif kind == _FLUSH:
                 self._learn_of_failed_flush()
@@ -308,12 +334,6 @@ class NativeDataPath:
         self._events.memory_faulted()
         return True
 
-    def _is_truncated(self, vector: int, count: int) -> bool:
-        """Touch what is to be written, see `BlkDevice.transfer`."""
-        memory = self._queues.memory
-        faulted = memory is not None and memory.touch(vector, count)
-        return faulted and self._memory_faulted()
-
     async def _fault(self, thread: IOThread, offset: int, length: int, write: bool) -> bool:
         """Install what the graph can map around a request; says whether that serves it."""
         try:
@@ -359,6 +379,10 @@ class NativeDataPath:
     async def _maps_with(self, flag: ExtentFlag) -> bool:
         extents = await self._backend.extents(0, self._backend.block_sizes.logical)
         return any(extent.flags & flag for extent in extents)
+
+
+async def _failed(error: Exception) -> None:
+    raise error
 
 
 def _asked_about(policy: ErrorPolicy) -> list[Op]:

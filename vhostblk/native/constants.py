@@ -115,3 +115,4 @@ class RequestFlag(enum.IntFlag):
     UNALIGNED = 2
     NEEDS_FLUSH = 4
     FAILED = 8
+    FAULTED = 16

@@ -39,9 +39,6 @@ int vb_memory_create(const struct vb_region *regions, uint32_t count, struct vb_
 void vb_memory_unref(struct vb_memory *memory);
 uint32_t vb_memory_refs(const struct vb_memory *memory);
 int vb_memory_faulted(const struct vb_memory *memory);
-/* Read a byte of every page of vb_iov[count] at `vector`, then vb_memory_faulted(): whether what was truncated before
- * is among them. */
-int vb_memory_touch(const struct vb_memory *memory, uint64_t vector, uint32_t count);
 
 /* ---------------------------------------------------------------- disks (blk.c) */
 
@@ -249,8 +246,9 @@ enum vb_message_type {
 	/* queue and cookie of the command, result = 0 or -errno. */
 	VB_ACK = 64,
 	/* A request the engine cannot serve. queue, disk, cookie, aux = VIRTIO_BLK_T_*, offset and length in bytes,
-	 * pointer = vb_iov[count] (IN, OUT) or vb_segment[count] (DISCARD, WRITE_ZEROES; offset is 0 then), valid until
-	 * VB_COMPLETE or VB_RETRY. flags: enum vb_request_flag; result = -errno with VB_REQUEST_FAILED. */
+	 * pointer = the data (IN, OUT, count 1), vb_iov[count] (IN, OUT), or vb_segment[count] (DISCARD, WRITE_ZEROES;
+	 * offset is 0 then), valid until VB_COMPLETE or VB_RETRY. flags: enum vb_request_flag; result = -errno with
+	 * VB_REQUEST_FAILED. */
 	VB_REQUEST,
 	/* queue, disk, result = enum vb_broken: the err_fd is signalled, the queue waits for a stop. What was popped
 	 * before is still completed, unless the rings are gone (RING_ADDRESS, MEMORY_FAULT). */
@@ -265,7 +263,8 @@ enum vb_request_flag {
 	VB_REQUEST_RETRIED = 1,     /* it was given back by VB_RETRY once already */
 	VB_REQUEST_UNALIGNED = 2,   /* an extent has its range, but it is not aligned enough: do not map, serve */
 	VB_REQUEST_NEEDS_FLUSH = 4, /* an extent has its range, but it must be durable: VB_FLUSH_SET, or serve */
-	VB_REQUEST_FAILED = 8       /* the engine has tried, and failed: vb_disk_config.ask_after_errors */
+	VB_REQUEST_FAILED = 8,      /* the engine has tried, and failed: vb_disk_config.ask_after_errors */
+	VB_REQUEST_FAULTED = 16 /* OUT: front-ends have truncated memory. Ask vb_memory_faulted whether this one has */
 };
 enum vb_queue_fd { VB_QUEUE_KICK, VB_QUEUE_CALL, VB_QUEUE_ERR };
 
@@ -314,7 +313,8 @@ int vb_thread_destroy(struct vb_thread *thread);
 int vb_thread_fd(const struct vb_thread *thread);
 /* How many of the messages were taken (all, unless the ring is full: keep the rest and try again after a receive). */
 int vb_thread_send(struct vb_thread *thread, const struct vb_message *messages, uint32_t count);
-/* How many messages were stored; 0 when there are none, and then the eventfd is armed again. */
+/* How many messages were stored; 0 when there are none, and then the eventfd is armed again. Every page of what is to be
+ * written was touched: what was truncated before reads as zeroes, and VB_REQUEST_FAULTED says so. */
 int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max);
 /* enum vb_io_kind that it ended up with. */
 int vb_thread_io_kind(const struct vb_thread *thread);

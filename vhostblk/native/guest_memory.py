@@ -48,7 +48,6 @@ class Memory:
             "guest memory",
         )
         self._memory = ret[0]
-        self._touch = lib.vb_memory_touch
 
     @property
     def pointer(self) -> int:
@@ -64,10 +63,6 @@ class Memory:
     def faulted(self) -> bool:
         """Whether the front-end has truncated memory that was used since."""
         return bool(lib.vb_memory_faulted(self._memory))
-
-    def touch(self, vector: int, count: int) -> bool:
-        """Touch every page of a VB_REQUEST's data, then as `faulted`: is what was truncated before among it?"""
-        return bool(self._touch(self._memory, vector, count))
 
     def close(self) -> None:
         """Give up the reference. Idempotent."""

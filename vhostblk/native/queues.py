@@ -30,14 +30,13 @@ def latency_bound(bucket: int) -> int:
     return int(engine().vb_latency_bound(bucket))
 
 
-def iov_views(pointer: int, count: int) -> list[memoryview]:
+def iov_views(pointer: int, count: int, length: int) -> list[memoryview]:
     """The data of a VB_REQUEST as writable views; valid until the request is given back."""
     memory = ADDRESS_SPACE
     if count == 1:  # as most have
-        address, length = IOV.unpack_from(memory, pointer)
-        return [memory[address : address + length]]
+        return [memory[pointer : pointer + length]]
     table = memory[pointer : pointer + count * IOV.size]
-    return [memory[address : address + length] for address, length in IOV.iter_unpack(table)]
+    return [memory[address : address + size] for address, size in IOV.iter_unpack(table)]
 
 
 def segments(pointer: int, count: int) -> list[tuple[int, int, bool]]:

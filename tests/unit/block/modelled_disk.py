@@ -53,7 +53,7 @@ class SlowFile(FileNode):
 
     def _adopt(self, file: host_file.HostFile) -> None:
         super()._adopt(_slow(file))
-        self._nowait = False  # what is in the page cache is nothing to rely on
+        self._at_once = None  # what is in the page cache is nothing to rely on
 
 
 class DirectFile(SlowFile):

@@ -119,12 +119,12 @@ def test_error_ends_the_loop_and_nothing_is_flushed() -> None:
             raise BlockError(errno.EIO)
 
     node.fail = fail
-    before = node.write_gen
+    before = node.write_log.generation
     with pytest.raises(BlockError):
         zero(node, 0, 5 * 1024, FUA)
     assert node.asked.count("zero") == 3
     assert not node.asked.count("flush")
-    assert node.write_gen > before
+    assert node.write_log.generation > before
 
 
 def test_may_unmap_reaches_only_a_driver_that_may_and_can() -> None:
@@ -201,14 +201,14 @@ def test_discard_ignores_enotsup_of_a_piece_and_stops_at_any_other_error() -> No
                 raise BlockError(error)
 
         node.fail = fail
-        before = node.write_gen
+        before = node.write_log.generation
         if error == errno.EIO:
             with pytest.raises(BlockError):
                 run_now(clear.pdiscard(node, 412, 16_384))
         else:
             run_now(clear.pdiscard(node, 412, 16_384))
         assert node.asked.count("discard") == asked
-        assert node.write_gen > before
+        assert node.write_log.generation > before
 
 
 def test_discard_without_unmap_does_nothing_and_succeeds() -> None:

@@ -58,7 +58,7 @@ def test_copy_between_raw_files_uses_the_syscall(
         assert asked[0] == (4608, 4608, 99_840)
         assert [(request.offset, request.length) for request in seen] == [(512, 99_840)]
         assert target.write_generation() > before
-        assert target.highest_write == 100_352
+        assert target.write_log.highest == 100_352
         assert not source.in_flight
         assert not target.in_flight
         for user in users:

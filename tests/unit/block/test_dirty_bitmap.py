@@ -290,4 +290,4 @@ def test_dirty_set_is_the_written_set_while_bitmaps_freeze_fail_and_succeed(seed
             bitmap.clear()
             model = set()
         assert granules(bitmap) == model
-        assert len(node.dirty_maps) == bitmap.is_recording
+        assert len(node.write_log.dirty_maps) == bitmap.is_recording

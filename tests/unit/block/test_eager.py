@@ -87,3 +87,14 @@ def test_cancelling_who_awaits_the_rest_cancels_the_coroutine() -> None:
         assert seen == ["cancelled"]
 
     asyncio.run(main())
+
+
+def test_request_that_is_over_is_over_however_often_and_however_it_is_awaited() -> None:
+    async def everything() -> None:
+        await DONE
+        await DONE
+        await asyncio.gather(DONE, DONE)
+        await asyncio.create_task(DONE)
+        assert begin(DONE) is DONE
+
+    asyncio.run(everything())

@@ -211,7 +211,7 @@ def test_writes_past_the_pipeline_count_as_writes() -> None:
     assert node.asked.count("flush") == 2
     run_now(pipeline.flush(above))
     assert node.asked.count("flush") == 2
-    assert (above.highest_write, node.highest_write) == (512, 512)
+    assert (above.write_log.highest, node.write_log.highest) == (512, 512)
 
 
 def test_flush_that_comes_from_below_sees_writes_past_the_pipeline_too() -> None:

@@ -74,8 +74,8 @@ def test_request_whose_driver_waits_is_in_sight_of_drains_and_of_others_until_it
 
     asyncio.run(scenario())
     assert node.data[256:768] == b"y" * 512
-    assert node.highest_write == 768
-    assert node.write_gen == (2 if kind == "write" else 1)
+    assert node.write_log.highest == 768
+    assert node.write_log.generation == (2 if kind == "write" else 1)
     assert idle(node)
 
 
@@ -93,7 +93,7 @@ def test_request_cancelled_while_its_driver_waits_leaves_nothing_behind(kind: st
             await task
 
     asyncio.run(scenario())
-    assert node.write_gen == (kind == "write")  # it may have happened
+    assert node.write_log.generation == (kind == "write")  # it may have happened
     assert idle(node)
 
 
@@ -445,10 +445,10 @@ def test_failure_in_the_second_fragment_counts_as_a_write_but_does_not_extend_th
             raise BlockError(errno.ENOSPC)
 
     node.fail = fail
-    before = node.write_gen
+    before = node.write_log.generation
     with pytest.raises(BlockError):
         write(node, 512, b"x" * 1024)
-    assert node.write_gen > before
+    assert node.write_log.generation > before
     assert node.length == 1024
     assert node.data[512:1024] == b"x" * 512
 

@@ -249,6 +249,7 @@ def test_serialising_request_takes_its_range_back_before_the_driver_hears_of_it(
     perform, expected = SERIALISING[name]
     node = MappedNode(SIZE)
     node.limits.request_alignment = 512
+    node.limits.check()
     listener = Listener(node)
     before: list[list[tuple[int, int]]] = []
 

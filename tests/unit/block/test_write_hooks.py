@@ -60,13 +60,13 @@ def test_a_veto_fails_the_request_and_still_counts_as_a_write() -> None:
         clear.pwrite_zeroes(node, 0, 512),
         clear.pdiscard(node, 0, 512),
     ):
-        before = node.write_gen
+        before = node.write_log.generation
         with pytest.raises(BlockError) as caught:
             run_now(request)
         assert caught.value.errno == errno.EAGAIN
-        assert node.write_gen > before
+        assert node.write_log.generation > before
     assert not node.asked.calls
-    assert node.highest_write == 4097
+    assert node.write_log.highest == 4097
     assert not node.in_flight
 
 
@@ -82,7 +82,7 @@ def test_error_on_the_second_fragment_counts_as_a_write_but_does_not_make_the_no
     run_now(record(node, dirty))
     with pytest.raises(BlockError):
         write(node, 1024, b"x" * 1024)
-    assert (node.write_gen, node.highest_write, node.length) == (1, 2048, 1024)
+    assert (node.write_log.generation, node.write_log.highest, node.length) == (1, 2048, 1024)
     assert dirty.take() == [(1024, 1024)]
     node.fail = None
     write(node, 1024, b"x" * 600)

@@ -171,7 +171,7 @@ def test_read_that_fails_is_tried_once_and_decided_about_once(
         raise BlockError(errno.EIO)
 
     async def scenario(export: Export) -> None:
-        export.device.backend.preadv = fail  # type: ignore[method-assign]
+        export.device.backend.begin_preadv = fail  # type: ignore[method-assign]
         retried = (READ[0], int(native.RequestFlag.RETRIED), *READ[2:])
         assert await serve(export, retried) == Status.IOERR
         assert tried == [0]

@@ -9,7 +9,6 @@ import os
 import select
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from vhostblk.errors import StateError
 from vhostblk.export.stats_layout import latency_bound as latency_bound_in_python
 from vhostblk.export.stats_layout import latency_bucket
 from vhostblk.native import EngineThread, ExtentFlag, Message, MessageType
-from vhostblk.native.binding import IOV
 
 pytestmark = pytest.mark.skipif(not native.available, reason="the engine is not built")
 
@@ -95,20 +93,6 @@ def test_memory_of_overlapping_regions_is_refused(page: mmap.mmap) -> None:
     assert error.value.errno == errno.EINVAL
 
 
-def test_a_touch_finds_the_page_that_was_truncated_and_no_other() -> None:
-    with tempfile.TemporaryFile() as file:
-        file.truncate(8192)
-        with mmap.mmap(file.fileno(), 8192) as pages:
-            at = native.address_of(pages)
-            memory = native.Memory([Region(0, 0, 8192, at)])
-            vector = bytearray(IOV.pack(at, 4096) + IOV.pack(at + 4000, 97))
-            pointer = native.address_of(vector)
-            file.truncate(4096)
-            assert not memory.touch(pointer, 1)
-            assert memory.touch(pointer, 2)
-            memory.close()
-
-
 def test_memory_is_counted_while_a_thread_has_it(page: mmap.mmap, thread: EngineThread) -> None:
     memory = native.Memory([Region(0, 1 << 40, 65536, native.address_of(page))])
     disk = native.Disk(disk_id=1, capacity=1 << 20)
@@ -174,15 +158,17 @@ def test_latency_buckets_of_python_are_those_of_the_engine() -> None:
 def test_views_and_segments_are_those_of_the_vector(page: mmap.mmap) -> None:
     at = native.address_of(page)
     page[0:32] = b"".join(n.to_bytes(8, sys.byteorder) for n in (at + 4096, 3, at + 8192, 5))
-    views = native.iov_views(at, 2)
+    views = native.iov_views(at, 2, 8)
     assert [len(view) for view in views] == [3, 5]
     views[1][:] = b"hello"
     assert page[8192:8197] == b"hello"
-    assert native.iov_views(0, 0) == []
+    assert native.iov_views(0, 0, 0) == []
+    (whole,) = native.iov_views(at + 8192, 1, 5)
+    assert whole == b"hello"
     page[0:48] = b"".join(n.to_bytes(8, sys.byteorder) for n in (512, 1024, 1, 0, 512, 0))
     assert native.segments(at, 2) == [(512, 1024, True), (0, 512, False)]
     assert native.segments(0, 0) == []
-    del views
+    del views, whole
 
 
 def test_without_the_extension_it_says_so(tmp_path: os.PathLike[str]) -> None:

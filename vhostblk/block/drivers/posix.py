@@ -20,6 +20,7 @@ import os
 from vhostblk.block.copy_range import copy_range_to
 from vhostblk.block.driver import NodeInfo
 from vhostblk.block.drivers import host_file
+from vhostblk.block.eager import DONE, Request
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.flush import flush
 from vhostblk.block.host_io import (
@@ -50,6 +51,7 @@ _ALLOCATE = FALLOC_FL_KEEP_SIZE
 
 # A kernel, file system or device that does not have an operation says one of these.
 _MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+_NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 # Freeing so much memory at once is not noticed; more is given to a thread.
 _INLINE_FALLOCATE = 1 << 20
 
@@ -70,7 +72,7 @@ class PosixNode(BlockNode):
     _direct = False  # O_DIRECT
     _pool = False  # aio=threads
     _inline = False  # nothing ever blocks
-    _nowait = False  # RWF_NOWAIT may find reads in the page cache
+    _at_once: int | None = None  # flags of a read that does not wait; None: reads do
     _has_punch = True
     _has_zero_range = True
     _has_allocate = True
@@ -89,7 +91,7 @@ class PosixNode(BlockNode):
         # Where there is writeback RWF_DSYNC may take the error of a write that another flush would have to tell of, so
         # there a durable write is one with a flush behind it: see `driver_flush_to_disk`.
         self.supported_write_flags = _FUA if self._direct else 0
-        self._nowait = not self._direct and not file.in_memory
+        self._at_once = None if self._direct else 0 if file.in_memory else os.RWF_NOWAIT
         self._has_punch = file.can_discard
 
     async def close(self) -> None:
@@ -115,19 +117,31 @@ class PosixNode(BlockNode):
 
     # ------------------------------------------------------------------ requests
 
-    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
+    def driver_preadv(self, offset: int, length: int, iov: IoVec) -> Request:
         """Read; zeroes behind the end of the content, EIO if the content ends early."""
         got = 0
-        if self._inline:
-            got = self._read_at_once(offset, iov)
-        elif self._nowait:
-            got = self._read_cached(offset, iov)
-        if got == length:
-            return
+        if self._at_once is not None:
+            try:
+                got = os.preadv(self._fd, iov.views, offset, self._at_once)
+            except OSError as error:
+                self._not_at_once(error)
+        return DONE if got == length else self._read_rest(offset, length, iov, got)
+
+    def _not_at_once(self, error: OSError) -> None:
+        """It failed; or it would have to wait, or the kernel cannot tell."""
+        if self._inline or error.errno not in (*_NO_NOWAIT, errno.EAGAIN):
+            raise block_error(error) from None
+        if error.errno in _NO_NOWAIT:
+            self._at_once = None
+
+    async def _read_rest(self, offset: int, length: int, iov: IoVec, got: int) -> None:
         expected = min(length, self._size - offset)
-        if got < expected and not self._inline:
+        if got < expected:
             rest = iov.slice(got, length - got)
-            got += await self._io.preadv(self._fd, offset + got, rest)
+            if not self._inline:
+                got += await self._io.preadv(self._fd, offset + got, rest)
+            elif got:
+                got += read_all(self._fd, offset + got, rest)
         if got < expected:
             raise BlockError(
                 errno.EIO, f"{self.node_name}: the file ends at {offset + got}, not at {self._size}"
@@ -135,43 +149,23 @@ class PosixNode(BlockNode):
         if got < length:
             iov.zero(got, length - got)
 
-    def _read_at_once(self, offset: int, iov: IoVec) -> int:
-        try:
-            got = os.preadv(self._fd, iov.views, offset)
-        except OSError as error:
-            raise block_error(error) from None
-        if got and got < iov.length:
-            got += read_all(self._fd, offset + got, iov.slice(got, iov.length - got))
-        return got
-
-    def _read_cached(self, offset: int, iov: IoVec) -> int:
-        """As many bytes as are in the page cache, without waiting for others."""
-        try:
-            return os.preadv(self._fd, iov.views, offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                raise block_error(error) from None
-            self._nowait = False
-            return 0
-
-    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
+    def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> Request:
         """Write; FUA, where it is supported, is RWF_DSYNC."""
-        if self._inline:
-            self._write_at_once(offset, length, iov)
-        else:
-            dsync = bool(flags & _FUA and not self.no_flush)
-            await self._io.pwritev(self._fd, offset, iov, dsync)
-        self._size = max(self._size, offset + length)
-
-    def _write_at_once(self, offset: int, length: int, iov: IoVec) -> None:
+        if not self._inline:
+            return self._write(offset, length, iov, bool(flags & _FUA and not self.no_flush))
         try:
             done = os.pwritev(self._fd, iov.views, offset)
         except OSError as error:
             raise block_error(error) from None
         if done < length:
             write_all(self._fd, offset + done, iov.slice(done, length - done))
+        if offset + length > self._size:
+            self._size = offset + length
+        return DONE
+
+    async def _write(self, offset: int, length: int, iov: IoVec, dsync: bool) -> None:
+        await self._io.pwritev(self._fd, offset, iov, dsync)
+        self._size = max(self._size, offset + length)
 
     def driver_plug(self) -> None:
         """Whoever does the I/O may wait for more."""

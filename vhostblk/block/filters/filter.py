@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vhostblk.block.driver import OpenContext
+from vhostblk.block.eager import Request
 from vhostblk.block.edge import Edge
+from vhostblk.block.iov import IoVec
 from vhostblk.block.node import BlockNode, Req
 from vhostblk.block.roles import Role
 
@@ -34,6 +36,14 @@ class FilterNode(BlockNode):
 
     def _filtered(self) -> Edge:
         return self.file
+
+    def driver_preadv(self, offset: int, length: int, iov: IoVec) -> Request:
+        """Passes through."""
+        return self.file.preadv(offset, iov)
+
+    def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> Request:
+        """Passes through."""
+        return self.file.pwritev(offset, iov, flags)
 
     async def open(self, context: OpenContext) -> None:
         """Open the child."""

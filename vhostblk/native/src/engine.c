@@ -8,10 +8,12 @@
  * kicks.
  */
 #include <errno.h>
+#include <linux/virtio_blk.h>
 #include <stdlib.h>
 #include <sys/epoll.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#include "memory.h"
 #include "queue.h"
 #include "sigbus.h"
 #include "signals.h"
@@ -377,6 +379,13 @@ int vb_thread_send(struct vb_thread *thread, const struct vb_message *messages, 
 	return (int)taken;
 }
 
+static void touch_data(struct vb_message *message)
+{
+	if (message->type == VB_REQUEST && message->aux == VIRTIO_BLK_T_OUT &&
+		memory_touch(message->pointer, message->count, message->length))
+		message->flags |= VB_REQUEST_FAULTED;
+}
+
 int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max)
 {
 	uint32_t count = message_ring_take(&thread->up, messages, max);
@@ -393,6 +402,8 @@ int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uin
 	full_fence(); /* [S2] */
 	if (load_relaxed(&thread->starved))
 		eventfd_write(thread->down_fd, 1);
+	for (uint32_t i = 0; i < count; i++)
+		touch_data(&messages[i]);
 	return (int)count;
 }
 

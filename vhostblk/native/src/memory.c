@@ -118,13 +118,16 @@ static void touch(uint64_t address, uint64_t length)
 		(void)*(const volatile uint8_t *)(uintptr_t)address;
 }
 
-int vb_memory_touch(const struct vb_memory *memory, uint64_t vector, uint32_t count)
+bool memory_touch(uint64_t pointer, uint32_t count, uint64_t length)
 {
-	const struct vb_iov *pieces = (const struct vb_iov *)(uintptr_t)vector;
+	const struct vb_iov *pieces = (const struct vb_iov *)(uintptr_t)pointer;
 
-	for (uint32_t i = 0; i < count; i++)
-		touch(pieces[i].address, pieces[i].length);
-	return vb_memory_faulted(memory);
+	if (count == 1)
+		touch(pointer, length);
+	else
+		for (uint32_t i = 0; i < count; i++)
+			touch(pieces[i].address, pieces[i].length);
+	return sigbus_faults();
 }
 
 void *memory_search(const struct vb_memory *memory, struct memory_window *window, uint64_t gpa, uint64_t *length)

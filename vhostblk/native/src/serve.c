@@ -15,6 +15,7 @@ static void hand_with_error(struct request *request, uint16_t flags, int error)
 {
 	struct queue *queue = request->queue;
 	struct blk_request *blk = &request->blk;
+	bool in_one_piece = (blk->op == VB_OP_READ || blk->op == VB_OP_WRITE) && blk->pieces == 1;
 	struct vb_message message = {
 		.type = VB_REQUEST,
 		.flags = (uint16_t)(flags | (request->missed ? VB_REQUEST_RETRIED : 0)),
@@ -23,7 +24,7 @@ static void hand_with_error(struct request *request, uint16_t flags, int error)
 		.disk = queue->attachment->disk->config.id,
 		.offset = blk->offset,
 		.length = blk->length,
-		.pointer = (uint64_t)blk->data,
+		.pointer = (uint64_t)(in_one_piece ? blk->data->iov_base : blk->data),
 		.count = blk->pieces,
 		.result = error,
 		.aux = blk->type,

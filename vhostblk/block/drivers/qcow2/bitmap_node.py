@@ -79,7 +79,7 @@ class BitmapNode(CheckNode):
             )
         )
         if enabled:
-            self.dirty_maps.append(dirty)  # nobody has extents yet
+            self.write_log.dirty_maps.append(dirty)  # nobody has extents yet
 
     def _forget_bitmaps(self) -> None:
         """Those of the image; it is about to be somebody else's."""
