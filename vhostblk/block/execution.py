@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from vhostblk.block.eager import DONE, begin, rest
 from vhostblk.errors import StateError
 
 T = TypeVar("T")
@@ -58,3 +59,25 @@ def _running_loop() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
+    """Do what must not be left half done; who is cancelled meanwhile learns that afterwards."""
+    waits_for = begin(work)
+    if waits_for is DONE:
+        return
+    task = asyncio.get_running_loop().create_task(_finish(work, waits_for))
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        task.exception()  # nobody else asks
+        raise cancelled
+    task.result()
+
+
+async def _finish(work: Coroutine[Any, Any, None], waits_for: Any) -> None:
+    await rest(work, waits_for)

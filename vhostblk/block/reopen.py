@@ -12,15 +12,14 @@ Knows nothing about drivers.
 
 from __future__ import annotations
 
-import asyncio
 import errno
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import pipeline
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.opening import Parent, consume_options, split_children
@@ -78,7 +77,7 @@ async def reopen(
             await stack.enter_async_context(drained(node))
         left = [edge.node for entry in queue.values() for edge in _moved(entry)]
         await _perform(list(queue.values()))
-        await _clean_up(graph, list(queue.values()), left)
+        await to_the_end(_clean_up(graph, list(queue.values()), left))
 
 
 async def acquire_write(graph: BlockGraph, node: BlockNode) -> None:
@@ -182,23 +181,15 @@ async def _perform(queue: list[Reopen]) -> None:
 
 
 async def _clean_up(graph: BlockGraph, queue: Iterable[Reopen], left: Iterable[BlockNode]) -> None:
-    """What has to be done when all is decided, also for whoever is cancelled meanwhile."""
-    steps: list[Callable[[], Awaitable[None]]] = []
+    """What has to be done when all is decided."""
     for entry in queue:
-        steps.append(partial(entry.node.reopen_done, entry))
+        await entry.node.reopen_done(entry)
     for entry in queue:
-        steps.append(entry.node.refresh_length)
-    steps += (partial(graph.collect, node) for node in left)
-    cancelled: asyncio.CancelledError | None = None
-    for step in steps:
-        try:
-            await step()
-        except asyncio.CancelledError as error:
-            cancelled = error
+        await entry.node.refresh_length()
+    for node in left:
+        await graph.collect(node)
     for entry in queue:
         entry.node.compute_limits()
-    if cancelled is not None:
-        raise cancelled
 
 
 async def _flush(node: BlockNode) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.disks import read
-from tests.unit.block.fakes import NoOptions, PassNode
+from tests.unit.block.fakes import NoOptions, PassNode, turns
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.graph import BlockGraph
@@ -350,20 +350,21 @@ def test_reopen_that_is_cancelled_when_all_is_decided_is_made(image: str) -> Non
             {"driver": "raw", "node-name": "top", "file": file, "read-only": True}
         )
         node = graph.find("f")
-        closing = asyncio.Event()
+        closing, closed = asyncio.Event(), asyncio.Event()
         done = node.reopen_done
 
         async def slow(entry: Reopen) -> None:
             closing.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                await done(entry)
+            await closed.wait()
+            await done(entry)
 
         node.reopen_done = slow  # type: ignore[method-assign]
         task = asyncio.create_task(reopen(graph, {top: {"read-only": False}}))
         await closing.wait()
         task.cancel()
+        await turns(3)
+        assert not task.done()
+        closed.set()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert not top.read_only

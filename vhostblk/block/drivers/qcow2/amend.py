@@ -35,12 +35,12 @@ from vhostblk.block.drivers.qcow2.header import (
     feature_names,
 )
 from vhostblk.block.drivers.qcow2.layout import refcount_clusters
-from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.metadata import HeaderChange
 from vhostblk.block.drivers.qcow2.resize import Resize
 from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, read_table
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.iov import IoVec
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, option
 from vhostblk.errors import BlockError, ConfigError, ImageError

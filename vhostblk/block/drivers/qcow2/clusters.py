@@ -24,10 +24,11 @@ from vhostblk.block.drivers.qcow2.entries import (
     Run,
 )
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
-from vhostblk.block.drivers.qcow2.locks import RangeLocks, to_the_end
+from vhostblk.block.drivers.qcow2.locks import RangeLocks
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.tables import Table
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.flags import Req
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import align_down, align_up

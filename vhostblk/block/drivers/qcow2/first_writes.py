@@ -21,9 +21,10 @@ from typing import Any
 from vhostblk.block.drivers.qcow2.clusters import Read
 from vhostblk.block.drivers.qcow2.entries import COPIED, EntryReader, Kind, Run
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
-from vhostblk.block.drivers.qcow2.locks import RangeLocks, to_the_end
+from vhostblk.block.drivers.qcow2.locks import RangeLocks
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import Ranges, merged
 from vhostblk.block.iov import IoVec, concat
 

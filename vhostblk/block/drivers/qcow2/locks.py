@@ -9,12 +9,9 @@ Context: the control loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
-
-from vhostblk.block.eager import DONE, begin, rest
 
 
 @dataclass(slots=True, eq=False)
@@ -75,25 +72,3 @@ class RangeLocks:
             if other.start < use.end and use.start < other.end and (other.alone or use.alone):
                 return other
         return None
-
-
-async def _finish(work: Coroutine[Any, Any, None], waits_for: Any) -> None:
-    await rest(work, waits_for)
-
-
-async def to_the_end(work: Coroutine[Any, Any, None]) -> None:
-    """Do what must not be left half done; who is cancelled meanwhile learns that afterwards."""
-    waits_for = begin(work)
-    if waits_for is DONE:
-        return
-    task = asyncio.get_running_loop().create_task(_finish(work, waits_for))
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        task.exception()  # nobody else asks
-        raise cancelled
-    task.result()

@@ -30,7 +30,6 @@ from typing import TypeAlias
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
 from vhostblk.block.drivers.qcow2.entries import COPIED, L1_RESERVED, OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
-from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.tables import (
     OFFSETS,
@@ -40,6 +39,7 @@ from vhostblk.block.drivers.qcow2.tables import (
     read_table,
 )
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ImageError
 

@@ -37,7 +37,6 @@ from vhostblk.block.drivers.qcow2.header import (
     Incompatible,
     cluster_size_of,
 )
-from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.measuring import bitmap_room, is_sparse, measure
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
@@ -45,6 +44,7 @@ from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.resize import Resize, check_resizable
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import FlushTarget, HostExtent, Hull, Ranges
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
 from vhostblk.block.iov import IoVec

@@ -17,9 +17,9 @@ from vhostblk.block.drivers.qcow2.clusters import Clusters, Old
 from vhostblk.block.drivers.qcow2.data_file import forget_behind
 from vhostblk.block.drivers.qcow2.entries import COPIED, Kind
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, AutoClear, Header
-from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 from vhostblk.block.drivers.qcow2.bitmap_node import BitmapNode
 from vhostblk.block.drivers.qcow2.header import Header
-from vhostblk.block.drivers.qcow2.locks import to_the_end
 from vhostblk.block.drivers.qcow2.shadow import Shadow
 from vhostblk.block.drivers.qcow2.snapshot_changes import Build, HalfWrittenError, switch
 from vhostblk.block.drivers.qcow2.snapshots import (
@@ -22,6 +21,7 @@ from vhostblk.block.drivers.qcow2.snapshots import (
     SnapshotTable,
     load_snapshots,
 )
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.internal_snapshot import SnapshotInfo
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.errors import BlockError, ConfigError, ImageError
