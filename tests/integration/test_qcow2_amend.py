@@ -56,7 +56,7 @@ CHANGES = [
     ("cluster_size=4k", "compat=0.10"),
     ("lazy_refcounts=on", "lazy_refcounts=off"),
     ("compat=0.10", "compat=1.1,lazy_refcounts=on"),
-    ("refcount_bits=1", "refcount_bits=16,compat=0.10"),
+    ("cluster_size=4k,refcount_bits=8", "refcount_bits=16,compat=0.10"),
     ("", "refcount_bits=64"),
     ("cluster_size=512", "refcount_bits=1"),
     ("cluster_size=512,refcount_bits=64", "refcount_bits=2,size=6M"),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vhostblk.block import pipeline
+from vhostblk.block.drivers.qcow2 import header_change
 from vhostblk.block.drivers.qcow2.backing import rewritten
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.create import VERSION, check_refcount_bits
@@ -205,7 +206,7 @@ class AmendNode(SnapshotNode):
                 compatible=new.compatible,
                 backing_offset=0,
             )
-            return rewritten(old, [changed, _without_names(changed)])
+            return _changed(old, changed, _without_names(changed))
 
         await self._rewrite(change)
 
@@ -219,7 +220,7 @@ class AmendNode(SnapshotNode):
         def change(old: Header) -> HeaderChange:
             bare = _without_names(replace(old, version=3, backing_offset=0))
             names = feature_names(old.cluster_size)
-            return rewritten(old, [replace(bare, extensions=bare.extensions + names), bare])
+            return _changed(old, replace(bare, extensions=bare.extensions + names), bare)
 
         await self._rewrite(change)
 
@@ -270,7 +271,7 @@ class AmendNode(SnapshotNode):
                 unknown=b"",
                 backing_offset=0,
             )
-            return rewritten(old, [new])
+            return _changed(old, new)
 
         await self._rewrite(change)
 
@@ -349,6 +350,16 @@ class AmendNode(SnapshotNode):
         await self._file.flush()
         fields = _counts_of(new)
         await to_the_end(self._use_header(self._metadata.write_header(**fields)))
+
+
+def _changed(old: Header, *wanted: Header) -> HeaderChange:
+    """The first of these headers that fits to where things are, or else the last."""
+    try:
+        return rewritten(old, wanted)
+    except BlockError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+    return header_change.change(old, wanted[-1])
 
 
 def _without_names(header: Header) -> Header:

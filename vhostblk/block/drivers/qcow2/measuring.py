@@ -7,9 +7,11 @@ in QEMU.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 from dataclasses import replace
 
-from vhostblk.block.drivers.qcow2.bitmaps import BitmapDirectory, BitmapFlag, bytes_needed
+from vhostblk.block.dirty_bitmap import DirtyBitmap
+from vhostblk.block.drivers.qcow2.bitmaps import bytes_needed
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, layout_of
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_L1_BYTES, Header
@@ -85,12 +87,13 @@ async def is_sparse(file: Edge, header: Header) -> bool:
     return used >= enough
 
 
-def bitmap_room(directory: BitmapDirectory, length: int, cluster_size: int) -> int:
-    """What the bitmaps of a disk take that are worth keeping, if none of their bits are alike."""
+def bitmap_room(bitmaps: Iterable[DirtyBitmap], length: int, cluster_size: int) -> int:
+    """What the bitmaps of a disk take that are kept in its image, if none of their bits are alike."""
     total = entries = 0
-    for bitmap in directory.bitmaps:
-        if not bitmap.flags & BitmapFlag.IN_USE:
+    for bitmap in bitmaps:
+        if bitmap.persistent and not bitmap.inconsistent:
             clusters = -(-bytes_needed(length, bitmap.granularity) // cluster_size)
             total += clusters * cluster_size + align_up(clusters * 8, cluster_size)
-            entries += align_up(24 + len(bitmap.name.encode(errors="surrogateescape")), 8)
+            name = (bitmap.name or "").encode(errors="surrogateescape")
+            entries += align_up(24 + len(name), 8)
     return total + align_up(entries, cluster_size)

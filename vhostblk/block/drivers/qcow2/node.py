@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vhostblk.block.driver import BackingName, NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
-from vhostblk.block.drivers.qcow2.bitmaps import load_directory
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
@@ -102,14 +101,10 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         return await measure(options, source)
 
     async def driver_bitmap_room(self, cluster_size: int) -> int | None:
-        """As the directory has them."""
+        """Those that are kept, and are right."""
         if self._header.version < 3:
             return None
-        try:
-            directory = await load_directory(self._file, self._header)
-        except ImageError as error:
-            raise BlockError(errno.EIO, str(error)) from None
-        return bitmap_room(directory, self.length, cluster_size)
+        return bitmap_room(self.bitmaps, self.length, cluster_size)
 
     async def open(self, context: OpenContext) -> None:
         """Read and check the header and the L1 table; open the data file and the backing file.
