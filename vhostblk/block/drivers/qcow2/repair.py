@@ -106,6 +106,7 @@ class _Repair:
         self._most_bytes = most_bytes
         self._survey = self._new_survey(header, result)
         self.not_dropped = 0
+        self._places = TablePlaces(header.cluster_bits)
 
     def _new_survey(self, header: Header, result: CheckResult) -> Survey:
         return Survey(self._file, header, result, fixes=self._errors, most_bytes=self._most_bytes)
@@ -160,11 +161,13 @@ class _Repair:
             self._result.corruptions_fixed += 1
         await self._file.flush()
 
-    async def _places_of_tables(self) -> TablePlaces:
-        """Where an L2 table cannot be, whatever an L1 table says."""
+    async def _places_of_tables(self, *, with_l1: bool = True) -> TablePlaces:
+        """Where an L2 table cannot be, whatever an L1 table says; or, without it, the L1 table."""
         header, size = self._header, self._header.cluster_size
         places = TablePlaces(header.cluster_bits)
-        ranges = [(0, size), (header.l1_offset, header.l1_entries * 8)]
+        ranges = [(0, size)]
+        if with_l1:
+            ranges += [(header.l1_offset, header.l1_entries * 8)]
         ranges += [(header.refcount_table_offset, header.refcount_table_clusters * size)]
         ranges += (await load_snapshots(self._file, header)).places()
         ranges += [(entry, size) for entry in self._survey.refcount_table if entry]
@@ -182,6 +185,10 @@ class _Repair:
         """Whether what may be written in place is what nobody else uses, in the active tables."""
         header = self._header
         fixed = 0
+        if repair:
+            others = await self._places_of_tables(with_l1=False)
+            others.check("Preventing invalid write", header.l1_offset, header.l1_entries * 8)
+            self._places = await self._places_of_tables()
         for at in range(0, header.l1_entries * 8, _PIECE):
             length = min(_PIECE, header.l1_entries * 8 - at)
             table = await read_table(self._file, header.l1_offset + at, length // 8)
@@ -231,9 +238,11 @@ class _Repair:
             for index in wrong:
                 table.entries[index] ^= COPIED
             first, last = wrong[0], wrong[-1] + 1
-            await self._write(
-                table.offset + first * self._header.l2_entry_size, _bytes_of(table, first, last)
-            )
+            at = table.offset + first * self._header.l2_entry_size
+            entries = _bytes_of(table, first, last)
+            # It may be no L2 table at all.
+            self._places.check("Preventing invalid write", at, len(entries))
+            await self._write(at, entries)
         return len(wrong)
 
     def _all_are_one(self, counts: Tally, cluster: int, count: int) -> bool:

@@ -157,20 +157,20 @@ class Survey:
         self.result.corruptions += times
         self.result.say(f"ERROR {message}")
 
-    def _refer(self, offset: int, length: int, times: int = 1) -> None:
-        """So many references to clusters that the range touches."""
+    def _refer(self, offset: int, length: int, times: int = 1) -> int:
+        """So many references to clusters that the range touches. Returns how many cannot be counted."""
         if not length:
-            return
+            return 0
         if offset + length - self._length >= self._size:
-            self.wrong(
-                f"reference behind the end of the file: {length} bytes at {offset:#x}", times
-            )
-            return
+            what = f"reference behind the end of the file: {length} bytes at {offset:#x}"
+            self.wrong(what, times)
+            return 0
         first = offset >> self._bits
         last = offset + length - 1 >> self._bits
         self.clusters = max(self.clusters, last + 1)
         if lost := self.used.add(first, last + 1 - first, times):
             self.wrong(f"clusters at {offset:#x} have more references than can be counted", lost)
+        return lost
 
     # ------------------------------------------------------------------ L1 and L2 tables
 
@@ -343,8 +343,8 @@ class Survey:
                 self.wrong(f"reference count block {index} is outside the image")
                 self.must_rebuild = True
             elif offset:
-                self._refer(offset, self._size)
-                if self.used.get(offset >> self._bits) != 1:
+                lost = self._refer(offset, self._size)
+                if lost or self.used.get(offset >> self._bits) != 1:
                     self.wrong(f"reference count block {index} is used by others, too")
                     self.must_rebuild = True
 
