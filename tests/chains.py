@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.qcow2_images import create, qemu_io
+from vhostblk.block.drivers import DRIVERS
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.node import BlockNode
+
+Scenario = Callable[[BlockGraph, BlockNode], Awaitable[None]]
+
+
+def with_chain(
+    name: Path | str, scenario: Scenario, *drivers: type[BlockNode], **options: object
+) -> None:
+    """Open an image by name, run, close everything.
+
+    Args:
+        drivers: that there are besides the usual ones.
+    """
+
+    async def everything() -> None:
+        graph = BlockGraph({**DRIVERS, **{driver.driver_name: driver for driver in drivers}})
+        try:
+            node = await graph.open_image(str(name), options)
+            await scenario(graph, node)
+        finally:
+            await graph.close_all()
+
+    asyncio.run(everything())
 
 
 @dataclass

@@ -7,11 +7,12 @@ import errno
 import json
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.chains import with_chain
 from tests.qcow2_images import (
     MIB,
     check,
@@ -24,7 +25,6 @@ from tests.qcow2_images import (
 )
 from vhostblk.block import backing, chain
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.introspection import exact_filename, filename, full_options
@@ -41,8 +41,6 @@ from vhostblk.block.surgery import insert_filter
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.requirements import require
 
-Scenario = Callable[[BlockGraph, BlockNode], Awaitable[None]]
-
 
 class ClearNode(FilterNode):
     """A filter that lets extents through."""
@@ -51,20 +49,6 @@ class ClearNode(FilterNode):
 
     async def host_extent(self, offset: int, length: int) -> HostExtent | None:
         return await host_extent(self.file.node, offset, length)
-
-
-def with_chain(name: Path | str, scenario: Scenario, **options: object) -> None:
-    """Open an image by name, run, close everything."""
-
-    async def everything() -> None:
-        graph = BlockGraph({**DRIVERS, "clear": ClearNode})
-        try:
-            node = await graph.open_image(str(name), options)
-            await scenario(graph, node)
-        finally:
-            await graph.close_all()
-
-    asyncio.run(everything())
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -174,7 +158,7 @@ def test_filters_are_no_layers(folder: Path) -> None:
         assert chain.overlays_of(base) == [mid]
         assert chain.next_layer(mid) is base
 
-    with_chain(top, scenario)
+    with_chain(top, scenario, ClearNode)
 
 
 def test_name_of_an_image_is_plain_unless_options_replace_what_it_says(folder: Path) -> None:

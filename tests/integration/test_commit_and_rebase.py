@@ -6,14 +6,13 @@ import asyncio
 import errno
 import random
 import shutil
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.chains import Layer, make, shown
+from tests.chains import Layer, Scenario, make, shown, with_chain
 from tests.qcow2_images import MIB, check, contents, create, qemu_img, qemu_io, read
 from tests.schedule import HUNT
 from vhostblk.block import backing, chain
@@ -31,8 +30,6 @@ from vhostblk.block.rebase import rebase
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.testing.requirements import require
-
-Scenario = Callable[[BlockGraph, BlockNode], Awaitable[None]]
 
 
 class BrokenNode(FilterNode):
@@ -61,20 +58,6 @@ class BrokenNode(FilterNode):
 
     async def driver_flush_to_disk(self) -> None:
         await self._spend()
-
-
-def with_image(name: Path | str, scenario: Scenario, **options: object) -> None:
-    """Open an image by name, run, close everything."""
-
-    async def everything() -> None:
-        graph = BlockGraph({**DRIVERS, "broken": BrokenNode})
-        try:
-            node = await graph.open_image(str(name), options)
-            await scenario(graph, node)
-        finally:
-            await graph.close_all()
-
-    asyncio.run(everything())
 
 
 @pytest.fixture
@@ -121,7 +104,7 @@ def test_commit_does_what_qemu_does(folder: Path, name: str) -> None:
         assert base.read_only
         assert not base.op_blockers.reason(OpType.COMMIT_TARGET)
 
-    with_image(folder / "layer0", scenario, driver="qcow2")
+    with_chain(folder / "layer0", scenario, driver="qcow2")
     for number, layer in enumerate(layers):
         ours = contents(folder / layer.name, folder) if layer.driver == "qcow2" else b""
         assert ours == (contents(theirs / layer.name, theirs) if ours else b""), layer.name
@@ -151,7 +134,7 @@ def test_rebase_keeps_what_is_shown_as_qemu_does(folder: Path, name: str, to: st
         await backend.close()
         assert (node.backing is None) == (not new)
 
-    with_image(folder / "layer0", scenario, driver="qcow2")
+    with_chain(folder / "layer0", scenario, driver="qcow2")
     assert contents(folder / "layer0", folder) == shown(layers)
     assert check(folder / "layer0") == ""
     info = qemu_img("info", folder / "layer0")
@@ -175,7 +158,7 @@ def test_unsafe_rebase_writes_names_only(folder: Path) -> None:
         await rebase(graph, node, "moved", "qcow2", unsafe=True)
         assert node.backing is None
 
-    with_image(folder / "layer0", scenario, driver="qcow2", backing=None)
+    with_chain(folder / "layer0", scenario, driver="qcow2", backing=None)
     assert (folder / "layer0").read_bytes()[65536:] == before
     assert contents(folder / "layer0", folder) == shown(layers)
 
@@ -192,7 +175,7 @@ def test_image_with_snapshots_and_compressed_clusters_is_emptied(folder: Path) -
     async def scenario(graph: BlockGraph, node: BlockNode) -> None:
         await commit(graph, node)
 
-    with_image(top, scenario, driver="qcow2")
+    with_chain(top, scenario, driver="qcow2")
     assert check(top) == ""
     assert contents(top, folder) == contents(folder / "base", folder) == before
     qemu_img("snapshot", "-a", "s", top)
@@ -226,7 +209,7 @@ def test_emptied_image_without_a_backing_file_reads_as_zeroes(folder: Path) -> N
     create(folder / "other", MIB)
     data_file = f"data_file={folder}/data,data_file_raw=on"
     create(folder / "external", MIB, "-o", data_file)
-    with_image(image, scenario)
+    with_chain(image, scenario)
     assert check(image) == ""
     assert contents(image, folder) == bytes(MIB) + b"\2" * 512 + bytes(MIB - 512)
 
@@ -281,7 +264,7 @@ def test_what_cannot_be_committed_has_its_errno(folder: Path) -> None:
         await elsewhere()
         await commit(graph, node)
 
-    with_image(folder / "layer0", scenario, driver="qcow2")
+    with_chain(folder / "layer0", scenario, driver="qcow2")
 
 
 def test_guessed_raw_base_does_not_become_another_format_by_a_commit(folder: Path) -> None:
@@ -310,8 +293,8 @@ def test_guessed_raw_base_does_not_become_another_format_by_a_commit(folder: Pat
         await graph.release(known)
         await commit(graph, node)
 
-    with_image(top, forget_format, driver="qcow2")
-    with_image(top, scenario, driver="qcow2")
+    with_chain(top, forget_format, driver="qcow2")
+    with_chain(top, scenario, driver="qcow2")
     assert (folder / "base").read_bytes()[:512] == content
 
 
@@ -342,7 +325,7 @@ def test_rebase_that_is_refused_changes_nothing(folder: Path) -> None:
         node.op_blockers.unblock(reason)
         assert chain.depth(node) == 2
 
-    with_image(folder / "layer0", scenario, driver="qcow2")
+    with_chain(folder / "layer0", scenario, driver="qcow2")
     assert contents(folder / "layer0", folder) == shown(layers)
 
 
@@ -357,7 +340,7 @@ def test_all_images_that_are_used_are_committed(folder: Path) -> None:
         assert await read(guest, 0, MIB) == b"\7" * 512 + shown(layers)[512:]
         await guest.close()
 
-    with_image(folder / "layer0", scenario, driver="qcow2")
+    with_chain(folder / "layer0", scenario, driver="qcow2")
     assert contents(folder / "layer1", folder) == shown(layers)
 
 
@@ -426,7 +409,7 @@ def test_guest_notices_nothing(folder: Path, what: str) -> None:
         expected = await guest.stop()
         await backend.close()
 
-    with_image(folder / "layer0", scenario, driver="qcow2", discard="unmap")
+    with_chain(folder / "layer0", scenario, driver="qcow2", discard="unmap")
     for layer in layers:
         assert check(folder / layer.name) == ""
     assert contents(folder / "layer0", folder) == expected
@@ -582,7 +565,7 @@ def test_any_chain_is_a_byte_array(
         model_at_end.append(bytes(model))
 
     model_at_end: list[bytes] = []
-    with_image(folder / "layer0", scenario, driver="qcow2", discard="unmap")
+    with_chain(folder / "layer0", scenario, driver="qcow2", discard="unmap")
     assert contents(folder / "layer0", folder) == model_at_end[0]
     for layer in layers:
         if layer.driver == "qcow2":
