@@ -10,7 +10,6 @@ have to be those that were asked for (`crash_disk.INJECTED`). Offsets in the mod
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 import itertools
 from collections.abc import Coroutine, Mapping
@@ -19,76 +18,23 @@ from typing import Any
 
 from tests.unit.block.crash_disk import CrashDisk, CrashHostIO
 from tests.unit.block.disk_model import DiskModel, noise
-from tests.unit.block.fakes import CowNode, NoOptions, PassNode
+from tests.unit.block.fakes import PassNode
+from tests.unit.block.slow_nodes import SIZE, DirectFile, Overlay, SlowFile, SlowMemory
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.driver import OpenContext
-from vhostblk.block.drivers import DRIVERS, host_file
-from vhostblk.block.drivers.file import FileNode
-from vhostblk.block.drivers.memory import MemoryNode
+from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.extent import PastWrites
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.length import resize
 from vhostblk.block.node import BlockNode, ExtentFlag, Req
-from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm, parents_first
-from vhostblk.block.roles import Role
 from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError
 
-__all__ = ["SIZE", "Disk", "Engine", "SlowFile"]
+__all__ = ["Disk", "Engine"]
 
-SIZE = 8192
 FUA = int(Req.FUA)
-
-
-def _slow(file: host_file.HostFile) -> host_file.HostFile:
-    """As on a disk: requests take time, and there is a cache."""
-    return dataclasses.replace(file, in_memory=False)
-
-
-class SlowFile(FileNode):
-    """A file whose I/O suspends, wherever the tests keep their files."""
-
-    def _adopt(self, file: host_file.HostFile) -> None:
-        super()._adopt(_slow(file))
-        self._at_once = None  # what is in the page cache is nothing to rely on
-
-
-class DirectFile(SlowFile):
-    """The same in whole blocks, as with O_DIRECT, which not every file system has; its memory may be anywhere."""
-
-    driver_name = "direct-file"
-
-    def _adopt(self, file: host_file.HostFile) -> None:
-        super()._adopt(dataclasses.replace(file, request_alignment=512))
-
-
-class SlowMemory(MemoryNode):
-    """The same for memory."""
-
-    def _adopt(self, file: host_file.HostFile) -> None:
-        super()._adopt(_slow(file))
-
-
-class Overlay(CowNode):
-    """A layer in clusters, over a base."""
-
-    driver_name = "overlay"
-    child_keys = ("backing",)
-
-    def __init__(self, name: str, common: NodeOptions, options: NoOptions) -> None:
-        super().__init__(None, SIZE, 512, common=common)
-        self.node_name = name
-        self.pause = _some_turns
-
-    async def open(self, context: OpenContext) -> None:
-        await context.open_child(self, "backing", Role.COW)
-
-
-async def _some_turns() -> None:
-    await asyncio.sleep(0)
 
 
 _DRIVERS = {

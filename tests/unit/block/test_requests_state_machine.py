@@ -25,7 +25,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tests.schedule import HUNT, ScheduledLoop, turns
 from tests.unit.block.crash_disk import INJECTED, CrashDisk
-from tests.unit.block.modelled_disk import SIZE, Disk, Engine, SlowFile
+from tests.unit.block.modelled_disk import Disk, Engine
+from tests.unit.block.slow_nodes import SIZE, SlowFile
 from vhostblk.block import surgery
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
