@@ -347,7 +347,12 @@ def check_and_repair(image: Path, bad: bytes, rnd: random.Random, seed: int) -> 
         if repaired.is_clean:
             assert again.is_clean, again.messages
         if before is not None and not repaired.check_errors:
-            assert content_of(image) == before
+            after = content_of(image)
+            assert after is not None
+            for at in range(0, len(before), 512):
+                # A table that is said to be guest data may change; guest data may not.
+                if len(set(before[at : at + 512])) == 1:
+                    assert after[at : at + 512] == before[at : at + 512], at
     except ConfigError:
         assert image.read_bytes() == bad
     except BaseException as error:

@@ -127,6 +127,9 @@ class _Repair:
             return
         if result.check_errors and not survey.must_rebuild:
             raise ImageError("What could not be read is not repaired")
+        if survey.is_cut:
+            # Unlike in QEMU: what was not counted must not be taken for free.
+            raise ImageError("What ends behind the end of the file is not repaired")
         if survey.must_rebuild and not self._errors:
             raise ImageError("The reference counts have to be written anew")
         await self._drop_misaligned()

@@ -82,6 +82,7 @@ class Survey:
         recorded: what the image says about that; pieces that agree are the same.
         clusters: of the file.
         structural: corruptions besides counts that are too low.
+        is_cut: something begins in the file and ends behind it, so what it uses was not counted.
         must_rebuild: reference counts cannot be repaired where they are.
         misaligned: entries for zeroes whose place, which nobody needs, is wrong: table, index, bitmap. They are not
             counted at all, if errors are going to be repaired.
@@ -106,7 +107,7 @@ class Survey:
         self.refcount_table: Table = array("Q")
         self.clusters = 0
         self.structural = 0
-        self.must_rebuild = False
+        self.must_rebuild = self.is_cut = False
         self.misaligned: list[tuple[int, int, int]] = []
         self._fixes = fixes
         self._entries = EntryReader(header)
@@ -164,6 +165,7 @@ class Survey:
         if offset + length - self._length >= self._size:
             what = f"reference behind the end of the file: {length} bytes at {offset:#x}"
             self.wrong(what, times)
+            self.is_cut |= offset < self._length
             return 0
         first = offset >> self._bits
         last = offset + length - 1 >> self._bits
@@ -343,8 +345,9 @@ class Survey:
                 self.wrong(f"reference count block {index} is outside the image")
                 self.must_rebuild = True
             elif offset:
-                lost = self._refer(offset, self._size)
-                if lost or self.used.get(offset >> self._bits) != 1:
+                if self._refer(offset, self._size):
+                    self.must_rebuild = True
+                elif self.used.get(offset >> self._bits) != 1:
                     self.wrong(f"reference count block {index} is used by others, too")
                     self.must_rebuild = True
 
