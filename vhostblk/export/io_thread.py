@@ -104,11 +104,13 @@ class IOThread:
         result: int = 0,
         aux: int = 0,
         keep: Any = None,
+        hold: bool = False,
     ) -> asyncio.Future[Message]:
         """Send a command; the future gives the engine's acknowledgement, whatever its result.
 
         Args:
             keep: what `pointer` points into; held until the acknowledgement.
+            hold: more for the engine follows at once: wake it for all of that together.
         """
         cookie = self._next_cookie
         self._next_cookie += 1
@@ -116,7 +118,10 @@ class IOThread:
         self._commands[cookie] = (future, keep)
         message = (kind, flags, queue, cookie, disk, offset, length, pointer, count, result, aux)
         self._outbox.append(packed(message))
-        self._flush()
+        if not hold:
+            self._flush()
+        elif not self._receiving:
+            self._flush_soon()
         return future
 
     def complete(self, cookie: int, status: int, written: int) -> None:
@@ -132,10 +137,10 @@ class IOThread:
             self._flush_soon()
 
     def retry_all(self, cookies: Iterable[int]) -> None:
-        """The same for many."""
+        """The same for many, at once."""
         self._outbox += [packed_retry(cookie) for cookie in cookies]
         if not self._receiving:
-            self._flush_soon()
+            self._flush()
 
     @property
     def has_more(self) -> bool:

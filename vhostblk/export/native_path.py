@@ -365,6 +365,7 @@ class NativeDataPath:
             pointer=entries.pointer,
             count=len(extents),
             keep=entries,
+            hold=True,
         )
 
     def _allow_flush(self, thread: IOThread) -> bool:
