@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 
 from vhostblk.block import opening
 from vhostblk.block.chain import contains, full_backing_name, layers, overlays_of, skip_filters
-from vhostblk.block.driver import BackingName
 from vhostblk.block.edge import Edge
 from vhostblk.block.filename import is_absolute, is_json, protocol_prefix
+from vhostblk.block.image_driver import BackingName
 from vhostblk.block.introspection import directory, filename, is_overridden
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import backing_chain, check_frozen

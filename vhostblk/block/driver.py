@@ -5,21 +5,21 @@ calls them. A method that a *filter* leaves out passes through to its filtered c
 out fails with ENOTSUP and is emulated by the pipeline (block layer rows B03.6 and B03.9). A filter that leaves out
 `host_extent` sees every request. What a driver does besides requests counts in `in_flight`.
 
-`node.py` has what every node has. Everything is in bytes. Knows nothing about virtio, vhost-user or the engine.
+`image_driver.py` has what a driver can do with an image as a whole, `node.py` what every node has. Everything is in
+bytes. Knows nothing about virtio, vhost-user or the engine.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.eager import Request
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
-from vhostblk.block.flags import CheckMode, Preallocation, StatusFlag
+from vhostblk.block.flags import Preallocation, StatusFlag
+from vhostblk.block.image_driver import ImageDriver
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, default_child_permissions, filtered_child
@@ -27,13 +27,9 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
-    from vhostblk.block.check import CheckResult
-    from vhostblk.block.create import Creation
     from vhostblk.block.edge import Edge
     from vhostblk.block.host_io import HostIO
-    from vhostblk.block.internal_snapshot import SnapshotInfo
     from vhostblk.block.iov import IoVec
-    from vhostblk.block.length import Measurement
     from vhostblk.block.node import BlockNode
     from vhostblk.block.registry import DriverRegistry
     from vhostblk.block.reopen import Reopen
@@ -76,14 +72,6 @@ class NodeInfo:
     needs_compressed_writes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class BackingName:
-    """What an image says it is backed by: a name as it is written there, and a driver. Both may be empty."""
-
-    filename: str = ""
-    driver: str = ""
-
-
 class OpenContext(Protocol):
     """What a node may ask of its graph while it opens."""
 
@@ -111,7 +99,7 @@ class OpenContext(Protocol):
         """The object of this id, or ConfigError."""
 
 
-class Driver:
+class Driver(ImageDriver):
     """What drivers and filters override; derive from `BlockNode`, which has the rest.
 
     Methods that make requests may be `async def ... -> None`, whatever the type says: `Request` is what such a one
@@ -130,15 +118,6 @@ class Driver:
     protocol_name: ClassVar[str | None] = None
     # Options that name or describe a child (`file=...` or `file.*`).
     child_keys: ClassVar[tuple[str, ...]] = ()
-    # What a new image of this driver can be like, made of `options.option()` fields in the spelling of `qemu-img create
-    # -o`; None: the driver cannot make images (row B35). The dataclass refuses what contradicts itself.
-    create_options_type: ClassVar[type[Any] | None] = None
-    # The same for what can be changed later (row B35.8), where absent is as it is.
-    amend_options_type: ClassVar[type[Any] | None] = None
-    # Other names that programs write for some of them.
-    create_aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    # Children in which images are made.
-    create_child_keys: ClassVar[tuple[str, ...]] = ()
     # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10), except for
     # WRITE_COMPRESSED, which nobody else can do. Those of a node that hands its requests on (`hands_on_to`) are masked
     # by the child's.
@@ -146,12 +125,8 @@ class Driver:
     supported_zero_flags: int = 0
     # Bytes in which this layer allocates; 0: unknown (row B14.14).
     cluster_size: int = 0
-    # Whether the image can keep states of the disk (row B36): `driver_snapshot_*`.
-    has_internal_snapshots: ClassVar[bool] = False
     # Whether `driver_prepare_writes` does something.
     prepares_writes: ClassVar[bool] = False
-    # Opened only to be checked: a damaged image will do, and is not written but to be repaired (row B35.10).
-    for_check: bool = False
     # Whether `driver_debug_event` wants to hear (row B43).
     has_debug_events: bool
 
@@ -194,26 +169,6 @@ class Driver:
         """How sure it is that this is the name of a device for this protocol driver; 0: it is not (row B04.7)."""
         return 0
 
-    @classmethod
-    async def create(cls, creation: Creation, options: Any) -> None:
-        """Make an image in children that `creation` gives; look at the options before asking for them (row B35.1).
-
-        Args:
-            options: of `create_options_type`.
-
-        Raises: ConfigError, BlockError: what was written so far does not look like an image.
-        """
-        raise ConfigError(
-            f"Driver '{cls.driver_name}' does not support image creation", errno.ENOTSUP
-        )
-
-    @classmethod
-    async def measure(cls, options: Any, source: BlockNode | None) -> Measurement:
-        """What an image takes that is made with these options, to have the content of `source` (row B31.6)."""
-        raise ConfigError(
-            f"Block driver '{cls.driver_name}' does not support size measurement", errno.ENOTSUP
-        )
-
     # ------------------------------------------------------------------ what a driver states
 
     async def open(self, context: OpenContext) -> None:
@@ -245,18 +200,6 @@ class Driver:
 
     async def reopen_abort(self, reopen: Reopen) -> None:
         """Put away what was prepared."""
-
-    async def driver_bitmap_room(self, cluster_size: int) -> int | None:
-        """What the bitmaps that are kept in the image take in one with such clusters; None: there cannot be any."""
-        return None
-
-    async def driver_amend(self, options: Any, progress: Callable[[int, int], None]) -> None:
-        """Change what the image is like (row B35.8); nobody else uses it meanwhile.
-
-        Args:
-            options: of `amend_options_type`. progress: to be called with what is done, and all.
-        """
-        raise BlockError(errno.ENOTSUP, f"{self.node_name}: nothing can be amended")
 
     async def driver_inactivate(self) -> None:
         """Store what only this process knows: the image is about to be somebody else's (row B40.3)."""
@@ -339,34 +282,6 @@ class Driver:
         self, source: BlockNode, source_offset: int, offset: int, length: int, flags: int
     ) -> None:
         """The other half: `source` is the leaf that has the bytes."""
-        raise BlockError(errno.ENOTSUP)
-
-    async def driver_snapshots(self) -> tuple[SnapshotInfo, ...]:
-        """The image's snapshots, in its order; of this and the next ones see `internal_snapshot.py`."""
-        raise BlockError(errno.ENOTSUP)
-
-    async def driver_snapshot_create(self, snapshot: SnapshotInfo) -> SnapshotInfo:
-        """Keep what the disk shows; nothing is in flight. EEXIST if the ID is taken; returns what it is now."""
-        raise BlockError(errno.ENOTSUP)
-
-    async def driver_snapshot_delete(self, id_: str | None, name: str | None) -> SnapshotInfo:
-        """Forget one; nothing is in flight. ENOENT if there is none; returns what it was."""
-        raise BlockError(errno.ENOTSUP)
-
-    async def driver_snapshot_goto(self, id_: str) -> None:
-        """Show what this one has, in its length; nothing is in flight."""
-        raise BlockError(errno.ENOTSUP)
-
-    async def driver_snapshot_load(self, id_: str | None, name: str | None) -> SnapshotInfo:
-        """Show it without changing the image, which is read-only; returns what it is."""
-        raise BlockError(errno.ENOTSUP)
-
-    def driver_check_bitmap(self, name: str, granularity: int) -> None:
-        """Whether the image could keep a further dirty bitmap; raises ConfigError if not."""
-        raise ConfigError("the image cannot keep dirty bitmaps", errno.ENOTSUP)
-
-    async def driver_remove_bitmap(self, name: str) -> None:
-        """Forget a dirty bitmap that the image keeps, if it has one of this name yet; nothing is in flight."""
         raise BlockError(errno.ENOTSUP)
 
     def driver_cancel_in_flight(self) -> None:
@@ -457,31 +372,6 @@ class Driver:
         raise ConfigError(
             f"Node '{self.node_name}' does not support removing a child", errno.ENOTSUP
         )
-
-    def recorded_backing(self) -> BackingName:
-        """What the image says it is backed by, which options may have overridden."""
-        return BackingName()
-
-    async def driver_check(self, fix: CheckMode) -> CheckResult:
-        """Look through the image, while nothing is in flight, and repair what can be (rows B35.9 and B35.10).
-
-        What cannot be looked at counts as `check_errors`.
-        """
-        raise BlockError(errno.ENOTSUP, f"{self.node_name}: no check for this kind of node")
-
-    async def driver_change_backing(self, filename: str, driver: str) -> None:
-        """Write into the image what it is backed by, nothing if `filename` is empty (rows B08.10 and B32.6).
-
-        Durable when it returns, and whenever it is interrupted, the image says either the old or the new.
-        """
-        raise BlockError(errno.ENOTSUP, f"{self.node_name}: no backing file can be recorded")
-
-    async def driver_make_empty(self) -> None:
-        """Give up all that this layer has, so that it shows what it is backed by (row B32.11).
-
-        Nobody writes meanwhile. Durable when it returns.
-        """
-        raise BlockError(errno.ENOTSUP, f"{self.node_name}: cannot be emptied")
 
     def check_perm(self, perm: Perm, shared: Perm) -> None:
         """Take what the change needs, locks for instance; raises ConfigError (row B09.4)."""

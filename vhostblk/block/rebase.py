@@ -27,9 +27,9 @@ from vhostblk.block.backing import (
     writable,
 )
 from vhostblk.block.chain import find_backing_image, layers, skip_filters
-from vhostblk.block.driver import BackingName
 from vhostblk.block.filename import is_absolute, is_json, protocol_prefix
 from vhostblk.block.flags import StatusFlag
+from vhostblk.block.image_driver import BackingName
 from vhostblk.block.introspection import directory, exact_filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_BOUNCE, align_down, align_up

@@ -17,7 +17,7 @@ from collections.abc import Coroutine
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vhostblk.block.driver import BackingName, NodeInfo, OpenContext
+from vhostblk.block.driver import NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
 from vhostblk.block.drivers.qcow2.cache import TableCache
@@ -46,6 +46,7 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import FlushTarget, HostExtent, Hull, Ranges
 from vhostblk.block.flags import Preallocation, Req, StatusFlag
+from vhostblk.block.image_driver import BackingName
 from vhostblk.block.iov import IoVec
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_down
