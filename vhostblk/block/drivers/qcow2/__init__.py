@@ -6,7 +6,8 @@
 | `entries` | what an entry of an L2 table says |
 | `tables`, `cache` | tables as bytes and as numbers; parts of them in memory |
 | `refcounts` | who uses which cluster of the file |
-| `metadata` | all tables of an image, and the order in which they reach the disk |
+| `cluster_map` | which cluster has which bytes of the disk: L1 and L2 tables in memory |
+| `metadata` | the order in which all tables reach the disk; the header |
 | `clusters` | where guest clusters are, and how they get a place |
 | `first_writes` | how many of them get theirs before the engine writes to them |
 | `extents` | what the engine may do alone |
@@ -23,6 +24,7 @@
 | `layout`, `create` | where things are in a new image; making one |
 | `measuring` | how large an image gets |
 | `resize`, `amend` | a disk that grows or shrinks; an image that is to be like another |
+| `request_node` | what is done with requests |
 | `options`, `node` | what users may ask for, the driver |
 """
 

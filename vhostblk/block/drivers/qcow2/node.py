@@ -1,33 +1,27 @@
-"""The `qcow2` driver: images with allocation, backing files, compression and subclusters.
+"""The `qcow2` driver: opening images, and what happens to them as a whole.
 
-Theory of operation: the header is checked, the L1 table read whole; slices of L2 tables are kept in a cache. A request
-is cut into runs (`entries.py`), each of which comes from one place: the image's file or external data file, the
-backing file, a compressed cluster, or nowhere. What is allocated and not compressed is given to the engine as extents
-(for writing, if nobody shares it), zeroes and backing files likewise: a chain costs nothing once it was looked up. How
-clusters get a place is in `clusters.py`, how tables reach the disk in `metadata.py`.
+Theory of operation: the header is checked, the L1 table read whole; slices of L2 tables are kept in a cache
+(`metadata.py`), and `request_node.py` answers requests with them. The other parts of the node are in `check_node.py`,
+`bitmap_node.py`, `snapshot_node.py` and `amend.py`.
 
 An image is not trusted: whatever is wrong with a table is an error of the request that found it (EIO), and logged once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import errno
-from collections.abc import Coroutine
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from vhostblk.block.driver import NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
-from vhostblk.block.drivers.qcow2.compressed import ClusterCodec, codec
+from vhostblk.block.drivers.qcow2.compressed import codec
 from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.data_file import RawDataFile
-from vhostblk.block.drivers.qcow2.entries import Kind, Run
-from vhostblk.block.drivers.qcow2.extents import Qcow2Extents
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
 from vhostblk.block.drivers.qcow2.header import (
     MAGIC,
@@ -36,55 +30,39 @@ from vhostblk.block.drivers.qcow2.header import (
     Incompatible,
     cluster_size_of,
 )
-from vhostblk.block.drivers.qcow2.measuring import bitmap_room, is_sparse, measure
+from vhostblk.block.drivers.qcow2.measuring import bitmap_room, measure
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
+from vhostblk.block.drivers.qcow2.request_node import RequestNode
 from vhostblk.block.drivers.qcow2.resize import Resize, check_resizable
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
-from vhostblk.block.edge import Edge
 from vhostblk.block.execution import to_the_end
-from vhostblk.block.extent import FlushTarget, HostExtent, Hull, Ranges
-from vhostblk.block.flags import Preallocation, Req, StatusFlag
+from vhostblk.block.extent import Hull
+from vhostblk.block.flags import Preallocation
 from vhostblk.block.image_driver import BackingName
 from vhostblk.block.iov import IoVec
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import BlockNode
-from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
-from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     from vhostblk.block.create import Creation
     from vhostblk.block.reopen import Reopen
 
-T = TypeVar("T")
 
-_MAY_UNMAP = int(Req.MAY_UNMAP)
-_WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
-
-
-class Qcow2Node(AmendNode, Qcow2Extents):
+class Qcow2Node(AmendNode, RequestNode):
     """A qcow2 image."""
 
     driver_name = "qcow2"
-    supported_write_flags = _WRITE_COMPRESSED
     options_type = Qcow2Options
     options: Qcow2Options
     child_keys = ("file", "backing", "data-file")
     create_options_type = Qcow2CreateOptions
     create_aliases = MappingProxyType({"version": "compat"})
     create_child_keys = ("file", "data-file")
-    supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
-    prepares_writes = True
-    _clusters: Clusters
-    _compressing: CompressedWrites
-    _first_writes: FirstWrites
-    _raw_data: RawDataFile | None
-    _codec: ClusterCodec
-    _is_sparse: bool | None = None
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:
@@ -245,121 +223,6 @@ class Qcow2Node(AmendNode, Qcow2Extents):
             is_dirty=bool(header.incompatible & Incompatible.DIRTY),
         )
 
-    # ------------------------------------------------------------------ where bytes come from
-
-    async def _run(self, offset: int, limit: int, since: int | None = None) -> Run:
-        """The run around `offset`; no need to know what is behind `limit`, or before `since` (absent: `offset`).
-
-        Raises:
-            BlockError: EIO: the image is damaged there, or the child's errno.
-        """
-        try:
-            return await self._clusters.run(offset, limit, since)
-        except ImageError as error:
-            raise await self._corrupt(error) from None
-
-    async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
-        """Run by run; nobody moves what is being read."""
-        if self.read_only:
-            await self._read(offset, iov)
-            return
-        async with self._clusters.locks.held(offset, offset + length, alone=False):
-            await self._read(offset, iov)
-
-    async def _read(self, offset: int, iov: IoVec) -> None:
-        end, at = offset + iov.length, offset
-        while at < end:
-            count = end - at
-            if at >= self.length:
-                iov.zero(at - offset, count)
-                return
-            run = await self._run(at, end)
-            count = min(run.end, end) - at
-            part = iov if count == iov.length else iov.slice(at - offset, count)
-            if run.kind is Kind.NORMAL:
-                await self._data.preadv(run.host + at - run.start, part)
-            elif run.kind is Kind.COMPRESSED:
-                await self._read_compressed(run, at - run.start, part)
-            elif run.kind is Kind.UNALLOCATED and (backing := self.children.get("backing")):
-                await backing.preadv(at, part)
-            else:
-                part.zero(0, count)
-            at += count
-
-    async def _read_compressed(self, run: Run, skip: int, iov: IoVec) -> None:
-        data = bytearray(run.compressed)
-        await self._file.preadv(run.host, IoVec.of(data))
-        # It takes some hundred microseconds: not in the loop.
-        cluster = await asyncio.to_thread(
-            self._codec.decompress, bytes(data), self._header.cluster_size
-        )
-        iov.copy_from(memoryview(cluster)[skip : skip + iov.length])
-
-    # ------------------------------------------------------------------ writing
-
-    async def _moved(self, start: int, end: int) -> None:
-        """Other clusters are shown now: nobody may use the old ones, nor flush without the tables."""
-        self.moves += 1
-        await self.revoke_flush()
-        end = min(end, self.length)
-        if start < end:
-            await self.revoke(start, end - start)
-
-    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
-        """Clusters get a place; those of external data files have one."""
-        if self._data is not self._file:
-            return [], ranges
-        backing = self.children.get("backing")
-        backed = backing.node.length if backing is not None else 0
-        new, there = await self._change(self._first_writes.prepare(ranges, backed))
-        return await self._extents_of(new), there
-
-    async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
-        """In place, or to new clusters; or compressed."""
-        if flags & _WRITE_COMPRESSED:
-            if self._data is not self._file:
-                raise BlockError(errno.ENOTSUP, f"{self.node_name}: not in an external data file")
-            if not self._is_whole(offset, length, self.cluster_size):
-                raise BlockError(errno.EINVAL, f"{self.node_name}: only whole clusters compress")
-            await self._change(self._compressing.write(offset, iov))
-            return
-        await self._change(self._clusters.write(offset, iov))
-
-    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """By changing tables, where whole clusters or subclusters are concerned; ENOTSUP else."""
-        if not self._is_whole(offset, length, self._header.subcluster_size):
-            raise BlockError(errno.ENOTSUP)
-        if self._raw_data is not None:
-            await self._change(self._raw_data.pwrite_zeroes(offset, length, flags))
-            return
-        keep = not flags & _MAY_UNMAP
-        if self._header.version < 3 and keep:
-            raise BlockError(errno.ENOTSUP)
-        await self._change(self._clusters.clear(offset, length, keep=keep, discard=False))
-
-    async def driver_pdiscard(self, offset: int, length: int) -> None:
-        """Clusters are given up; they read as zeroes then."""
-        if not self._is_whole(offset, length, self._header.cluster_size):
-            raise BlockError(errno.ENOTSUP)
-        if self._raw_data is not None:
-            await self._change(self._raw_data.pdiscard(offset, length))
-            return
-        await self._change(self._clusters.clear(offset, length, keep=False, discard=True))
-
-    def _is_whole(self, offset: int, length: int, unit: int) -> bool:
-        """Units only, except for the end of the disk."""
-        end = offset + length
-        return not offset % unit and (not end % unit or end >= self.length)
-
-    async def _change(self, change: Coroutine[Any, Any, T]) -> T:
-        try:
-            self._check_whole()
-            return await change
-        except ImageError as error:
-            raise await self._corrupt(error) from None
-        finally:
-            change.close()
-
     async def driver_flush_to_os(self) -> None:
         """Tables, in the order that survives a crash."""
         if self._is_written and not self.inactive:
@@ -468,61 +331,3 @@ class Qcow2Node(AmendNode, Qcow2Extents):
         """Whoever may write now says so, before anything is written."""
         if not self.read_only and any(bitmap.readonly for bitmap in self.bitmaps):
             await self._bitmaps_become_writable()
-
-    def can_discard(self) -> bool:
-        """Clusters that are given up are used again."""
-        return not self.read_only
-
-    # ------------------------------------------------------------------ what is where
-
-    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
-        """The run at `offset`, and where it is."""
-        run = await self._run(offset, offset + length)
-        count = min(run.end, offset + length) - offset
-        if run.kind is Kind.COMPRESSED:
-            return BlockStatus(StatusFlag.DATA | StatusFlag.COMPRESSED, count)
-        flags = StatusFlag(0)
-        if run.kind is Kind.NORMAL:
-            flags |= StatusFlag.DATA
-        elif run.kind is Kind.ZERO:
-            flags |= StatusFlag.ZERO
-        if not run.has_host:
-            return BlockStatus(flags, count)
-        if precise and run.kind is Kind.NORMAL and await self._has_unwritten():
-            flags |= StatusFlag.RECURSE
-        place = run.host + offset - run.start
-        return BlockStatus(flags | StatusFlag.OFFSET_VALID, count, self._data.node, place)
-
-    async def _has_unwritten(self) -> bool:
-        """Whether clusters have a place in the file that were never written, as far as one can see from its size."""
-        if self._is_sparse is None:
-            self._is_sparse = await is_sparse(self._file, self._header)
-        return self._is_sparse
-
-    def has_zero_init(self) -> bool:
-        """As long as nothing has a place; what is preallocated is as its file was."""
-        try:
-            if not self.length or not self._metadata.l2_table(0):
-                return True
-        except ImageError:
-            return False
-        return self._data.node.has_zero_init()
-
-    # ------------------------------------------------------------------ the engine
-
-    def flush_target(self) -> int | FlushTarget:
-        """The file's, while no table waits to be written."""
-        if self.read_only:
-            return FlushTarget.NOTHING
-        if self._metadata.is_dirty or self._data is not self._file:
-            return FlushTarget.ASK
-        return flush_target(self._file.node)
-
-    async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
-        """A backing file has our offsets; what is where in the image is not worth knowing."""
-        if edge.role & Role.COW:
-            end = min(offset + length, self.length)
-            if offset < end:
-                await self.revoke(offset, end - offset)
-        else:
-            await super().child_revoke(edge, offset, length)
