@@ -5,8 +5,8 @@ is about images as a whole, `node.py` what every node has; `pipeline.py`, `submi
 `flush.py` and `status.py` are one request on one node, `eager.py` begins one that may never wait,
 `tracking.py` knows which waits for which, `quiesce.py` is drain. What they need: `iov.py` and
 `bounce.py` memory, `registered_buf.py` where it is, `limits.py` how much at once, `flags.py` QEMU's
-names, `extent.py` and `host_extent.py` what may be done without asking, `write_log.py`, `dirty_map.py`,
-`dirty_bitmap.py` and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and
+names, `extent.py`, `host_extent.py` and `extent_user.py` what may be done without asking, `write_log.py`,
+`dirty_map.py`, `dirty_bitmap.py` and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and
 `block_copy.py`, and `snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an
 image keeps.
 
