@@ -94,10 +94,10 @@ def test_fio_leaves_the_page_cache_as_it_is_or_goes_around_it() -> None:
 @pytest.mark.parametrize(
     ("words", "reports"),
     [
-        ([], ["targets"]),
+        ([], ["targets", "qcow2"]),
         (["--scaling"], ["scaling"]),
         (["--profile", "--scaling"], ["scaling", "profile"]),
-        (["--write-docs"], ["targets", "scaling", "profile", "python"]),
+        (["--write-docs"], ["targets", "scaling", "profile", "python", "qcow2"]),
         (["--write-docs", "--scaling"], ["scaling"]),
     ],
 )

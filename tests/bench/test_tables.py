@@ -68,4 +68,4 @@ def test_only_the_part_with_that_name_is_replaced() -> None:
 
 def test_document_has_a_part_for_every_table() -> None:
     names = re.findall(r"<!-- measured: (\S+) -->", DOCUMENT.read_text())
-    assert sorted(names) == sorted(["targets", *SECTIONS, "profile", "python"])
+    assert sorted(names) == sorted(["targets", *SECTIONS, "profile", "python", "qcow2"])
