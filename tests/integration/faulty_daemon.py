@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from vhostblk.block.backend import BlockBackend
 from vhostblk.cli.main import main
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.python_path import PythonDataPath
@@ -79,13 +80,10 @@ def last_sector_refused() -> None:
 
 
 def writes_displaced() -> None:
-    def transfer(
-        real: Callable[..., Any], device: BlkDevice, kind: int, offset: int, data: Any
-    ) -> Any:
-        is_moved = kind == RequestType.OUT and offset
-        return real(device, kind, offset + _ONE_SECTOR * bool(is_moved), data)
+    def write(real: Callable[..., Any], disk: BlockBackend, offset: int, *args: Any) -> Any:
+        return real(disk, offset + _ONE_SECTOR * bool(offset), *args)
 
-    _wrap(BlkDevice, "transfer", transfer)
+    _wrap(BlockBackend, "begin_pwritev", write)
 
 
 def zeroes_not_written() -> None:
