@@ -146,7 +146,7 @@ def test_page_has_exactly_the_options_of_the_parser(
 @pytest.mark.parametrize(
     ("section", "options_type", "besides"),
     [
-        ("Options of every node", NodeOptions, {"driver"}),
+        ("Options of every node", NodeOptions, {"driver", "snapshot"}),
         ("file, host_device", DRIVERS["file"].options_type, set()),
         ("file, host_device", DRIVERS["host_device"].options_type, set()),
         ("raw", DRIVERS["raw"].options_type, set(DRIVERS["raw"].child_keys)),
