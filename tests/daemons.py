@@ -35,6 +35,7 @@ __all__ = [
     "eventually",
     "finish",
     "stops_answering",
+    "terminate",
 ]
 
 CAPACITY = 16 << 20
@@ -214,6 +215,23 @@ def disks(request: pytest.FixtureRequest, _daemons: _Daemons) -> Iterator[Disks]
 
 
 # ---------------------------------------------------------------- waiting
+
+
+def terminate(pid: int, timeout: float = 15.0) -> None:
+    """Ends a process that is nobody's child here (a daemonized one) and waits until it is gone.
+
+    Its end comes after everything it still does, such as removing its pid file.
+
+    Raises:
+        AssertionError: it is still there after `timeout` seconds.
+    """
+    fd = os.pidfd_open(pid)
+    try:
+        signal.pidfd_send_signal(fd, signal.SIGTERM)
+        ended, _, _ = select.select([fd], [], [], timeout)
+        assert ended, f"process {pid} does not end"
+    finally:
+        os.close(fd)
 
 
 def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) -> None:

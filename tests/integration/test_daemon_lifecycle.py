@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemons import eventually
+from tests.daemons import eventually, terminate
 from tests.probes import Trace
 from vhostblk.client.client import Client
 from vhostblk.errors import SessionError
@@ -312,17 +312,8 @@ def test_daemonize_returns_when_everything_listens_and_relative_paths_go_on_work
         with Client.connect("a") as client:
             assert client.read(0, 4096) == bytes(4096)
     finally:
-        os.kill(pid, signal.SIGTERM)
-    eventually(lambda: not alive(pid), "the daemon's end")
+        terminate(pid)
     assert os.listdir(socket_directory) == ["disk.img"]
-
-
-def alive(pid: int) -> bool:
-    """Not gone, and not a zombie that nobody waits for."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(

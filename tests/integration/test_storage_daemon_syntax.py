@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.daemons import terminate
 from tests.requirements import require
 from vhostblk.client.client import Client
 from vhostblk.testing.daemon_process import DaemonProcess
@@ -249,4 +249,4 @@ def test_one_command_line_for_both_programs(
             assert client.read(0, 1024) == b"w" * 512 + bytes([1]) * 512
             assert client.config.num_queues == 2
     finally:
-        subprocess.run(["kill", str(pid)], check=True)
+        terminate(pid)
