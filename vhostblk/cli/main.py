@@ -16,6 +16,7 @@ from vhostblk.cli.program import Parser, add_common_options, build_program, run_
 COMMANDS = {
     "serve": "serve one disk image or block device",
     "storage-daemon": "serve block nodes, with qemu-storage-daemon's options",
+    "img": "make, look at, convert and repair disk images, with qemu-img's commands",
     "io": "try the block layer by hand, with qemu-io's commands",
     "bench": "measure a vhost-user-blk back-end",
     "check": "check that a back-end keeps to the specifications",
@@ -25,6 +26,9 @@ COMMANDS = {
 
 # The others are modules of their own name.
 _MODULES = {"io": "io.program"}
+
+# Reads its words itself, as scripts for qemu-img expect.
+_IMG = "img"
 
 
 def build_parser(*wanted: str) -> Parser:
@@ -46,7 +50,7 @@ def build_parser(*wanted: str) -> Parser:
         command = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name in wanted or not wanted:
+        if name != _IMG and (name in wanted or not wanted):
             module = _module(name)
             command.description = module.DESCRIPTION
             command.epilog = module.EXAMPLES
@@ -69,6 +73,10 @@ def build_storage_daemon_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the `vhostblk` command; returns its exit code."""
     words = sys.argv[1:] if argv is None else argv
+    if words and words[0] == _IMG:
+        from vhostblk.cli.img.program import main as img_main
+
+        return img_main(words[1:], "vhostblk-img")
     # The first that could be one is the command, or the value of an option that does not take it.
     command = next((word for word in words if word in COMMANDS), "")
     return run_program(build_parser(command), argv)

@@ -114,7 +114,7 @@ def test_serve_cannot_listen(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "a COMMAND is needed: serve, storage-daemon, io, bench, check or stats"),
+        ((), "a COMMAND is needed: serve, storage-daemon, img, io, bench, check or stats"),
         (("--typo",), "--typo"),
         (("server",), "COMMAND: invalid choice: 'server'"),
     ],

@@ -1,0 +1,121 @@
+"""`vhostblk img`, also installed as `vhostblk-img`: what stands before the subcommand, how a run ends.
+
+Exit codes are those of the subcommands; 1: anything that one line explains. SIGINT and SIGTERM end a run as they end
+any program, after what is unfinished has been named and closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import getopt
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vhostblk import __version__
+from vhostblk.cli.img.arguments import Arguments, HelpRequest, ImgError, UsageError, parse
+from vhostblk.cli.img.session import Session, reason
+from vhostblk.cli.img.table import SYNOPSES, Command, find_command
+from vhostblk.errors import BlockError, ConfigError
+
+HELP = """\
+usage: {program} [standard options] command [command options]
+Make, look at, convert and repair disk images, with qemu-img's commands and options.
+
+    -h, --help       show this, and exit
+    -V, --version    show the version, and exit
+
+Commands:
+{commands}
+
+Supported formats: {formats}
+Every command and option is explained in qemu-img(1); what differs here, in docs/vhostblk-img.md.
+"""
+
+
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run `vhostblk-img`; returns its exit code.
+
+    Args:
+        argv: without the program's name.
+        program: its name for messages; the one it was called by if absent.
+    """
+    program = program or Path(sys.argv[0]).name
+    words = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(stream=sys.stderr, format=f"{program}: %(levelname)s: %(message)s")
+    try:
+        return _main(program, words)
+    except HelpRequest:
+        sys.stdout.write(_help(program))
+        return 0
+    except ImgError as error:
+        sys.stdout.flush()
+        if str(error):
+            sys.stderr.write(f"{program}: {error}\n")
+        if isinstance(error, UsageError):
+            sys.stderr.write(f"Try '{program} --help' for more information\n")
+        return error.status
+    finally:
+        sys.stdout.flush()
+
+
+def _main(program: str, words: list[str]) -> int:
+    try:
+        given, left = getopt.getopt(words, "hV", ["help", "version"])
+    except getopt.GetoptError:
+        raise UsageError(f"unrecognized option '{words[0]}'") from None
+    for option, _ in given:
+        if option in ("-h", "--help"):
+            raise HelpRequest
+        sys.stdout.write(f"{program} version {__version__}\n")
+        return 0
+    if not left:
+        raise UsageError("Not enough arguments")
+    command = find_command(left[0])
+    if command is None:
+        raise UsageError(f"Command not found: {left[0]}")
+    return asyncio.run(_run(program, command, parse(command.takes, left[1:])))
+
+
+async def _run(program: str, command: Command, args: Arguments) -> int:
+    stopped_by: list[signal.Signals] = []
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def stop(number: signal.Signals) -> None:
+        stopped_by.append(number)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    session = Session(program)
+    try:
+        async with session:
+            return await command.run(session, args)
+    except (ConfigError, BlockError) as error:
+        raise ImgError(reason(error)) from None
+    except asyncio.CancelledError:
+        if not stopped_by:
+            raise
+        for name in session.unfinished:
+            session.complain(f"interrupted: '{name}' is not complete")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The shell, and make, look at how we ended.
+        signal.signal(stopped_by[0], signal.SIG_DFL)
+        os.kill(os.getpid(), stopped_by[0])
+        raise
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+def _help(program: str) -> str:
+    from vhostblk.block.drivers import DRIVERS
+
+    commands = "\n".join(f"  {name} {synopsis}" for name, synopsis in sorted(SYNOPSES.items()))
+    return HELP.format(program=program, commands=commands, formats=" ".join(sorted(DRIVERS)))

@@ -1,0 +1,181 @@
+"""What a subcommand works with: the graph that has its images, messages, objects, and the name of what is half done.
+
+Knows nothing about single subcommands.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vhostblk.block.backend import BlockBackend
+from vhostblk.block.graph import BlockGraph
+from vhostblk.block.keyval import flatten, parse_flat, parse_options
+from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_cache_mode
+from vhostblk.block.permissions import Perm
+from vhostblk.block.throttle_group import ThrottleGroup
+from vhostblk.cli.img.arguments import ImgError
+from vhostblk.cli.objects import throttle_group
+from vhostblk.errors import BlockError, ConfigError, VhostBlkError
+
+
+class Session:
+    """One run of a subcommand; `async with`.
+
+    Args:
+        program: its name, for messages.
+
+    Attributes:
+        quiet: `print` is silent.
+        unfinished: names of images that are being written, and of no use before that is done.
+
+    Context: the control loop.
+    Owns: the graph and what is opened in it.
+    """
+
+    def __init__(self, program: str) -> None:
+        self.program = program
+        self.graph = BlockGraph()
+        self.quiet = False
+        self.unfinished: list[str] = []
+        self._backends: list[BlockBackend] = []
+
+    async def __aenter__(self) -> Session:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        """Close what is open; a flush that fails is logged, whoever cares has flushed before."""
+        while self._backends:
+            await self._backends.pop().close()
+        await self.graph.close_all()
+
+    # ------------------------------------------------------------------ messages
+
+    def print(self, text: str) -> None:
+        """Print a line, unless `-q` was given."""
+        if not self.quiet:
+            self.out(text)
+
+    def out(self, text: str) -> None:
+        """Print a line in any case."""
+        sys.stdout.write(f"{text}\n")
+
+    def complain(self, text: str) -> None:
+        """Print a line to standard error, with the program's name."""
+        # In the order in which both were written, also where both go to one file.
+        sys.stdout.flush()
+        sys.stderr.write(f"{self.program}: {text}\n")
+
+    def warn(self, text: str) -> None:
+        """The same, for what does not stop us."""
+        self.complain(f"warning: {text}")
+
+    # ------------------------------------------------------------------ objects
+
+    def add_objects(self, texts: Sequence[str]) -> None:
+        """Make what `--object` describes.
+
+        Raises:
+            ImgError: one is wrong, or of a kind that there is not.
+        """
+        for text in texts:
+            try:
+                options = flatten(parse_options(text, "qom-type"))
+                kind = options.pop("qom-type", None)
+                if kind != "throttle-group":
+                    raise ConfigError(f"type '{kind}' is not supported (allowed: throttle-group)")
+                name, limits = throttle_group(options)
+            except ConfigError as error:
+                raise ImgError(str(error)) from None
+            self.graph.throttle_groups[name] = ThrottleGroup(name, limits)
+
+    # ------------------------------------------------------------------ images
+
+    async def open(
+        self,
+        name: str,
+        driver: str | None = None,
+        *,
+        image_opts: bool = False,
+        writable: bool = False,
+        resize: bool = False,
+        cache: CacheMode = CACHE_MODES["writeback"],
+        force_share: bool = False,
+        more: Mapping[str, Any] | None = None,
+        for_check: bool = False,
+    ) -> BlockBackend:
+        """Open an image; it stays open until `close`, or the end.
+
+        Args:
+            name: of a file, or a list of options.
+            image_opts: which of the two.
+            driver: the image's format; found out if absent.
+            more: further options of the node, dotted.
+
+        Raises:
+            ImgError: it cannot be opened.
+        """
+        given: dict[str, Any] = {}
+        if image_opts:
+            if driver is not None:
+                raise ImgError("--image-opts and --format are mutually exclusive")
+            try:
+                given = dict(parse_flat(name))
+            except ConfigError as error:
+                raise ImgError(str(error)) from None
+        elif driver is not None:
+            given["driver"] = driver
+        if force_share:
+            if given.get("force-share", "on") != "on":
+                raise ImgError("--force-share/-U conflicts with image options")
+            given["force-share"] = True
+        options = {"read-only": not writable, **cache.options, **(more or {}), **given}
+        try:
+            node = await self.graph.open_image(
+                None if image_opts else name, options, for_check=for_check
+            )
+            if writable and node.read_only:
+                raise ConfigError("Block node is read-only")
+            backend = BlockBackend(
+                node,
+                self.program,
+                writable=writable,
+                resize=resize,
+                write_cache=not cache.writethrough,
+                shared=Perm.ALL,
+            )
+        except (ConfigError, BlockError) as error:
+            raise ImgError(f"Could not open '{name}': {reason(error)}") from None
+        self._backends.append(backend)
+        return backend
+
+    async def close(self, backend: BlockBackend) -> None:
+        """Flush an image and close it before the end.
+
+        Raises:
+            ImgError: what was written may be lost.
+        """
+        self._backends.remove(backend)
+        if not await backend.close():
+            raise ImgError("Failed to flush the image")
+
+
+def cache_mode(text: str, what: str = "cache") -> CacheMode:
+    """`-t` and `-T`.
+
+    Args:
+        what: how the message calls it.
+
+    Raises:
+        ImgError: there is no such mode.
+    """
+    try:
+        return parse_cache_mode(text)
+    except ConfigError:
+        raise ImgError(f"Invalid {what} option: {text}") from None
+
+
+def reason(error: VhostBlkError) -> str:
+    """What went wrong, for the end of a line."""
+    return (error.strerror or str(error)) if isinstance(error, BlockError) else str(error)

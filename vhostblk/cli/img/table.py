@@ -1,0 +1,44 @@
+"""Which subcommands there are; a subcommand is imported when it is used, so that a short one starts fast."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from vhostblk.cli.img.arguments import Arguments
+
+if TYPE_CHECKING:
+    from vhostblk.cli.img.session import Session
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        takes: its options.
+        run: does it, and returns the exit code; raises ImgError.
+    """
+
+    takes: type[Arguments]
+    run: Callable[[Session, Any], Awaitable[int]]
+
+
+SYNOPSES: Mapping[str, str] = MappingProxyType(
+    {
+        "create": "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u]"
+        " [-o options] filename [size]",
+    }
+)
+"""Options and words of each, for `--help`; the name is that of its module (`create`: `create.py`)."""
+
+
+def find_command(name: str) -> Command | None:
+    """The subcommand of this name, if there is one."""
+    if name not in SYNOPSES:
+        return None
+    command: Command = importlib.import_module(f"vhostblk.cli.img.{name}").COMMAND
+    return command
