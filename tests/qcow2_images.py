@@ -16,13 +16,14 @@ from tests.requirements import require
 from vhostblk.block.check import CheckResult
 from vhostblk.block.check import check as check_node
 from vhostblk.block.drivers import DRIVERS
-from vhostblk.block.flags import CheckMode
+from vhostblk.block.flags import CheckMode, OpenFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.testing.daemon_process import DaemonProcess
 from vhostblk.testing.plugin import DaemonStarter
 
 __all__ = [
     "COUNTS",
+    "FOR_CHECK",
     "MIB",
     "SHAPES",
     "check",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 MIB = 1 << 20
+FOR_CHECK = OpenFlag.CHECK | OpenFlag.NO_BACKING
 
 SHAPES = {
     "version 2": "compat=0.10",
@@ -115,7 +117,9 @@ def our_check(path: Path, fix: int = 0, **options: Any) -> CheckResult:
         graph = BlockGraph(DRIVERS)
         try:
             options.setdefault("read-only", not fix)
-            node = await graph.open_image(str(path), {"driver": "qcow2", **options}, for_check=True)
+            node = await graph.open_image(
+                str(path), {"driver": "qcow2", **options}, flags=FOR_CHECK
+            )
             return await check_node(node, CheckMode(fix))
         finally:
             await graph.close_all()

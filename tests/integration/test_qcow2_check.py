@@ -18,6 +18,7 @@ import pytest
 
 from tests.integration.test_qcow2_crash import Recorder, Recording
 from tests.qcow2_images import (
+    FOR_CHECK,
     MIB,
     SHAPES,
     check,
@@ -470,7 +471,7 @@ def test_repair_that_is_interrupted_makes_nothing_worse(
             "driver": "qcow2",
             "file": {"driver": "recorder", "file": {"driver": "file", "filename": str(path)}},
         }
-        node = await graph.open_image(None, options, for_check=True)
+        node = await graph.open_image(None, options, flags=FOR_CHECK)
         recorder = node.children["file"].node
         assert isinstance(recorder, Recorder)
         recorder.log = log
@@ -568,7 +569,7 @@ def test_node_that_was_opened_to_be_checked_is_not_written(tmp_path: Path) -> No
 
     async def run() -> None:
         graph = BlockGraph(DRIVERS)
-        node = await graph.open_image(str(path), for_check=True)
+        node = await graph.open_image(str(path), flags=FOR_CHECK)
         backend = BlockBackend(node, "somebody", writable=True, resize=True)
         data = bytearray(4096)
         await backend.preadv(0, IoVec.of(data))

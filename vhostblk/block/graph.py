@@ -21,6 +21,7 @@ from vhostblk.block.bounce import BouncePool
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.edge import Edge
 from vhostblk.block.execution import ControlLoop
+from vhostblk.block.flags import OpenFlag
 from vhostblk.block.host_io import HostIO, create_host_io
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.names import Names
@@ -95,7 +96,7 @@ class BlockGraph:
         filename: str | None,
         options: Mapping[str, Any] | None = None,
         *,
-        for_check: bool = False,
+        flags: OpenFlag = opening.NO_FLAGS,
     ) -> BlockNode:
         """Open what a name stands for: a path, `protocol:rest` or `json:{...}`.
 
@@ -103,7 +104,8 @@ class BlockGraph:
             filename: None: the options say which file.
             options: as for `add`; without `driver` the format is guessed from the content, and inline children need
                 none: their file name says it.
-            for_check: open it only for `check.check`: a damaged image will do, and backing files are not opened.
+            flags: CHECK: open it only for `check.check`: a damaged image will do; NO_BACKING: without the backing file
+                that the image names.
 
         Raises:
             ConfigError: as `add`.
@@ -113,7 +115,7 @@ class BlockGraph:
             return self.adopt(
                 await temporary_overlay.open_top(
                     *(self, flat),
-                    lambda flat: opening.open_image(self, filename, flat, for_check=for_check),
+                    lambda flat: opening.open_image(self, filename, flat, flags=flags),
                 )
             )
 

@@ -55,6 +55,8 @@ class ImageDriver:
     has_internal_snapshots: ClassVar[bool] = False
     # Opened only to be checked: a damaged image will do, and is not written but to be repaired (row B35.10).
     for_check: bool = False
+    # What the image says it is backed by is not opened.
+    without_backing: bool = False
 
     # ------------------------------------------------------------------ making
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
 from vhostblk.block.filename import is_absolute, is_json, parse_json, protocol_prefix
+from vhostblk.block.flags import OpenFlag
 from vhostblk.block.introspection import directory, filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 Parent = tuple[NodeOptions, Role]
 # Of images that name one another. Each takes some frames of Python's stack while they open.
 _MAX_DEPTH = 128
+NO_FLAGS = OpenFlag(0)
 
 
 async def open_node(
@@ -46,7 +48,7 @@ async def open_node(
     opened: Mapping[str, BlockNode] | None = None,
     probed: bool = False,
     by_name: bool = False,
-    for_check: bool = False,
+    flags: OpenFlag = NO_FLAGS,
 ) -> BlockNode:
     """Open a node and its children.
 
@@ -57,7 +59,7 @@ async def open_node(
         opened: children that are open already, by key.
         probed: the driver is a guess.
         by_name: as image tools write options: where inline children say no driver, their file name and content do.
-        for_check: open it only to be checked (row B35.10).
+        flags: CHECK: open it only to be checked (row B35.10); NO_BACKING: without what the image says it is backed by.
 
     Raises:
         ConfigError: one line; everything is as before.
@@ -76,7 +78,8 @@ async def open_node(
     node.read_only = read_only
     node.given = given
     node.probed = probed
-    node.for_check = for_check
+    node.for_check = bool(flags & OpenFlag.CHECK)
+    node.without_backing = bool(flags & OpenFlag.NO_BACKING)
     node.bounce = graph.bounce
     node.quiesced = graph.quiesced
     # The name is taken from here on: opening may wait.
@@ -126,30 +129,30 @@ def consume_options(
 
 
 async def open_image(
-    graph: BlockGraph, filename: str | None, flat: dict[str, Any], *, for_check: bool = False
+    graph: BlockGraph, filename: str | None, flat: dict[str, Any], *, flags: OpenFlag = NO_FLAGS
 ) -> BlockNode:
     """Open what a file name stands for; options that are given as well come first (rows B05.4 to B05.7).
 
     Args:
         filename: None: the options say it all.
-        for_check: as for `open_node`.
+        flags: as for `open_node`.
 
     Raises:
         ConfigError: as `open_node`; ENOENT: no driver knows the protocol or the format.
     """
     if filename is None:
-        return await _open_or_probe(graph, flat, for_check=for_check)
+        return await _open_or_probe(graph, flat, flags=flags)
     if is_json(filename):
         given = {**parse_json(filename), **flat}
-        return await _open_or_probe(graph, given, for_check=for_check)
+        return await _open_or_probe(graph, given, flags=flags)
     if "driver" in flat:
         driver = graph.drivers.find(flat["driver"])
         if driver.protocol_name is not None:
             own = driver.parse_filename(filename, graph.drivers)
-            return await open_node(graph, _merge(flat, own), by_name=True, for_check=for_check)
+            return await open_node(graph, _merge(flat, own), by_name=True, flags=flags)
     child = graph.drivers.options_of(filename)
     flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
-    return await _open_or_probe(graph, flat, for_check=for_check)
+    return await _open_or_probe(graph, flat, flags=flags)
 
 
 async def _open_or_probe(
@@ -158,11 +161,11 @@ async def _open_or_probe(
     where: str = "",
     parent: Parent | None = None,
     *,
-    for_check: bool = False,
+    flags: OpenFlag = NO_FLAGS,
 ) -> BlockNode:
     if "driver" in flat:
-        return await open_node(graph, flat, where, parent=parent, by_name=True, for_check=for_check)
-    return await _open_probed(graph, flat, where, parent, for_check=for_check)
+        return await open_node(graph, flat, where, parent=parent, by_name=True, flags=flags)
+    return await _open_probed(graph, flat, where, parent, flags=flags)
 
 
 async def open_named_by(
@@ -196,7 +199,7 @@ async def _open_probed(
     where: str,
     parent: Parent | None,
     *,
-    for_check: bool = False,
+    flags: OpenFlag = NO_FLAGS,
 ) -> BlockNode:
     """Open `file` first and look what is inside (rows B04.10 and B04.11)."""
     given = {name: value for name, value in flat.items() if not name.startswith("file.")}
@@ -222,7 +225,7 @@ async def _open_probed(
             opened={"file": child},
             probed=True,
             by_name=True,
-            for_check=for_check,
+            flags=flags,
         )
     except BaseException:
         await graph.collect(child)

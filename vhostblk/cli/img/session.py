@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.flags import OpenFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.keyval import flatten, parse_flat, parse_options
 from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_cache_mode
+from vhostblk.block.opening import NO_FLAGS
 from vhostblk.block.permissions import Perm
 from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.cli.img.arguments import ImgError
@@ -103,7 +105,7 @@ class Session:
         cache: CacheMode = CACHE_MODES["writeback"],
         force_share: bool = False,
         more: Mapping[str, Any] | None = None,
-        for_check: bool = False,
+        flags: OpenFlag = NO_FLAGS,
     ) -> BlockBackend:
         """Open an image; it stays open until `close`, or the end.
 
@@ -112,6 +114,7 @@ class Session:
             image_opts: which of the two.
             driver: the image's format; found out if absent.
             more: further options of the node, dotted.
+            flags: CHECK, NO_BACKING: see `BlockGraph.open_image`.
 
         Raises:
             ImgError: it cannot be opened.
@@ -132,9 +135,7 @@ class Session:
             given["force-share"] = True
         options = {"read-only": not writable, **cache.options, **(more or {}), **given}
         try:
-            node = await self.graph.open_image(
-                None if image_opts else name, options, for_check=for_check
-            )
+            node = await self.graph.open_image(None if image_opts else name, options, flags=flags)
             if writable and node.read_only:
                 raise ConfigError("Block node is read-only")
             backend = BlockBackend(

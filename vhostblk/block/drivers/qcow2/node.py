@@ -107,7 +107,7 @@ class Qcow2Node(AmendNode, RequestNode):
         self.length = align_down(header.size, SECTOR_SIZE)
         await self._open_data_file(context)
         await self._load_tables()
-        if not self.for_check:
+        if not self.without_backing:
             await context.open_implied(
                 self, "backing", Role.COW, header.backing_name, header.backing_format
             )
