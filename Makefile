@@ -14,6 +14,7 @@
 #   make bench-scaling  queues, threads, sizes of requests, depths, idle guests
 #   make bench-python   a disk made of Python, against nbdkit's Python plugin
 #   make qtest       QEMU's own vhost-user-blk tests against the storage daemon
+#   make iotests     QEMU's own tests of the block layer with vhostblk's tools (make iotests ARGS="--format qcow2 001"; docs/iotests.md)
 #   make build       the virtual environment in .venv, and the engine
 #   make clean       remove what was built (not .venv)
 
@@ -31,7 +32,7 @@ native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostb
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
 c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz hunt verify sanitize qtest bench bench-scaling bench-python clean
+.PHONY: all setup build test test-quick lint format demo fuzz hunt verify sanitize qtest iotests bench bench-scaling bench-python clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -92,6 +93,9 @@ hunt: $(stamps)/system-test build
 
 qtest: $(stamps)/system-test build
 	tests/qtest/run $(VENV)/bin/vhostblk-storage-daemon
+
+iotests: $(stamps)/system-test build
+	$(python) -m tests.iotests $(ARGS)
 
 bench: $(stamps)/system-test build
 	@$(python) -m tests.bench $(if $(QUICK),--quick) $(ARGS)
