@@ -13,17 +13,19 @@ from vhostblk.cli.io.command import CommandError
 
 log = logging.getLogger(__name__)
 
-_DECIMAL = re.compile(r"\+?([0-9]+)(?:\.([0-9]*))?([bkmgtpe]?)\Z", re.IGNORECASE)
+# Space before the digits is skipped, as strtol(3) does: arguments are separated by spaces, tabs are a part of them.
+_SPACE = r"[\t\n\v\f\r ]*"
+_DECIMAL = re.compile(_SPACE + r"\+?([0-9]+)(?:\.([0-9]*))?([bkmgtpe]?)\Z", re.IGNORECASE)
 # After hexadecimal digits b and e are two more of them.
-_HEXADECIMAL = re.compile(r"\+?0x([0-9a-f]+)([kmgtp]?)\Z", re.IGNORECASE)
-_DEPRECATED = re.compile(r"\+?0x[0-9a-f]+[kmgtp]", re.IGNORECASE)
+_HEXADECIMAL = re.compile(_SPACE + r"\+?0x([0-9a-f]+)([kmgtp]?)\Z", re.IGNORECASE)
+_DEPRECATED = re.compile(_SPACE + r"\+?0x[0-9a-f]+[kmgtp]", re.IGNORECASE)
 _SUFFIXES = "BKMGTPE"
 _INT64_MAX = (1 << 63) - 1
 _UINT64 = 1 << 64
 # Python refuses to read thousands of digits; these are too large anyway.
 _MOST_DIGITS = 40
 
-_STRTOL = re.compile(r"[+-]?(?:0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)\Z", re.IGNORECASE)
+_STRTOL = re.compile(_SPACE + r"[+-]?(?:0x[0-9a-f]+|0[0-7]*|[1-9][0-9]*)\Z", re.IGNORECASE)
 
 
 def size(text: str) -> int:
@@ -86,6 +88,7 @@ def milliseconds(text: str) -> int:
 def _strtol(text: str) -> int | None:
     if not _STRTOL.match(text) or len(text) > _MOST_DIGITS:
         return None
+    text = text.lstrip()
     digits = text.lstrip("+-").lower()
     base = 16 if digits.startswith("0x") else 8 if digits.startswith("0") else 10
     value = int(digits, base)
