@@ -22,11 +22,13 @@ class ImgError(Exception):
     Args:
         message: empty: what there is to say has been said.
         status: the exit code.
+        more: further lines.
     """
 
-    def __init__(self, message: str = "", status: int = 1) -> None:
+    def __init__(self, message: str = "", status: int = 1, more: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.status = status
+        self.more = more
 
 
 class UsageError(ImgError):

@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         return 0
     except ImgError as error:
         sys.stdout.flush()
-        if str(error):
-            sys.stderr.write(f"{program}: {error}\n")
+        for line in (str(error), *error.more):
+            if line:
+                sys.stderr.write(f"{program}: {line}\n")
         if isinstance(error, UsageError):
             sys.stderr.write(f"Try '{program} --help' for more information\n")
         return error.status
