@@ -30,10 +30,10 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import AutoClear, Header
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.internal_snapshot import create_snapshot, delete_snapshot, go_to_snapshot
-from vhostblk.block.introspection import block_device_info
 from vhostblk.block.iov import IoVec
 from vhostblk.block.keyval import parse_options
 from vhostblk.block.node import BlockNode
+from vhostblk.block.node_info import block_device_info
 from vhostblk.block.reopen import reopen
 from vhostblk.client.client import Client
 from vhostblk.daemon import Daemon, DaemonConfig

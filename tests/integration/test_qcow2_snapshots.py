@@ -21,6 +21,7 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.graph import BlockGraph
+from vhostblk.block.image_info import query_image_info
 from vhostblk.block.internal_snapshot import (
     SnapshotInfo,
     create_snapshot,
@@ -29,7 +30,6 @@ from vhostblk.block.internal_snapshot import (
     list_snapshots,
     load_snapshot,
 )
-from vhostblk.block.introspection import image_info
 from vhostblk.block.iov import IoVec
 from vhostblk.block.keyval import parse_options
 from vhostblk.block.length import resize
@@ -172,7 +172,7 @@ def test_snapshots_of_qemu_are_listed_applied_and_deleted_and_ours_by_qemu(tmp_p
             for one in told
         ]
         assert {one.disk_size for one in found} == {SIZE}
-        assert (await image_info(node))["snapshots"] == told
+        assert (await query_image_info(node)).to_qmp()["snapshots"] == told
         await go_to_snapshot(graph, node, "one")
         made = await create_snapshot(graph, node, "three", date=1234567890_000000005)
         assert made == SnapshotInfo("3", "three", 1234567890, 5, disk_size=SIZE)

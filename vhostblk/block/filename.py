@@ -11,6 +11,7 @@ import os
 import tempfile
 from typing import Any
 
+from vhostblk.block import qjson
 from vhostblk.block.keyval import flatten
 from vhostblk.errors import ConfigError
 
@@ -72,7 +73,7 @@ def parse_json(name: str) -> dict[str, Any]:
 
 def format_json(options: dict[str, Any]) -> str:
     """The name that stands for these options; `parse_json` reads it."""
-    return _JSON + json.dumps(options)
+    return _JSON + qjson.format_json(options)
 
 
 def temporary_file() -> str:

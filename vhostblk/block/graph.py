@@ -105,7 +105,8 @@ class BlockGraph:
             options: as for `add`; without `driver` the format is guessed from the content, and inline children need
                 none: their file name says it.
             flags: CHECK: open it only for `check.check`: a damaged image will do; NO_BACKING: without the backing file
-                that the image names.
+                that the image names; NO_IO: open it, read-only, only for `image_info.query_image_info`: without its
+                data file.
 
         Raises:
             ConfigError: as `add`.

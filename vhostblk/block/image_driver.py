@@ -21,6 +21,7 @@ from vhostblk.errors import BlockError, ConfigError
 if TYPE_CHECKING:
     from vhostblk.block.check import CheckResult
     from vhostblk.block.create import Creation
+    from vhostblk.block.image_info import FormatInfo
     from vhostblk.block.internal_snapshot import SnapshotInfo
     from vhostblk.block.length import Measurement
     from vhostblk.block.node import BlockNode
@@ -57,6 +58,8 @@ class ImageDriver:
     for_check: bool = False
     # What the image says it is backed by is not opened.
     without_backing: bool = False
+    # Only to say what it is like: there are no requests, so where data is in a file of its own that is not opened.
+    without_io: bool = False
 
     # ------------------------------------------------------------------ making
 
@@ -81,6 +84,13 @@ class ImageDriver:
         )
 
     # ------------------------------------------------------------------ looking, and changing
+
+    async def driver_format_info(self) -> FormatInfo | None:
+        """What only this format knows of its images, as QMP's `ImageInfoSpecific`; see `image_info.py` (row B41.6).
+
+        Raises: ConfigError: it cannot be read.
+        """
+        return None
 
     async def driver_check(self, fix: CheckMode) -> CheckResult:
         """Look through the image, while nothing is in flight, and repair what can be (rows B35.9 and B35.10).

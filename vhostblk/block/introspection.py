@@ -4,8 +4,8 @@ A node's *full options* are all it takes to see the same bytes again: driver, th
 (`strong`), and the children's. Its *exact filename* is a name that does the same, if there is one; its *filename* is
 that, or `json:` and the full options. Modes (cache, read-only) and node names are no part of either.
 
-The dictionaries have the members that QEMU's QMP reference documents: `BlockDeviceInfo`, `ImageInfo`,
-`BlockStats`, `XDbgBlockGraph`. Knows nothing about sockets.
+The dictionaries have the members that QEMU's QMP reference documents: `BlockStats`, `XDbgBlockGraph`; `BlockDeviceInfo`
+and `ImageInfo` are in `node_info.py` and `image_info.py`. Knows nothing about sockets.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block.dirty_bitmap import DirtyInfo, query_bitmaps
 from vhostblk.block.filename import format_json
-from vhostblk.block.internal_snapshot import SnapshotInfo
 from vhostblk.block.node import BlockNode
-from vhostblk.block.op_blockers import backing_chain
 from vhostblk.block.options import strong_options
 from vhostblk.block.permissions import PERM_WORDS, Perm
 from vhostblk.block.roles import Role, primary_child
-from vhostblk.errors import BlockError, ConfigError
+from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.edge import Edge
@@ -105,104 +102,6 @@ def directory(node: BlockNode) -> str:
 
 
 # ---------------------------------------------------------------------- QMP
-
-
-async def named_nodes(graph: BlockGraph, *, flat: bool = False) -> list[dict[str, Any]]:
-    """What `query-named-block-nodes` returns: all nodes, the latest opened first (row B41.6).
-
-    Args:
-        flat: without the images that each is backed by.
-
-    Raises:
-        BlockError: one of them cannot be looked at.
-    """
-    nodes = tuple(graph.nodes.values())
-    return [await block_device_info(node, flat=flat) for node in reversed(nodes)]
-
-
-async def block_device_info(node: BlockNode, *, flat: bool = False) -> dict[str, Any]:
-    """One node as `BlockDeviceInfo`."""
-    backing = node.backing
-    answer: dict[str, Any] = {
-        "file": filename(node),
-        "node-name": node.node_name,
-        "ro": node.read_only,
-        "drv": node.driver_name,
-        "backing_file_depth": sum(bool(edge.role & Role.COW) for edge in backing_chain(node, None)),
-        "encrypted": False,
-        "detect_zeroes": node.detect_zeroes or "off",
-        # Limits of a node are those of the throttle filters above it.
-        **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),
-        "image": await image_info(node, flat=flat),
-        "cache": {
-            "writeback": True,  # row C3: nodes always are; the write cache is the device's
-            "direct": node.common.cache_direct,
-            "no-flush": node.no_flush,
-        },
-        "write_threshold": node.write_threshold,
-    }
-    if backing is not None:
-        answer["backing_file"] = filename(backing)
-    if node.bitmaps:
-        answer["dirty-bitmaps"] = [_bitmap(info) for info in query_bitmaps(node)]
-    return answer
-
-
-def _bitmap(info: DirtyInfo) -> dict[str, Any]:
-    """As `BlockDirtyInfo`."""
-    answer: dict[str, Any] = {} if info.name is None else {"name": info.name}
-    answer |= {
-        "count": info.count,
-        "granularity": info.granularity,
-        "recording": info.recording,
-        "busy": info.busy,
-        "persistent": info.persistent,
-    }
-    if info.inconsistent:
-        answer["inconsistent"] = True
-    return answer
-
-
-async def image_info(node: BlockNode, *, flat: bool = False) -> dict[str, Any]:
-    """What is in a node as `ImageInfo`."""
-    answer: dict[str, Any] = {
-        "filename": filename(node),
-        "format": node.driver_name,
-        "virtual-size": node.length,
-    }
-    try:
-        answer["actual-size"] = await node.driver_allocated_size()
-    except BlockError as error:
-        if error.errno != errno.ENOTSUP:
-            raise
-    info = node.info()
-    if info is not None:
-        answer["dirty-flag"] = info.is_dirty
-        if info.cluster_size:
-            answer["cluster-size"] = info.cluster_size
-    if node.has_internal_snapshots and (snapshots := await node.driver_snapshots()):
-        answer["snapshots"] = [_snapshot(snapshot) for snapshot in snapshots]
-    backing = node.backing
-    if backing is not None and not flat:
-        answer["backing-image"] = await image_info(backing)
-    return answer
-
-
-def _snapshot(snapshot: SnapshotInfo) -> dict[str, Any]:
-    """As QEMU's `SnapshotInfo`."""
-    seconds, nanoseconds = divmod(snapshot.vm_clock, 10**9)
-    answer: dict[str, Any] = {
-        "id": snapshot.id,
-        "name": snapshot.name,
-        "vm-state-size": snapshot.vm_state_size,
-        "date-sec": snapshot.seconds,
-        "date-nsec": snapshot.nanoseconds,
-        "vm-clock-sec": seconds,
-        "vm-clock-nsec": nanoseconds,
-    }
-    if snapshot.icount is not None:
-        answer["icount"] = snapshot.icount
-    return answer
 
 
 def block_stats(node: BlockNode) -> dict[str, Any]:

@@ -59,7 +59,8 @@ async def open_node(
         opened: children that are open already, by key.
         probed: the driver is a guess.
         by_name: as image tools write options: where inline children say no driver, their file name and content do.
-        flags: CHECK: open it only to be checked (row B35.10); NO_BACKING: without what the image says it is backed by.
+        flags: CHECK: open it only to be checked (row B35.10); NO_BACKING: without what the image says it is backed by;
+            NO_IO: only to be asked what it is like (row B41.6).
 
     Raises:
         ConfigError: one line; everything is as before.
@@ -80,6 +81,7 @@ async def open_node(
     node.probed = probed
     node.for_check = bool(flags & OpenFlag.CHECK)
     node.without_backing = bool(flags & OpenFlag.NO_BACKING)
+    node.without_io = bool(flags & OpenFlag.NO_IO)
     node.bounce = graph.bounce
     node.quiesced = graph.quiesced
     # The name is taken from here on: opening may wait.

@@ -25,10 +25,10 @@ from vhostblk.block.introspection import (
     exact_filename,
     filename,
     full_options,
-    named_nodes,
 )
 from vhostblk.block.iov import IoVec
 from vhostblk.block.node import BlockNode, OpenContext
+from vhostblk.block.node_info import named_nodes
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role
 from vhostblk.errors import ConfigError

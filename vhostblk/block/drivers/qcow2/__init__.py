@@ -24,6 +24,7 @@
 | `layout`, `create` | where things are in a new image; making one |
 | `measuring` | how large an image gets |
 | `resize`, `amend` | a disk that grows or shrinks; an image that is to be like another |
+| `format_info` | what an image is like, in QMP's words |
 | `request_node` | what is done with requests |
 | `options`, `node` | what users may ask for, the driver |
 """

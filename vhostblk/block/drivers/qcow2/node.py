@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from vhostblk.block.driver import NodeInfo, OpenContext
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
+from vhostblk.block.drivers.qcow2.bitmaps import load_directory
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import codec
@@ -23,6 +24,7 @@ from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.data_file import RawDataFile
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
+from vhostblk.block.drivers.qcow2.format_info import qcow2_facts
 from vhostblk.block.drivers.qcow2.header import (
     MAGIC,
     AutoClear,
@@ -41,6 +43,7 @@ from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import Hull
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.image_driver import BackingName
+from vhostblk.block.image_info import FormatInfo
 from vhostblk.block.iov import IoVec
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_down
@@ -201,6 +204,9 @@ class Qcow2Node(AmendNode, RequestNode):
 
     async def _open_data_file(self, context: OpenContext) -> None:
         name = self._header.data_file_name
+        if self.without_io:
+            self._data = self._file  # which nobody asks for data
+            return
         if self._header.has_data_file:
             edge = await context.open_implied(self, "data-file", Role.DATA, name)
             if edge is None:
@@ -222,6 +228,18 @@ class Qcow2Node(AmendNode, RequestNode):
             vm_state_offset=header.l1_entries_needed(header.size) * covered,
             is_dirty=bool(header.incompatible & Incompatible.DIRTY),
         )
+
+    async def driver_format_info(self) -> FormatInfo:
+        """The header, and the bitmaps as they are in the image now.
+
+        Raises:
+            ConfigError: the bitmaps are damaged.
+        """
+        try:
+            directory = await load_directory(self._file, self._header)
+        except (ImageError, BlockError) as error:
+            raise ConfigError(f"Could not read the image's bitmaps: {error}") from None
+        return FormatInfo(self.driver_name, qcow2_facts(self._header, directory))
 
     async def driver_flush_to_os(self) -> None:
         """Tables, in the order that survives a crash."""
