@@ -12,6 +12,7 @@ import tempfile
 from typing import Any
 
 from vhostblk.block import qjson
+from vhostblk.block.json_text import parse_json_text
 from vhostblk.block.keyval import flatten
 from vhostblk.errors import ConfigError
 
@@ -63,11 +64,11 @@ def parse_json(name: str) -> dict[str, Any]:
         ConfigError: it is not JSON, or not an object.
     """
     try:
-        parsed = json.loads(name.removeprefix(_JSON))
-    except (ValueError, RecursionError) as error:
+        parsed = parse_json_text(name.removeprefix(_JSON))
+    except ConfigError as error:
         raise ConfigError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(parsed, dict):
-        raise ConfigError("Invalid JSON object given: the options are not an object")
+        raise ConfigError("Invalid JSON object given")
     return flatten(parsed)
 
 

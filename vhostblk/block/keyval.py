@@ -8,11 +8,11 @@ Knows nothing about which options exist.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from vhostblk.block.json_text import parse_json_text
 from vhostblk.errors import ConfigError
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*\Z")
@@ -31,13 +31,7 @@ def parse_options(text: str, implied_key: str | None = None) -> dict[str, Any]:
         ConfigError: bad syntax.
     """
     if text.lstrip().startswith("{"):
-        try:
-            parsed = json.loads(text, object_pairs_hook=_refuse_duplicates)
-            _check_depth(parsed)
-        except ValueError as error:
-            raise ConfigError(f"invalid JSON: {error}") from None
-        except RecursionError:
-            raise ConfigError("invalid JSON: nested too deeply") from None
+        parsed = parse_json_text(text)
         assert isinstance(parsed, dict)
         return parsed
     return parse_keyval(text, implied_key)
@@ -116,23 +110,6 @@ def _insert(target: dict[str, Any], key: str, value: str) -> None:
     if isinstance(target.get(last), dict):
         raise ConfigError(f"Parameters '{key}.*' used inconsistently")
     target[last] = value
-
-
-def _check_depth(value: Any, depth: int = 0) -> None:
-    if depth > _MAX_DEPTH:
-        raise ValueError("nested too deeply")
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_depth(inner, depth + 1)
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"duplicate key '{double}'")
-    return result
 
 
 def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -84,11 +84,11 @@ BLOCKDEVS = [
     ("driver=file,file.=x", "Invalid parameter 'file.'"),
     ("a." * 3000 + "b=1", "Invalid parameter 'a.a.a."),
     # the same in JSON
-    ("{", "invalid JSON: "),
-    ('{"driver":"file","driver":"raw"}', "invalid JSON: duplicate key 'driver'"),
-    ('{"a":' * 30000 + "1" + "}" * 30000, "invalid JSON: nested too deeply"),
-    ('{"a":' * 300 + "1" + "}" * 300, "invalid JSON: nested too deeply"),
-    ('{"a":' + "9" * 5000 + "}", "invalid JSON: "),
+    ("{", "JSON parse error, premature EOI"),
+    ('{"driver":"file","driver":"raw"}', "JSON parse error, duplicate key"),
+    ('{"a":' * 30000 + "1" + "}" * 30000, "JSON nesting depth limit exceeded"),
+    ('{"a":' * 300 + "1" + "}" * 300, "JSON nesting depth limit exceeded"),
+    ('{"a":' + "9" * 5000 + "}", "Parameter 'driver' is missing"),
     ('{"driver":"ftp"}', "Unknown driver 'ftp'"),
     ('{"driver":["file"]}', "Parameter 'driver' is missing"),
     ('{"driver":5}', "Unknown driver '5'"),
@@ -161,7 +161,7 @@ EXPORTS = [
         '{"type":"vhost-user-blk","id":"e","node-name":"d","addr":"s"}',
         "Parameter 'addr.type' is missing",
     ),
-    ('{"type":', "invalid JSON: "),
+    ('{"type":', "JSON parse error, premature EOI"),
 ]
 
 OTHERS = [
