@@ -28,7 +28,18 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--format", action="append", choices=FORMATS, help="only this one (repeatable)")
     add("-g", "--groups", default=GROUPS, help=f"tests of these groups (default: {GROUPS})")
-    add("--stock", action="store_true", help="run QEMU's tools only, also where that is known")
+    add(
+        "--stock",
+        action="store_true",
+        help="run QEMU's tools only; tests that are named also if known",
+    )
+    add(
+        "--stock-program",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="QEMU's instead of ours for this one, to find out whose fault it is (repeatable)",
+    )
     add("--failed", action="store_true", help="only what failed with ours the last time, or is new")
     add("--dry-run", action="store_true", help="run nothing, show what is known")
     add("--limit", type=float, default=300, help="seconds for a test (default: 300)")
@@ -60,7 +71,8 @@ class Run:
     def _one(self, test: str, stock: Tools, ours: Tools) -> None:
         args = self._args
         theirs = self._stock.results.get(test)
-        if args.stock or (theirs is None and not args.dry_run):
+        again = args.stock and args.tests
+        if again or (theirs is None and not args.dry_run):
             theirs = run_test(stock, self._format, test, args.limit)
             self._stock.put(test, theirs)
         if theirs is None or not is_eligible(theirs):
@@ -98,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         version = get_suite()
         stock = stock_tools()
-        ours = stock if args.stock else our_tools()
+        ours = stock if args.stock else our_tools(args.stock_program)
     except BuildError as error:
         say(error)
         return error.status

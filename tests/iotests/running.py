@@ -93,6 +93,7 @@ def run_test(tools: Tools, image_format: str, test: str, limit: float) -> Result
                 in_time = _wait(process, calls, began + limit)
             finally:
                 _end(process)
+                _unmount(scratch, sockets)
         seconds = round(time.monotonic() - began, 1)
         if calls.exists():
             return Result(EMULATOR, seconds)
@@ -123,6 +124,14 @@ def _end(process: subprocess.Popen[bytes]) -> None:
                 os.kill(child, signal.SIGKILL)
             with suppress(ChildProcessError):
                 os.waitpid(child, 0)
+
+
+def _unmount(*folders: Path) -> None:
+    """Take away what storage daemons that were ended had exported with FUSE."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, point, kind = line.split()[:3]
+        if kind.startswith("fuse") and any(Path(point).is_relative_to(part) for part in folders):
+            subprocess.run(["umount", "--lazy", point], check=True)
 
 
 def _children() -> list[int]:

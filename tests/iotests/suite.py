@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tomllib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,12 +113,12 @@ def stock_tools() -> Tools:
     return Tools("stock", folder)
 
 
-def our_tools() -> Tools:
-    """Ours, from this checkout. Serving NBD is not what is tested: qemu-nbd is QEMU's."""
+def our_tools(stock: Collection[str] = ()) -> Tools:
+    """Ours, from this checkout, but for those in `stock`. Serving NBD is not what is tested: qemu-nbd is QEMU's."""
     folder = _folder("ours")
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     for name, ours in _OURS.items():
-        if ours not in scripts:  # the tool is not there yet
+        if name in stock:
             (folder / name).symlink_to(_installed(name))
             continue
         module, _, function = scripts[ours].partition(":")
