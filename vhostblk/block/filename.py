@@ -6,7 +6,6 @@ Text in, text or options out; nothing is looked at on the disk, except by `tempo
 from __future__ import annotations
 
 import errno
-import json
 import os
 import tempfile
 from typing import Any
