@@ -2,6 +2,6 @@
 
 import sys
 
-from vhostblk.cli.main import main
+from vhostblk.cli.quick_start import main
 
 sys.exit(main())

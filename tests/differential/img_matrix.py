@@ -204,7 +204,10 @@ def ours(row: Row, folder: Path) -> Outcome:
     """Run vhostblk-img, in this process if possible."""
     words = shlex.split(row.command)
     if row.process:
-        code = "import sys; from vhostblk.cli.img.program import main; sys.exit(main(None, 'qemu-img'))"
+        code = (
+            f"import sys; sys.argv[0] = '{NAME}'; "
+            "from vhostblk.cli.quick_start import img_main; sys.exit(img_main())"
+        )
         done = _run([sys.executable, "-c", code, *words], folder)
         return Outcome(done.stdout, done.stderr, done.returncode)
     with _captured() as (out, err), contextlib.chdir(folder):

@@ -14,7 +14,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening, pipeline, temporary_overlay
 from vhostblk.block.bounce import BouncePool
@@ -29,8 +29,10 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_frozen, check_op
 from vhostblk.block.quiesce import drained
 from vhostblk.block.registry import DriverRegistry
-from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError, StateError
+
+if TYPE_CHECKING:
+    from vhostblk.block.throttle_group import ThrottleGroup
 
 __all__ = ["BlockGraph", "Edge"]
 

@@ -9,34 +9,16 @@ Knows nothing about who the memory belongs to.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from vhostblk import native
+from vhostblk.block import py_buffer
 
 Buffer: TypeAlias = bytes | bytearray | memoryview | mmap.mmap
 
 _ZEROES = bytes(64 * 1024)
-
-
-class _PyBuffer(ctypes.Structure):
-    """`Py_buffer` of CPython's stable ABI (since 3.11)."""
-
-    _fields_ = (
-        ("buf", ctypes.c_void_p),
-        ("obj", ctypes.py_object),
-        ("len", ctypes.c_ssize_t),
-        ("itemsize", ctypes.c_ssize_t),
-        ("readonly", ctypes.c_int),
-        ("ndim", ctypes.c_int),
-        ("format", ctypes.c_char_p),
-        ("shape", ctypes.c_void_p),
-        ("strides", ctypes.c_void_p),
-        ("suboffsets", ctypes.c_void_p),
-        ("internal", ctypes.c_void_p),
-    )
 
 
 def address_of(buffer: Buffer) -> int:
@@ -46,12 +28,7 @@ def address_of(buffer: Buffer) -> int:
     """
     if native.available:
         return native.address_of(buffer)
-    # ctypes' own from_buffer() refuses read-only buffers, so ask the buffer protocol itself.
-    view = _PyBuffer()
-    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(buffer), ctypes.byref(view), 0)
-    address = view.buf or 0
-    ctypes.pythonapi.PyBuffer_Release(ctypes.byref(view))
-    return int(address)
+    return py_buffer.address_of(buffer)
 
 
 class IoVec:

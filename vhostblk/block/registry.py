@@ -6,9 +6,10 @@ Knows nothing about nodes that exist.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.block.driver_table import DriverPlace, DriverTable
 from vhostblk.block.filename import protocol_prefix
 from vhostblk.errors import ConfigError
 
@@ -36,7 +37,9 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
         read_write: Collection[str] = (),
         read_only: Collection[str] = (),
     ) -> None:
-        self._drivers = dict(drivers)
+        # Those of a table are imported when they are used.
+        self._drivers: Mapping[str, type[BlockNode] | DriverPlace]
+        self._drivers = drivers.places if isinstance(drivers, DriverTable) else dict(drivers)
         self._read_write = frozenset(read_write)
         self._read_only = frozenset(read_only)
 
@@ -45,7 +48,8 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
         self._drivers = {driver.driver_name: driver, **self._drivers}
 
     def __getitem__(self, name: str) -> type[BlockNode]:
-        return self._drivers[name]
+        found = self._drivers[name]
+        return found.load() if isinstance(found, DriverPlace) else found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._drivers)
@@ -67,7 +71,7 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
             raise ConfigError(
                 f"Unknown driver '{name}' for '{option}' (known: {known})", errno.ENOENT
             )
-        return self._drivers[name]
+        return self[name]
 
     def names(self, *, read_only: bool = True) -> list[str]:
         """The drivers that may be used in this way, sorted (row B03.3)."""
@@ -108,13 +112,14 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
         Raises:
             ConfigError: ENOENT; no driver has this prefix.
         """
-        best = max(self._drivers.values(), key=lambda driver: driver.probe_device(filename))
-        if best.probe_device(filename) > 0:
+        devices = self._asked(lambda place: place.devices)
+        best = max(devices, key=lambda driver: driver.probe_device(filename), default=None)
+        if best is not None and best.probe_device(filename) > 0:
             return best
         prefix = protocol_prefix(filename)
         if prefix is None or not allow_prefix:
             return self.find("file", "file name")
-        for driver in self._drivers.values():
+        for driver in self._asked(lambda place: place.protocol == prefix):
             if driver.protocol_name == prefix:
                 return driver
         raise ConfigError(f"Unknown protocol '{prefix}'", errno.ENOENT)
@@ -130,9 +135,18 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
 
     def probe(self, header: bytes | bytearray, filename: str) -> type[BlockNode] | None:
         """The format that content which begins like this is in: the highest score, the first of equals (row B04.9)."""
+        begin = bytes(header)
         best, best_score = None, 0
-        for driver in self._drivers.values():
-            score = driver.probe(bytes(header), filename)
+        for driver in self._asked(lambda place: place.may_begin(begin)):
+            score = driver.probe(begin, filename)
             if score > best_score:
                 best, best_score = driver, score
         return best
+
+    def _asked(self, can_tell: Callable[[DriverPlace], bool]) -> list[type[BlockNode]]:
+        """The drivers, but of those that need not have been imported only some."""
+        return [
+            self[name]
+            for name, found in self._drivers.items()
+            if not isinstance(found, DriverPlace) or can_tell(found)
+        ]

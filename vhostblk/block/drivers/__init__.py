@@ -1,23 +1,42 @@
-"""Protocol and format drivers, one node class per file; `DRIVERS` has them and the filters (block layer row B03)."""
+"""Protocol and format drivers, one node class per file; `DRIVERS` has them and the filters (block layer row B03).
+
+A driver is imported when it is used.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import MappingProxyType
 
-from vhostblk.block.drivers.file import FileNode, HostDeviceNode
-from vhostblk.block.drivers.memory import MemoryNode
-from vhostblk.block.drivers.null import NullNode
-from vhostblk.block.drivers.qcow2 import Qcow2Node
-from vhostblk.block.drivers.raw import RawNode
-from vhostblk.block.drivers.snapshot_access import SnapshotAccessNode
-from vhostblk.block.filters import FILTERS
-from vhostblk.block.node import BlockNode
+from vhostblk.block.driver_table import DriverPlace, DriverTable
 
-_ALL: tuple[type[BlockNode], ...] = (
-    *(FileNode, HostDeviceNode, MemoryNode, NullNode, Qcow2Node, RawNode, SnapshotAccessNode),
-    *FILTERS,
-)
-DRIVERS: Mapping[str, type[BlockNode]] = MappingProxyType(
-    {driver.driver_name: driver for driver in _ALL}
+DRIVERS = DriverTable(
+    MappingProxyType(
+        {
+            "file": DriverPlace("vhostblk.block.drivers.file", "FileNode", protocol="file"),
+            "host_device": DriverPlace(
+                "vhostblk.block.drivers.file",
+                "HostDeviceNode",
+                protocol="host_device",
+                devices=True,
+            ),
+            "memory": DriverPlace("vhostblk.block.drivers.memory", "MemoryNode"),
+            "null-co": DriverPlace("vhostblk.block.drivers.null", "NullNode", protocol="null-co"),
+            "qcow2": DriverPlace(
+                "vhostblk.block.drivers.qcow2", "Qcow2Node", signatures=((0, b"QFI\xfb"),)
+            ),
+            # Anything may be raw.
+            "raw": DriverPlace("vhostblk.block.drivers.raw", "RawNode", signatures=((0, b""),)),
+            "snapshot-access": DriverPlace(
+                "vhostblk.block.drivers.snapshot_access", "SnapshotAccessNode"
+            ),
+            "blkdebug": DriverPlace(
+                "vhostblk.block.filters.blkdebug", "BlkdebugNode", protocol="blkdebug"
+            ),
+            "copy-before-write": DriverPlace(
+                "vhostblk.block.filters.copy_before_write", "CopyBeforeWriteNode"
+            ),
+            "copy-on-read": DriverPlace("vhostblk.block.filters.copy_on_read", "CopyOnReadNode"),
+            "throttle": DriverPlace("vhostblk.block.filters.throttle", "ThrottleNode"),
+        }
+    )
 )

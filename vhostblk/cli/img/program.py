@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vhostblk import __version__
 from vhostblk.cli.img.arguments import Arguments, HelpRequest, ImgError, UsageError, parse
@@ -78,41 +79,59 @@ def _main(program: str, words: list[str]) -> int:
     command = find_command(left[0])
     if command is None:
         raise UsageError(f"Command not found: {left[0]}")
-    return asyncio.run(_run(program, command, parse(command.takes, left[1:])))
+    args = parse(command.takes, left[1:])
+    with _Stop() as stop:
+        return asyncio.run(_run(program, command, args, stop))
 
 
-async def _run(program: str, command: Command, args: Arguments) -> int:
-    stopped_by: list[signal.Signals] = []
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
+class _Stop:
+    """SIGINT and SIGTERM cancel a task, as long as the context lasts.
 
-    def stop(number: signal.Signals) -> None:
-        stopped_by.append(number)
-        task.cancel()
+    The loop's own signal handlers import what takes as long to read as a whole short run.
+    """
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.task: asyncio.Task[Any] | None = None
+
+    def __enter__(self) -> _Stop:
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before = {number: signal.signal(number, self._cancel) for number in numbers}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _cancel(self, number: int, frame: object) -> None:
+        self.signal = number
+        if self.task is not None:
+            self.task.get_loop().call_soon_threadsafe(self.task.cancel)
+
+
+async def _run(program: str, command: Command, args: Arguments, stop: _Stop) -> int:
     session = Session(program)
+    stop.task = asyncio.current_task()
     try:
+        if stop.signal is not None:
+            raise asyncio.CancelledError
         async with session:
             return await command.run(session, args)
     except (ConfigError, BlockError) as error:
         raise ImgError(reason(error)) from None
     except asyncio.CancelledError:
-        if not stopped_by:
+        if stop.signal is None:
             raise
         for name in session.unfinished:
             session.complain(f"interrupted: '{name}' is not complete")
         sys.stdout.flush()
         sys.stderr.flush()
         # The shell, and make, look at how we ended.
-        signal.signal(stopped_by[0], signal.SIG_DFL)
-        os.kill(os.getpid(), stopped_by[0])
+        signal.signal(stop.signal, signal.SIG_DFL)
+        os.kill(os.getpid(), stop.signal)
         raise
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        stop.task = None
 
 
 def _help(program: str) -> str:

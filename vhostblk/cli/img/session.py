@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vhostblk.block import throttle_group
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.graph import BlockGraph
@@ -16,9 +17,8 @@ from vhostblk.block.keyval import flatten, parse_flat, parse_options
 from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_cache_mode
 from vhostblk.block.opening import NO_FLAGS
 from vhostblk.block.permissions import Perm
-from vhostblk.block.throttle_group import ThrottleGroup
+from vhostblk.cli import objects
 from vhostblk.cli.img.arguments import ImgError
-from vhostblk.cli.objects import throttle_group
 from vhostblk.errors import BlockError, ConfigError, VhostBlkError
 
 
@@ -87,10 +87,10 @@ class Session:
                 kind = options.pop("qom-type", None)
                 if kind != "throttle-group":
                     raise ConfigError(f"type '{kind}' is not supported (allowed: throttle-group)")
-                name, limits = throttle_group(options)
+                name, limits = objects.throttle_group(options)
             except ConfigError as error:
                 raise ImgError(str(error)) from None
-            self.graph.throttle_groups[name] = ThrottleGroup(name, limits)
+            self.graph.throttle_groups[name] = throttle_group.ThrottleGroup(name, limits)
 
     # ------------------------------------------------------------------ images
 

@@ -1,0 +1,124 @@
+"""Where programs start: what a short run does not need is imported when it is first used.
+
+Scripts run image tools thousands of times, and most of such a run was reading modules. Theory of operation: a module
+of `LATE` is there when somebody imports it, but executed when somebody looks into it. That is of use where modules are
+imported as such (`import x`, `from package import x`), and harmless elsewhere. `importlib.util.LazyLoader` is the same
+in principle; Python 3.11's executes a module when it is imported for the second time, and minds no threads.
+
+It concerns only a process that was started here. Knows nothing about what the programs do.
+"""
+
+from __future__ import annotations
+
+import sys
+from _thread import RLock
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
+
+LATE = frozenset(
+    {
+        # What the standard library imports for what image tools do not do: TLS, signatures.
+        *("asyncio.sslproto", "ssl", "inspect", "ipaddress"),
+        *("tempfile", "json", "ctypes", "textwrap"),
+        *("vhostblk.block.py_buffer", "vhostblk.block.throttle_group", "vhostblk.cli.objects"),
+    }
+)
+"""Names of modules."""
+
+
+class _LateModule(ModuleType):
+    """A module that has not been executed."""
+
+    def __getattribute__(self, name: str) -> Any:
+        get = super().__getattribute__
+        # The import system looks there each time the module is imported.
+        if name not in ("__spec__", "__class__"):
+            loader = get("__spec__").loader
+            if isinstance(loader, _LateLoader):
+                loader.execute(self)
+        return get(name)
+
+
+class _LateLoader:
+    """Executes a module when it is used; see `importlib.abc.Loader`."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self._begun = False
+        # Whoever comes while it is executed waits, unless it is the module itself.
+        self._lock = RLock()
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """A usual one."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Not yet."""
+        module.__class__ = _LateModule
+
+    def execute(self, module: ModuleType) -> None:
+        """Now, unless it has been done."""
+        with self._lock:
+            if self._begun:
+                return
+            self._begun = True
+            self._loader.exec_module(module)
+            assert module.__spec__ is not None
+            module.__spec__.loader = self._loader
+            module.__class__ = ModuleType
+
+
+class _LateFinder:
+    """Finds modules of `LATE`; see `importlib.abc.MetaPathFinder`."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Where they are anyway, with another loader."""
+        if name not in LATE:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LateLoader(spec.loader)  # type: ignore[assignment]
+        return spec
+
+
+def main() -> int:
+    """Run `vhostblk`; returns its exit code."""
+    if sys.argv[1:2] == ["img"]:
+        return _img(sys.argv[2:], "vhostblk-img")
+    if sys.argv[1:2] == ["io"]:
+        _import_late()
+    from vhostblk.cli.main import main
+
+    return main()
+
+
+def img_main() -> int:
+    """Run `vhostblk-img`; returns its exit code."""
+    return _img()
+
+
+def io_main() -> int:
+    """Run `vhostblk-io`; returns its exit code."""
+    _import_late()
+    from vhostblk.cli.io.program import main
+
+    return main()
+
+
+def _img(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    _import_late()
+    from vhostblk.cli.img.program import main
+
+    return main(argv, program)
+
+
+def _import_late() -> None:
+    sys.meta_path.insert(0, _LateFinder)
