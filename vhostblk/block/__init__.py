@@ -10,8 +10,8 @@ names, `extent.py`, `host_extent.py` and `extent_user.py` what may be done witho
 `block_copy.py`, and `snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an
 image keeps.
 
-The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and `driver_table.py` drivers,
-`edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
+The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and `driver_table.py`
+drivers, `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
 where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
 `reopen.py`, `activation.py` and `length.py`; `create.py` and `amend.py` make and change images,
 `measure.py` says how large they get, `check.py` looks whether one is whole.

@@ -52,6 +52,8 @@ def parse_json_text(text: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Token:
+    """What a text is made of."""
+
     kind: str
     text: str
 

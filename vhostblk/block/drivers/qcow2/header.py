@@ -363,6 +363,8 @@ def cluster_size_of(data: bytes | bytearray) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Version3:
+    """What version 2 has not."""
+
     incompatible: int = 0
     compatible: int = 0
     autoclear: int = 0

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class _Use:
+    """Somebody who uses a range."""
+
     start: int
     end: int
     alone: bool
