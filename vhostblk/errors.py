@@ -42,11 +42,18 @@ class ConfigError(VhostBlkError):
 
     Args:
         errno: for callers that speak errno, as those of an image tool do; EINVAL unless something else is known.
+        qemu_text: what QEMU's image tools say of the same, where scripts may look at it, in one or more lines; the
+            message if absent.
     """
 
-    def __init__(self, message: str, errno: int = _errno.EINVAL) -> None:
+    def __init__(self, message: str, errno: int = _errno.EINVAL, *, qemu_text: str = "") -> None:
         super().__init__(message)
         self.errno = errno
+        self.qemu_text = qemu_text or message
+
+    def within(self, what: str) -> ConfigError:
+        """The same as a part of something larger, which is named before it."""
+        return ConfigError(f"{what}: {self}", self.errno, qemu_text=f"{what}: {self.qemu_text}")
 
 
 class StateError(VhostBlkError):

@@ -15,8 +15,7 @@ from pathlib import Path
 from hypothesis import reject
 
 from vhostblk.block.limits import SECTOR_SIZE
-from vhostblk.cli.io.program import build_io_parser
-from vhostblk.cli.program import run_program
+from vhostblk.cli.io.program import main
 
 NAME = "qemu-io"  # what both call themselves in messages
 DEADLINE = 60.0
@@ -117,7 +116,7 @@ def run_vhostblk_io(image: Path, arguments: Sequence[str]) -> Outcome:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = run_program(build_io_parser(NAME), arguments)
+            status = main(arguments, NAME)
         except SystemExit as stop:
             status = int(str(stop.code))
     return outcome(image, out.getvalue(), err.getvalue(), status)

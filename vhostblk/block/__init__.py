@@ -17,8 +17,8 @@ where; `transaction.py` changes that happen as a whole or not at all; on top of 
 `measure.py` says how large they get, `check.py` looks whether one is whole.
 Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what
 is in layers, and work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users
-write and read: `options.py`, `keyval.py`, `filename.py`, `modes.py`, `qjson.py`; `introspection.py`, `node_info.py`
-and `image_info.py` say what there is.
+write and read: `options.py`, `keyval.py`, `filename.py`, `modes.py`, `json_text.py`,
+`qjson.py`; `introspection.py`, `node_info.py` and `image_info.py` say what there is.
 `throttle_group.py` and `leaky_bucket.py` are budgets. `backend.py` is the view from outside,
 `no_medium.py` what it stands on without a disk, `host_io.py` file I/O, `drivers/` and `filters/`
 one node class per file.

@@ -129,7 +129,11 @@ class BlockGraph:
             ConfigError: ENODEV; there is none.
         """
         if name not in self.nodes or self.nodes[name] in self._opening:
-            raise ConfigError(f"Cannot find node '{name}'", errno.ENODEV)
+            raise ConfigError(
+                f"Cannot find node '{name}'",
+                errno.ENODEV,
+                qemu_text=f"Cannot find device='{name}' nor node-name='{name}'",
+            )
         return self.nodes[name]
 
     async def remove(self, name: str) -> None:

@@ -8,6 +8,7 @@ Knows nothing about which options exist.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,13 @@ from typing import Any
 from vhostblk.block.json_text import parse_json_text
 from vhostblk.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*\Z")
+
+# Of image tools: anything up to what ends it; a value, in which two commas are one.
+_NAME = re.compile(r"([^=,]*)(=|,|\Z)", re.DOTALL)
+_VALUE = re.compile(r"((?:[^,]+|,,)*)(?:,|\Z)", re.DOTALL)
 
 # Nobody writes such; but what is nested is walked recursively.
 _MAX_DEPTH = 64
@@ -62,19 +69,50 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
     return result
 
 
-def parse_flat(text: str) -> dict[str, str]:
-    """Parse `key=value,...` as image tools take it: dotted keys stay as they are, `key` alone is `key=on`.
+def parse_flat(text: str, implied_key: str | None = None) -> dict[str, str]:
+    """Parse `key=value,...` as image tools take it: dotted keys stay as they are, and any key will do.
+
+    `key` alone is `key=on`, `nokey` is `key=off`; either is logged, because QEMU will not have it for ever.
+
+    Args:
+        implied_key: what the first value is for when it comes without a key.
 
     Raises:
-        ConfigError: bad syntax.
+        ConfigError: nested too deeply.
     """
     result: dict[str, str] = {}
-    for item in filter(None, _split(text)):
-        key, separator, value = item.partition("=")
-        if not _KEY.match(key) or key.count(".") > _MAX_DEPTH:
+    position = 0
+    while position < len(text):
+        match = _NAME.match(text, position)
+        assert match is not None
+        key, ends_with = match.groups()
+        position = match.end()
+        if ends_with == "=":
+            value, position = _flat_value(text, position)
+        elif implied_key is not None and not result:
+            value, position = _flat_value(text, match.start())
+            key = implied_key
+        else:
+            value = "on"
+            if key.startswith("no"):
+                key, value = key[2:], "off"
+            _warn_of_flag(match[1], key, value)
+        if key.count(".") > _MAX_DEPTH:
             raise ConfigError(f"Invalid parameter '{key}'")
-        result[key] = value if separator else "on"
+        result[key] = value
     return result
+
+
+def _flat_value(text: str, start: int) -> tuple[str, int]:
+    """A value, and where the next key begins."""
+    match = _VALUE.match(text, start)
+    assert match is not None
+    return match[1].replace(",,", ","), match.end()
+
+
+def _warn_of_flag(written: str, key: str, value: str) -> None:
+    warning = f"short-form boolean option '{written}' deprecated\nPlease use {key}={value} instead"
+    log.warning("%s", warning, extra={"qemu_warns": warning})
 
 
 def _split(text: str) -> list[str]:
@@ -137,5 +175,9 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             for count in range(1, len(parts)):
                 parent = ".".join(parts[:count])
                 if parent in flat:
-                    raise ConfigError(f"Parameters '{parent}.*' used inconsistently")
+                    raise ConfigError(
+                        f"Parameters '{parent}.*' used inconsistently",
+                        qemu_text="Cannot reference an existing block device with additional options "
+                        "or a new filename",
+                    )
     return flat

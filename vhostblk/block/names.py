@@ -46,7 +46,8 @@ class Names:
         if not _NODE_NAME.match(wanted):
             raise ConfigError(
                 f"Invalid node-name: '{wanted}' (a letter, then letters, digits, '-', '.' or '_', "
-                "31 characters at most)"
+                "31 characters at most)",
+                qemu_text=f"Invalid node-name: '{wanted}'",
             )
         if wanted in self.devices:
             raise ConfigError(f"node-name={wanted} is conflicting with a device id")

@@ -37,6 +37,7 @@ Parent = tuple[NodeOptions, Role]
 # Of images that name one another. Each takes some frames of Python's stack while they open.
 _MAX_DEPTH = 128
 NO_FLAGS = OpenFlag(0)
+_NO_CHILD = 'A block device must be specified for "{}"'
 
 
 async def open_node(
@@ -185,7 +186,7 @@ async def open_named_by(
             flat["driver"] = driver
         return await _open_or_probe(graph, flat, "", (parent.common, Role.COW))
     except ConfigError as error:
-        raise ConfigError(f"Could not open backing file: {error}", error.errno) from None
+        raise error.within("Could not open backing file") from None
 
 
 def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -254,7 +255,11 @@ async def _probe(graph: BlockGraph, child: BlockNode) -> str:
         ) from None
     driver = graph.drivers.probe(header, str(child.given.get("filename", "")))
     if driver is None:
-        raise ConfigError("Could not determine image format: no driver knows it", 2)
+        raise ConfigError(
+            "Could not determine image format: no driver knows it",
+            errno.ENOENT,
+            qemu_text="Could not determine image format: No compatible driver found",
+        )
     return driver.driver_name
 
 
@@ -279,7 +284,10 @@ class Opening:
         edge = await self.open_optional_child(parent, key, role)
         if edge is None:
             name = f"{self._where}{key}"
-            raise ConfigError(f"Parameter '{name}' is missing: a node name or '{key}.' options")
+            raise ConfigError(
+                f"Parameter '{name}' is missing: a node name or '{key}.' options",
+                qemu_text=_NO_CHILD.format(key),
+            )
         return edge
 
     async def open_optional_child(self, parent: BlockNode, key: str, role: Role) -> Edge | None:
@@ -321,7 +329,7 @@ class Opening:
             )
         except ConfigError as error:
             what = "backing file" if role & Role.COW else f"'{key}'"
-            raise ConfigError(f"Could not open {what}: {error}", error.errno) from None
+            raise error.within(f"Could not open {what}") from None
         node.inherits_from, node.inherits_as = parent, role
         if not given and protocol_prefix(name) is not None:
             parent.implied[key] = filename(node)
@@ -357,14 +365,25 @@ class Opening:
                 reference.inherits_from, reference.inherits_as = parent, role
                 return reference
             if not isinstance(reference, str):
-                raise ConfigError(f"Parameter '{name}' expects a node name, not '{reference}'")
-            return self._graph.find(reference)
+                raise ConfigError(
+                    f"Parameter '{name}' expects a node name, not '{reference}'",
+                    qemu_text=_NO_CHILD.format(key),
+                )
+            return self._find(reference, role)
         flat = self._inline(key)
         if not flat:
             return None
         node = await self._open_inline(parent, flat, f"{name}.", role)
         node.inherits_from, node.inherits_as = parent, role
         return node
+
+    def _find(self, name: str, role: Role) -> BlockNode:
+        try:
+            return self._graph.find(name)
+        except ConfigError as error:
+            raise (
+                error.within("Could not open backing file") if role & Role.COW else error
+            ) from None
 
     def _inline(self, key: str) -> dict[str, Any]:
         """The options under `key.`, flat."""

@@ -59,6 +59,8 @@ class OptionType:
     name: str
     is_list: bool = False  # `read` is given what is under the name, with the numbers as keys
     item: type[Any] | None = None  # the option set of each item of a list: `list_of`
+    # What QEMU's image tools say of a value that is none; {name} and {value} stand for both.
+    qemu_text: str = ""
 
 
 def to_boolean(name: str, value: Any) -> bool:
@@ -124,15 +126,30 @@ def to_identifier(name: str, value: Any) -> str:
     )
 
 
-BOOLEAN = OptionType(to_boolean, "on|off")
-SIZE = OptionType(to_size, "size")
-INTEGER = OptionType(to_integer, "number")
+BOOLEAN = OptionType(to_boolean, "on|off", qemu_text="Parameter '{name}' expects 'on' or 'off'")
+SIZE = OptionType(
+    to_size,
+    "size",
+    qemu_text="Parameter '{name}' expects a non-negative number below 2^64\n"
+    "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+    "and exabytes, respectively.",
+)
+INTEGER = OptionType(to_integer, "number", qemu_text="Parameter '{name}' expects a number")
 STRING = OptionType(to_string, "string")
-IDENTIFIER = OptionType(to_identifier, "string")
+IDENTIFIER = OptionType(
+    to_identifier,
+    "string",
+    qemu_text="Parameter '{name}' expects an identifier\n"
+    "Identifiers consist of letters, digits, '-', '.', '_', starting with a letter.",
+)
 
 
-def choice(*values: str) -> OptionType:
-    """One of several words."""
+def choice(*values: str, qemu_text: str = "invalid parameter value: {value}") -> OptionType:
+    """One of several words.
+
+    Args:
+        qemu_text: see `OptionType`.
+    """
 
     def read(name: str, value: Any) -> str:
         if value in values:
@@ -141,7 +158,7 @@ def choice(*values: str) -> OptionType:
             f"Parameter '{name}' does not accept value '{value}' (allowed: {', '.join(values)})"
         )
 
-    return OptionType(read, "|".join(values))
+    return OptionType(read, "|".join(values), qemu_text=qemu_text)
 
 
 def list_of(item: type[Any]) -> OptionType:
@@ -190,6 +207,7 @@ def option(
     name: str = "",
     mutable: bool = False,
     strong: bool = False,
+    missing: str = "",
 ) -> Any:
     """A field of an option set.
 
@@ -198,8 +216,16 @@ def option(
         name: QEMU's name, dots included; by default the field's name with dashes.
         mutable: a reopen may change it (row B34.3).
         strong: it decides which bytes the node shows, so it is part of the node's name (row B41.2).
+        missing: what QEMU's image tools say where it is required, and is not there.
     """
-    metadata = {"type": kind, "about": about, "name": name, "mutable": mutable, "strong": strong}
+    metadata = {
+        "type": kind,
+        "about": about,
+        "name": name,
+        "mutable": mutable,
+        "strong": strong,
+        "missing": missing,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -229,10 +255,20 @@ def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
         if kind.is_list:
             values[field.name] = kind.read(f"{where}{name}", _below(flat, name))
         elif name in flat:
-            values[field.name] = kind.read(f"{where}{name}", flat.pop(name))
+            values[field.name] = _read(kind, name, flat.pop(name), where)
         elif field.default is dataclasses.MISSING:
-            raise ConfigError(f"Parameter '{where}{name}' is missing")
+            raise ConfigError(
+                f"Parameter '{where}{name}' is missing", qemu_text=field.metadata["missing"]
+            )
     return options_type(**values)
+
+
+def _read(kind: OptionType, name: str, value: Any, where: str) -> Any:
+    try:
+        return kind.read(f"{where}{name}", value)
+    except ConfigError as error:
+        text = kind.qemu_text.format(name=name, value=value)
+        raise ConfigError(str(error), error.errno, qemu_text=text) from None
 
 
 def consume_all(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
@@ -270,8 +306,15 @@ def leftover(
         if name not in known and name.partition(".")[0] not in lists:
             node = f" (node '{node_name}')" if node_name else ""
             raise ConfigError(
-                f"Block {level} '{driver}'{node} does not support the option '{where}{name}'"
+                f"Block {level} '{driver}'{node} does not support the option '{where}{name}'",
+                qemu_text=_no_such_option(level, driver, name),
             )
+
+
+def _no_such_option(level: str, driver: str, name: str) -> str:
+    if level == "protocol":
+        return f"Block protocol '{driver}' doesn't support the option '{name}'"
+    return f"Block format '{driver}' does not support the option '{name}'"
 
 
 def strong_options(options: Any) -> dict[str, Any]:
@@ -334,7 +377,7 @@ class NodeOptions:
         BOOLEAN, False, about="open read-only if the file does not allow writing", mutable=True
     )
     discard: str = option(
-        choice("ignore", "unmap", "off", "on"),
+        choice("ignore", "unmap", "off", "on", qemu_text="Invalid discard option"),
         "ignore",
         about="whether discards reach the file",
         mutable=True,
@@ -369,7 +412,12 @@ class NodeOptions:
         object.__setattr__(self, "discard", words.get(self.discard, self.discard))
         if self.detect_zeroes == "unmap" and self.discard != "unmap":
             raise ConfigError(
-                "Parameter 'detect-zeroes=unmap' can only be used with 'discard=unmap'"  # row B06.4
+                # row B06.4
+                "Parameter 'detect-zeroes=unmap' can only be used with 'discard=unmap'",
+                qemu_text="setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
             )
         if self.force_share and not self.read_only:
-            raise ConfigError("Parameter 'force-share=on' can only be used with 'read-only=on'")
+            raise ConfigError(
+                "Parameter 'force-share=on' can only be used with 'read-only=on'",
+                qemu_text="force-share=on can only be used with read-only images",
+            )

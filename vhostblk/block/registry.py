@@ -69,7 +69,9 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
         if not isinstance(name, str) or name not in self._drivers:
             known = ", ".join(sorted(self._drivers))
             raise ConfigError(
-                f"Unknown driver '{name}' for '{option}' (known: {known})", errno.ENOENT
+                f"Unknown driver '{name}' for '{option}' (known: {known})",
+                errno.ENOENT,
+                qemu_text=f"Unknown driver '{name}'",
             )
         return self[name]
 

@@ -24,11 +24,9 @@ COMMANDS = {
 }
 """What each is for, in the order of the help."""
 
-# The others are modules of their own name.
-_MODULES = {"io": "io.program"}
-
-# Reads its words itself, as scripts for qemu-img expect.
+# These read their words themselves, as scripts for qemu-img and qemu-io expect.
 _IMG = "img"
+_IO = "io"
 
 
 def build_parser(*wanted: str) -> Parser:
@@ -50,7 +48,7 @@ def build_parser(*wanted: str) -> Parser:
         command = commands.add_parser(
             name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter
         )
-        if name != _IMG and (name in wanted or not wanted):
+        if name not in (_IMG, _IO) and (name in wanted or not wanted):
             module = _module(name)
             command.description = module.DESCRIPTION
             command.epilog = module.EXAMPLES
@@ -61,8 +59,7 @@ def build_parser(*wanted: str) -> Parser:
 
 
 def _module(command: str) -> Any:
-    name = _MODULES.get(command, command.replace("-", "_"))
-    return importlib.import_module(f"vhostblk.cli.{name}")
+    return importlib.import_module(f"vhostblk.cli.{command.replace('-', '_')}")
 
 
 def build_storage_daemon_parser() -> Parser:
@@ -77,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vhostblk.cli.img.program import main as img_main
 
         return img_main(words[1:], "vhostblk-img")
+    if words and words[0] == _IO:
+        from vhostblk.cli.io.program import main as io_main
+
+        return io_main(words[1:], "vhostblk-io")
     # The first that could be one is the command, or the value of an option that does not take it.
     command = next((word for word in words if word in COMMANDS), "")
     return run_program(build_parser(command), argv)

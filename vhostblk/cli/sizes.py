@@ -30,7 +30,8 @@ def read_size(text: str) -> int:
         OverflowError: it does not fit into 64 bits.
     """
     if _DEPRECATED.match(text):
-        log.warning("Using a multiplier suffix on hex numbers is deprecated: %s", text)
+        warning = f"Using a multiplier suffix on hex numbers is deprecated: {text}"
+        log.warning("%s", warning, extra={"qemu_warns": warning})
     if match := _HEXADECIMAL.match(text):
         digits, suffix, fraction = match[1], match[2], 0
         base = 16

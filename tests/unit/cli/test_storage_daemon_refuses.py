@@ -35,7 +35,7 @@ BLOCKDEVS = [
         "(node 'd') does not support the option 'typo'",
     ),
     ("file,node-name=d", "Parameter 'filename' is missing"),
-    ("file,node-name=d,filename=", "Could not open '': No such file"),
+    ("file,node-name=d,filename=", "The 'file' block driver requires a file name"),
     ("file,node-name=d,filename=missing", "Could not open 'missing': No such file"),
     ("file,node-name=d,filename=folder", "Could not open 'folder': Is a directory"),
     ("file,node-name=d,filename=fifo", "Could not open 'fifo': neither a regular"),

@@ -39,7 +39,12 @@ _NEVER_SHARED = Perm.WRITE | Perm.RESIZE
 class FileOptions:
     """QEMU's options for file and host_device."""
 
-    filename: str = option(STRING, about="path of the file or block device", strong=True)
+    filename: str = option(
+        STRING,
+        about="path of the file or block device",
+        strong=True,
+        missing="The 'file' block driver requires a file name",
+    )
     aio: str | None = option(
         choice("threads", "io_uring"), None, about="how to do I/O; the fastest that works if absent"
     )
@@ -89,6 +94,8 @@ class FileNode(PosixNode):
         Raises:
             ConfigError: it cannot be opened, or is not a regular file or block device.
         """
+        if not self.options.filename:
+            raise ConfigError(f"The '{self.driver_name}' block driver requires a file name")
         self._io = context.host_io(self.options.aio)
         opened = await self._open(self.options.filename, self.common, self.read_only)
         self._pool = self.options.aio == "threads"
@@ -113,6 +120,7 @@ class FileNode(PosixNode):
             raise ConfigError(
                 f"Could not open '{self.options.filename}': {error.strerror}{_hint(error, common)}",
                 error.errno or errno.EIO,
+                qemu_text=f"Could not open '{self.options.filename}': {_reason(error, common)}",
             ) from None
 
     def _open_file(self, path: str, common: NodeOptions, read_only: bool) -> _Opened:
@@ -137,12 +145,13 @@ class FileNode(PosixNode):
         return _Opened(fd, direct, read_only, found)
 
     def _check_kind(self, mode: int) -> None:
-        if stat.S_ISDIR(mode):
+        if stat.S_ISDIR(mode) and not self.common.read_only:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise ConfigError(
                 f"Could not open '{self.options.filename}': neither a regular file nor a block "
-                "device"
+                "device",
+                qemu_text=f"'{self.driver_name}' driver requires '{self.options.filename}' to be a regular file",
             )
 
     def exact_filename(self) -> str:
@@ -239,8 +248,17 @@ class HostDeviceNode(FileNode):
     def _check_kind(self, mode: int) -> None:
         if not stat.S_ISBLK(mode):
             raise ConfigError(
-                f"'host_device' driver requires '{self.options.filename}' to be a block device"
+                f"'host_device' driver requires '{self.options.filename}' to be a block device",
+                qemu_text=f"'host_device' driver requires '{self.options.filename}' to be either a character or block "
+                "device",
             )
+
+
+def _reason(error: OSError, common: NodeOptions) -> str:
+    """What QEMU says."""
+    if error.errno == errno.EINVAL and common.cache_direct:
+        return "filesystem does not support O_DIRECT"
+    return os.strerror(error.errno or errno.EIO)
 
 
 def _hint(error: OSError, common: NodeOptions) -> str:

@@ -104,6 +104,7 @@ class ImageLock:
                 raise ConfigError(
                     f"Failed to lock byte {offset} of '{self._filename}': another process holds it",
                     errno.EAGAIN,
+                    qemu_text=f"Failed to lock byte {offset}",
                 ) from None
             self._held.add(offset)
 
@@ -125,6 +126,8 @@ class ImageLock:
                         f'Failed to get {kind}"{name}" lock: is another process using the image '
                         f"[{self._filename}]?",
                         errno.EAGAIN,
+                        qemu_text=f'Failed to get {kind}"{name}" lock\n'
+                        f"Is another process using the image [{self._filename}]?",
                     )
 
     def _control(self, command: int, kind: int, offset: int) -> bool:

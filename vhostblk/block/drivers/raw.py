@@ -15,6 +15,7 @@ from vhostblk.block.copy_range import copy_range_from, copy_range_to
 from vhostblk.block.driver import NodeInfo
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
+from vhostblk.block.introspection import filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.length import Measurement, measure_raw
 from vhostblk.block.limits import SECTOR_SIZE, align_down
@@ -39,6 +40,12 @@ if TYPE_CHECKING:
     from vhostblk.block.reopen import Reopen
 
 log = logging.getLogger(__name__)
+
+# What QEMU prints, wherever an image is opened.
+_GUESSED = """\
+WARNING: Image format was not specified for '{filename}' and probing guessed raw.
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.
+         Specify the 'raw' format explicitly to remove the restrictions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +131,7 @@ class RawNode(BlockNode):
                 "node '%s': nobody said which format it has, and raw was guessed: the first sector can only be "
                 "written in ways that do not look like another format (driver=raw lifts this)",
                 self.node_name,
+                extra={"qemu_says": _GUESSED.format(filename=filename(child))},
             )
         self.block_sizes = child.block_sizes
         self.length = _window(self.options, child.length)
@@ -293,15 +301,21 @@ def _window(options: RawOptions, available: int) -> int:
     if offset > available:
         raise ConfigError(
             f"Parameter 'offset': {offset} is greater than the size of the containing file "
-            f"({available})"
+            f"({available})",
+            qemu_text=f"Offset ({offset}) cannot be greater than size of the containing file ({available})",
         )
     if size is None:
         return align_down(available - offset, SECTOR_SIZE)
     if size > available - offset:
         raise ConfigError(
             f"Parameter 'size': the sum of offset ({offset}) and size ({size}) is greater than "
-            f"the size of the containing file ({available})"
+            f"the size of the containing file ({available})",
+            qemu_text=f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the  actual size "
+            f"of the containing file ({available})",
         )
     if size % SECTOR_SIZE:
-        raise ConfigError(f"Parameter 'size': {size} is not a multiple of {SECTOR_SIZE}")
+        raise ConfigError(
+            f"Parameter 'size': {size} is not a multiple of {SECTOR_SIZE}",
+            qemu_text=f"Specified size is not multiple of {SECTOR_SIZE}",
+        )
     return size

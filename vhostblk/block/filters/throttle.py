@@ -15,7 +15,11 @@ from vhostblk.block.throttle_group import READ, WRITE, Member, ThrottleGroup
 class ThrottleOptions:
     """QEMU's options for throttle, besides `file`."""
 
-    throttle_group: str = option(STRING, about="id of the throttle-group object")
+    throttle_group: str = option(
+        STRING,
+        about="id of the throttle-group object",
+        missing="Please specify a throttle group",
+    )
 
 
 class ThrottleNode(FilterNode):

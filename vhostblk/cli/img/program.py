@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import getopt
-import logging
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ from vhostblk import __version__
 from vhostblk.cli.img.arguments import Arguments, HelpRequest, ImgError, UsageError, parse
 from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import SYNOPSES, Command, find_command
+from vhostblk.cli.tool_log import ToolLog
 from vhostblk.errors import BlockError, ConfigError
 
 HELP = """\
@@ -46,9 +46,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """
     program = program or Path(sys.argv[0]).name
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(stream=sys.stderr, format=f"{program}: %(levelname)s: %(message)s")
     try:
-        return _main(program, words)
+        with ToolLog(program):
+            return _main(program, words)
     except HelpRequest:
         sys.stdout.write(_help(program))
         return 0

@@ -89,7 +89,7 @@ class Session:
                     raise ConfigError(f"type '{kind}' is not supported (allowed: throttle-group)")
                 name, limits = objects.throttle_group(options)
             except ConfigError as error:
-                raise ImgError(str(error)) from None
+                raise ImgError(error.qemu_text) from None
             self.graph.throttle_groups[name] = throttle_group.ThrottleGroup(name, limits)
 
     # ------------------------------------------------------------------ images
@@ -126,7 +126,7 @@ class Session:
             try:
                 given = dict(parse_flat(name))
             except ConfigError as error:
-                raise ImgError(str(error)) from None
+                raise ImgError(error.qemu_text) from None
         elif driver is not None:
             given["driver"] = driver
         if force_share:
@@ -179,4 +179,6 @@ def cache_mode(text: str, what: str = "cache") -> CacheMode:
 
 def reason(error: VhostBlkError) -> str:
     """What went wrong, for the end of a line."""
+    if isinstance(error, ConfigError):
+        return error.qemu_text
     return (error.strerror or str(error)) if isinstance(error, BlockError) else str(error)

@@ -65,7 +65,7 @@ def image_options(text: str) -> dict[str, str]:
     try:
         return parse_flat(text)
     except ConfigError as error:
-        raise RefusedError(str(error)) from None
+        raise RefusedError(error.qemu_text) from None
 
 
 @dataclass
@@ -146,6 +146,6 @@ async def reopen(session: Session, args: Reopen) -> None:
             image.resizes = False
         await reopen_nodes(image.graph, {image.node: options})
     except ConfigError as error:
-        raise RefusedError(str(error)) from None
+        raise RefusedError(error.qemu_text) from None
     image.cache = cache
     image.backend.write_cache = not cache.writethrough

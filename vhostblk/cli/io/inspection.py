@@ -6,9 +6,11 @@ import os
 from dataclasses import dataclass
 
 from vhostblk.block.flags import Preallocation
+from vhostblk.block.image_info import format_info
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.node import BlockNode
 from vhostblk.block.status import is_allocated
+from vhostblk.cli.image_info_text import format_info_lines
 from vhostblk.cli.io.command import (
     Arguments,
     CommandError,
@@ -20,7 +22,7 @@ from vhostblk.cli.io.command import (
 from vhostblk.cli.io.numbers import size
 from vhostblk.cli.io.report import human
 from vhostblk.cli.io.session import Session
-from vhostblk.errors import BlockError
+from vhostblk.errors import BlockError, ConfigError
 
 
 async def length(session: Session, args: Arguments) -> None:
@@ -39,6 +41,13 @@ async def info(session: Session, args: Arguments) -> None:
         raise CommandError
     session.out(f"cluster size: {human(facts.cluster_size)}")
     session.out(f"vm state offset: {human(facts.vm_state_offset)}")
+    try:
+        known = await format_info(node)
+    except ConfigError as error:
+        raise RefusedError(error.qemu_text) from None
+    if known is not None:
+        for line in format_info_lines(known):
+            session.out(line)
 
 
 async def map_(session: Session, args: Arguments) -> None:

@@ -6,18 +6,22 @@ import argparse
 import asyncio
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vhostblk import __version__
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.cli.getopt_long import GetoptParser
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.cli.io.image import aio_mode, cache_mode, discard_mode, image_options, modes_of
 from vhostblk.cli.io.session import Modes, Session
 from vhostblk.cli.io.shell import run_commands
 from vhostblk.cli.objects import throttle_group
-from vhostblk.cli.program import Parser, build_program, run_program
+from vhostblk.cli.program import LOG_LEVELS
+from vhostblk.cli.tool_log import ToolLog
+from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import ConfigError
 
 DESCRIPTION = """\
@@ -33,9 +37,10 @@ Example: write a pattern, look whether it is there, and what is allocated:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
+    """Declare the options of the command, in qemu-io's order: messages name several in it."""
     add = parser.add_argument
     add("file", nargs="?", metavar="FILE", help="the image; none: `open` opens one")
+    add("-V", action="version", version=f"%(prog)s version {__version__}", help=argparse.SUPPRESS)
     add(
         "-c",
         "--cmd",
@@ -45,33 +50,80 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="a command with its arguments; repeatable, in order",
     )
     add("-f", "--format", metavar="DRIVER", help="the image's format; found out if absent")
-    add("--image-opts", action="store_true", help="FILE is a list of options: driver=raw,…")
+    add("-r", "--read-only", action="store_true", help="open it read-only")
+    add("-s", "--snapshot", action="store_true", help="keep what is written in a temporary file")
+    add("-n", "--nocache", dest="no_cache", action="store_true", help="as -t none")
+    add("-C", "--copy-on-read", action="store_true", help="write what is read to the top layer")
+    add("-m", "--misalign", action="store_true", help="use buffers that are not aligned")
+    add("-k", "--native-aio", action="store_true", help="as -i native")
+    add(
+        "-i",
+        "--aio",
+        type=_value(aio_mode),
+        metavar="MODE",
+        help="how to do I/O: threads, io_uring or native",
+    )
+    add(
+        "-d",
+        "--discard",
+        type=_value(discard_mode),
+        metavar="MODE",
+        help="unmap or ignore; unmap if absent",
+    )
+    add(
+        "-t",
+        "--cache",
+        type=_value(cache_mode),
+        metavar="MODE",
+        help="none, off, directsync, writeback, unsafe or writethrough; writethrough if absent",
+    )
+    add(
+        "-T",
+        "--trace",
+        type=_value(_trace),
+        metavar="EVENTS",
+        help="for qemu-io's scripts; there are no trace events here",
+    )
     add(
         "--object",
         action="append",
+        type=_value(_parse_object),
         default=[],
         metavar="OPTIONS",
         help="throttle-group,id=…[,limits.…]; repeatable",
     )
-    add("-r", "--read-only", action="store_true", help="open it read-only")
-    add("-n", "--nocache", dest="no_cache", action="store_true", help="as -t none")
-    add("-C", "--copy-on-read", action="store_true", help="write what is read to the top layer")
-    add("-m", "--misalign", action="store_true", help="use buffers that are not aligned")
-    add("-i", "--aio", metavar="MODE", help="how to do I/O: threads, io_uring or native")
-    add(
-        "-t",
-        "--cache",
-        metavar="MODE",
-        help="none, off, directsync, writeback, unsafe or writethrough; writethrough if absent",
-    )
-    add("-d", "--discard", metavar="MODE", help="unmap or ignore; unmap if absent")
+    add("--image-opts", action="store_true", help="FILE is a list of options: driver=raw,…")
     add("-U", "--force-share", action="store_true", help="share the image; needs --read-only")
-    add("-V", action="version", version=f"vhostblk {__version__}", help=argparse.SUPPRESS)
-    add("-s", "--snapshot", action="store_true", help="keep what is written in a temporary file")
-    add("-k", "--native-aio", action="store_true", help="as -i native")
-    # What qemu-io has besides; refused by name.
-    add("-T", "--trace", help=argparse.SUPPRESS)
     parser.set_defaults(program="vhostblk-io")
+
+
+def _value(read: Callable[[str], Any]) -> Callable[[str], Any]:
+    """What reads the value of an option; a refusal ends the program at once."""
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except RefusedError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(error.qemu_text) from None
+
+    return convert
+
+
+def _trace(text: str) -> None:
+    if read_trace_option(text):
+        sys.exit(0)
+
+
+def _parse_object(text: str) -> tuple[str, ThrottleLimits]:
+    options = flatten(parse_options(text, "qom-type"))
+    kind = options.pop("qom-type", None)
+    if kind is None:
+        raise ConfigError("Parameter 'qom-type' is missing")
+    if kind != "throttle-group":
+        raise ConfigError(f"Parameter 'qom-type' does not accept value '{kind}'")
+    return throttle_group(options)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -80,33 +132,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: the options are wrong, or the image cannot be opened.
     """
-    if args.trace is not None:
-        raise ConfigError("--trace is not supported by this version of vhostblk")
     if args.format is not None and args.image_opts:
         raise ConfigError("--image-opts and -f are mutually exclusive")
     try:
-        args.cache = cache_mode(args.cache) if args.cache is not None else None
-        args.discard = discard_mode(args.discard) if args.discard is not None else None
-        args.aio = aio_mode(args.aio) if args.aio is not None else None
         modes = modes_of(args)
         given = image_options(args.file) if args.image_opts and args.file is not None else {}
         if args.format is not None:
             given["driver"] = args.format
-        good = asyncio.run(_run(args, given, modes, dict(map(_parse_object, args.object))))
+        good = asyncio.run(_run(args, given, modes, dict(args.object)))
     except RefusedError as error:
         raise ConfigError(str(error)) from None
     return 0 if good else 1
-
-
-def _parse_object(text: str) -> tuple[str, ThrottleLimits]:
-    try:
-        options = flatten(parse_options(text, "qom-type"))
-        kind = options.pop("qom-type", None)
-        if kind != "throttle-group":
-            raise ConfigError(f"type '{kind}' is not supported (allowed: throttle-group)")
-        return throttle_group(options)
-    except ConfigError as error:
-        raise ConfigError(f"--object: {error}") from None
 
 
 async def _run(
@@ -143,13 +179,37 @@ class Notices(logging.Handler):
         self._session.out(record.getMessage())
 
 
-def build_io_parser(name: str = "vhostblk-io") -> Parser:
+def build_io_parser(name: str = "vhostblk-io") -> GetoptParser:
     """`vhostblk-io`; scripts that call it by another name find that in its messages."""
-    parser = build_program(name, sys.modules[__name__])
+    parser = GetoptParser(
+        prog=name,
+        usage="%(prog)s [OPTIONS]... [-c STRING]... [file]",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
+    parser.add_argument("--version", action="version", version=f"%(prog)s version {__version__}")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="error", help=argparse.SUPPRESS)
     parser.set_defaults(program=name)
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `vhostblk-io`; returns its exit code."""
-    return run_program(build_io_parser(Path(sys.argv[0]).name), argv)
+def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
+    """Run `vhostblk-io`; returns its exit code.
+
+    Args:
+        argv: without the program's name.
+        program: its name for messages; the one it was called by if absent.
+    """
+    program = program or Path(sys.argv[0]).name
+    with ToolLog(program) as log:
+        args = build_io_parser(program).parse_args(argv)
+        log.show(args.log_level)
+        try:
+            return run(args)
+        except ConfigError as error:
+            sys.stderr.write(f"{program}: {error.qemu_text}\n")
+            return 1
+        except KeyboardInterrupt:
+            return 130

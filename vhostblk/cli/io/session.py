@@ -190,7 +190,7 @@ class Session:
         except (ConfigError, BlockError) as error:
             await graph.close_all()
             what = "" if filename is None else f" device {filename}"
-            text = error.strerror if isinstance(error, BlockError) else error
+            text = error.strerror if isinstance(error, BlockError) else error.qemu_text
             raise RefusedError(f"can't open{what}: {text}") from None
         self.image = Image(graph, node, backend, modes.cache)
 
@@ -217,7 +217,7 @@ class Session:
         try:
             await image.backend.ask(writable=True, resize=resize)
         except ConfigError as error:
-            raise RefusedError(str(error)) from None
+            raise RefusedError(error.qemu_text) from None
         image.resizes = resize
 
 

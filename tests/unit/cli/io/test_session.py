@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vhostblk.cli.io.program import build_io_parser
-from vhostblk.cli.program import run_program
+from vhostblk.cli.io.program import main
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -27,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def call(*words: object) -> tuple[int, str, str]:
         try:
-            status = run_program(build_io_parser(), [str(word) for word in words])
+            status = main([str(word) for word in words], "vhostblk-io")
         except SystemExit as stop:
             status = int(str(stop.code))
         return status, *capsys.readouterr()
@@ -43,8 +42,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
             ("-i", "native", "-f", "raw"),
             "aio=native was specified, but it requires cache.direct=on",
         ),
-        (("-T", "x"), "--trace is not supported"),
-        (("--object", "secret,id=s"), "type 'secret' is not supported (allowed: throttle-group)"),
+        (("--object", "secret,id=s"), "Parameter 'qom-type' does not accept value 'secret'"),
         (("--object", "throttle-group"), "Parameter 'id' is missing"),
         (("-f", "foo"), "Unknown driver 'foo'"),
     ],

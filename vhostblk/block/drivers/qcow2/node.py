@@ -121,7 +121,7 @@ class Qcow2Node(AmendNode, RequestNode):
         try:
             return Header.parse(await self._beginning())
         except ImageError as error:
-            raise ConfigError(f"Image is not usable: {error}") from None
+            raise _unusable(error) from None
         except BlockError as error:
             raise ConfigError(f"Could not read qcow2 header: {error.strerror}") from None
 
@@ -147,7 +147,7 @@ class Qcow2Node(AmendNode, RequestNode):
                 file, self._data, header, self._make_cache(header), refcounts
             )
         except ImageError as error:
-            raise ConfigError(f"Image is not usable: {error}") from None
+            raise _unusable(error) from None
         except BlockError as error:
             raise ConfigError(f"Could not read the tables: {error.strerror}") from None
         self._metadata.discards = self.unmap
@@ -185,7 +185,9 @@ class Qcow2Node(AmendNode, RequestNode):
         if header.incompatible & Incompatible.CORRUPT:
             why = "Image is corrupt; cannot be opened read/write"
         if why:
-            raise ConfigError(f"Node '{self.node_name}': {why}", errno.EACCES)
+            raise ConfigError(
+                f"Node '{self.node_name}': {why}", errno.EACCES, qemu_text=f"qcow2: {why}"
+            )
 
     def refresh_limits(self) -> None:
         """Zeroes by subclusters, discards by clusters."""
@@ -349,3 +351,7 @@ class Qcow2Node(AmendNode, RequestNode):
         """Whoever may write now says so, before anything is written."""
         if not self.read_only and any(bitmap.readonly for bitmap in self.bitmaps):
             await self._bitmaps_become_writable()
+
+
+def _unusable(error: ImageError) -> ConfigError:
+    return ConfigError(f"Image is not usable: {error}", qemu_text=str(error))

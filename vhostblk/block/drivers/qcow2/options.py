@@ -13,6 +13,12 @@ _MAX_SLICE = 64 << 10
 _MIN_SLICE = 512
 
 
+_NO_TEMPLATE = (
+    "Unsupported value '{{value}}' for qcow2 option '{}'. "
+    "Allowed are any of the following: none, constant, cached, all"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Qcow2Options:
     """QEMU's options for qcow2, besides `file`, `backing` and `data-file`."""
@@ -41,12 +47,15 @@ class Qcow2Options:
     )
 
     overlap_check: str | None = option(
-        choice("none", "constant", "cached", "all"),
+        choice("none", "constant", "cached", "all", qemu_text=_NO_TEMPLATE.format("overlap-check")),
         None,
         about="which tables are looked for where something is written; less than `cached` is the same as that",
     )
     overlap_template: str | None = option(
-        choice("none", "constant", "cached", "all"),
+        choice(
+            *("none", "constant", "cached", "all"),
+            qemu_text=_NO_TEMPLATE.format("overlap-check.template"),
+        ),
         None,
         name="overlap-check.template",
         about="the same",
@@ -96,7 +105,10 @@ class Qcow2Options:
             ConfigError: this image cannot say that they were.
         """
         if self.lazy_refcounts and header.version < 3:
-            raise ConfigError("Parameter 'lazy-refcounts' needs an image of version 3")
+            raise ConfigError(
+                "Parameter 'lazy-refcounts' needs an image of version 3",
+                qemu_text="Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level",
+            )
         if self.lazy_refcounts is None:
             return bool(header.compatible & Compatible.LAZY_REFCOUNTS)
         return self.lazy_refcounts
@@ -111,7 +123,9 @@ class Qcow2Options:
         if size.bit_count() != 1 or not _MIN_SLICE <= size <= header.cluster_size:
             raise ConfigError(
                 "Parameter 'l2-cache-entry-size' must be a power of two between "
-                f"{_MIN_SLICE} and the cluster size ({header.cluster_size})"
+                f"{_MIN_SLICE} and the cluster size ({header.cluster_size})",
+                qemu_text="L2 cache entry size must be a power of two between "
+                f"{_MIN_SLICE} and the cluster size ({header.cluster_size})",
             )
         return size
 
@@ -123,7 +137,10 @@ class Qcow2Options:
         """
         total, both = self.l2_cache_size, self.cache_size
         if total is not None and both is not None and total > both:
-            raise ConfigError("Parameter 'l2-cache-size' may not exceed 'cache-size'")
+            raise ConfigError(
+                "Parameter 'l2-cache-size' may not exceed 'cache-size'",
+                qemu_text="l2-cache-size may not exceed cache-size",
+            )
         if total is not None:
             return total
         tables = header.l1_entries_needed(header.size) * header.cluster_size
