@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode, EdgeParent, Role
     from vhostblk.block.op_blockers import Reason
 
-_WRITES = int(Perm.WRITE | Perm.WRITE_UNCHANGED)
-_RESIZE = int(Perm.RESIZE)
-# `_value_`, because the operators of IntFlag make objects, and `value` is a call.
+_WRITES = Perm.WRITE | Perm.WRITE_UNCHANGED
 
 
 class Edge:
@@ -33,7 +31,8 @@ class Edge:
     """
 
     __slots__ = (
-        "blocker", "frozen", "name", "node", "parent", "perm", "role", "shared", "stays", "suspended", "tolerant",
+        "_perm", "blocker", "frozen", "may_write", "name", "node", "parent", "role", "shared", "stays", "suspended",
+        "tolerant",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +51,16 @@ class Edge:
         # Its parent is being committed: it bears what others do to the node meanwhile.
         self.tolerant = False
         self.blocker: Reason | None = None  # what it blocks on its node (row B11.3)
+
+    @property
+    def perm(self) -> Perm:
+        """What the parent may do to the node."""
+        return self._perm
+
+    @perm.setter
+    def perm(self, perm: Perm) -> None:
+        self._perm = perm
+        self.may_write = bool(perm & _WRITES)
 
     def describe(self) -> str:
         """Who uses the node and as what, for messages."""
@@ -81,7 +90,7 @@ class Edge:
     def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Request:
         """Write `iov`; see `pipeline.pwritev`."""
         node = self.node
-        if offset + iov.length > node.length or not self.perm._value_ & _WRITES:
+        if offset + iov.length > node.length or not self.may_write:
             self._check_write(offset, iov.length)
         return pipeline.pwritev(node, offset, iov, flags)
 
@@ -108,9 +117,7 @@ class Edge:
         # Rows B09.9 and B16.6: whoever breaks this has a bug. A read-only node answers EPERM
         # itself.
         node = self.node
-        assert self.perm._value_ & _WRITES or node.read_only, (
-            f"{self.describe()}: no write permission"
-        )
-        if offset + length > node.length and not self.perm._value_ & _RESIZE and not node.read_only:
+        assert self.may_write or node.read_only, f"{self.describe()}: no write permission"
+        if offset + length > node.length and not self.perm & Perm.RESIZE and not node.read_only:
             # No bug: somebody may have cut the file short under us.
             raise BlockError(errno.EIO, f"{self.describe()}: behind the end of the node")

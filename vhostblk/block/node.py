@@ -107,7 +107,8 @@ class BlockNode(Driver, Quiescent):
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
         super().__init__()
         self.node_name = name
-        self.write_log = WriteLog()
+        self.tracker = RequestTracker()
+        self.write_log = WriteLog(self.tracker)
         self.before_write: list[BeforeWrite] = []  # see `add_before_write`
         self._inactive = self._detect_zeroes = self._has_debug_events = False
         self.read_only = common.read_only
@@ -134,8 +135,7 @@ class BlockNode(Driver, Quiescent):
         self.write_threshold = 0  # see `write_threshold.py`
         self.being_activated = False  # it may turn out that it still is: nobody new may come
         self.bounce = BouncePool()
-        # State of the pipeline.
-        self.tracker = RequestTracker()
+        # State of the pipeline, besides these two.
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
         self.bitmaps: list[DirtyBitmap] = []  # see `dirty_bitmap.py`
         self.plugged = 0

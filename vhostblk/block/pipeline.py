@@ -252,11 +252,13 @@ def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> Request
         been written.
     """
     length, writes = iov.length, node.write_log
+    end = offset + length
     if (
         writes.may_pass
         and not (flags and flags & ~node.supported_write_flags)
-        and not node.tracker.serialising
-        and 0 <= offset <= node.length - length
+        and not writes.tracker.serialising
+        and offset >= 0
+        and end <= node.length
         and (
             (0 < length <= node.limits.as_is and len(iov.views) == 1)
             or submit.takes(node.limits, offset, iov)
@@ -265,11 +267,14 @@ def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> Request
         try:
             request = node.driver_pwritev(offset, length, iov, flags)
         except BaseException:
-            writes.wrote(offset, offset + length)
+            writes.wrote(offset, end)
             raise
         if request is not DONE:
             return _handed_over_write(node, offset, length, request)
-        writes.wrote(offset, offset + length)
+        if end > writes.highest or writes.dirty_maps:
+            writes.wrote(offset, end)
+        else:
+            writes.generation += 1  # that is all that it does then
         return request
     return _write(node, offset, iov, flags)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vhostblk.block.dirty_map import DirtyMap
     from vhostblk.block.extent import PastWrites
+    from vhostblk.block.tracking import RequestTracker
 
 
 class WriteLog:
@@ -22,13 +23,15 @@ class WriteLog:
         generation: grows with every write that may have happened.
         highest: the end of the write that reached furthest, bytes.
         dirty_maps: see `dirty_map.record`.
+        tracker: that of the node: others may be in the way.
 
     Context: the control loop.
     """
 
-    __slots__ = ("dirty_maps", "generation", "highest", "may_pass")
+    __slots__ = ("dirty_maps", "generation", "highest", "may_pass", "tracker")
 
-    def __init__(self) -> None:
+    def __init__(self, tracker: RequestTracker) -> None:
+        self.tracker = tracker
         self.may_pass = False
         self.generation = 0
         self.highest = 0

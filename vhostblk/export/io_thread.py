@@ -126,7 +126,7 @@ class IOThread:
 
     def complete(self, cookie: int, status: int, written: int) -> None:
         """Answer a request with its virtio-blk status and the data bytes written to the guest."""
-        self._outbox.append(packed_completion(cookie, status, written))
+        self._outbox.append(packed_completion(cookie, written, status))
         if not self._receiving:
             self._flush_soon()
 

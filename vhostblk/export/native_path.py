@@ -196,30 +196,32 @@ class NativeDataPath:
 
     def engine_request(self, thread: IOThread, message: Message) -> None:
         """A request that missed: map its range and give it back, or execute it."""
-        kind, is_new = message[10], not message[1]
-        if kind == _OUT and is_new and self._backend.prepares_writes:
+        _, flags, _, cookie, _, offset, length, pointer, count, _, kind = message
+        backend = self._backend
+        if kind == _OUT and not flags and backend.prepares_writes:
             if not self._first_writes:
                 thread.at_end_of_turn(self._begin_first_writes)
             self._first_writes.append((thread, message))
             return
         if not self._plugged and thread.has_more:
             self._plugged = True
-            self._backend.plug()
+            backend.plug()
             thread.at_end_of_turn(self._unplug)
         transfer: Request | None = None
-        if is_new and not self._backend.may_map and kind in _TRANSFERS:
+        if not flags and not backend.may_map and kind in _TRANSFERS:
             # Nothing has to be found out before, as for most requests of disks that are served here.
             try:
-                transfer = self._transfer(message)
+                transfer = self._transfer(kind, flags, offset, length, pointer, count)
             except Exception as exc:
                 transfer = _failed(exc)
             if transfer is DONE:
-                thread.complete(message[3], _OK, message[6] if kind == _IN else 0)
+                thread.complete(cookie, _OK, length if kind == _IN else 0)
                 return
         run_eagerly(self._serve(thread, message, transfer), self._tasks)
 
-    def _transfer(self, message: Message) -> Request:
-        _, flags, _, _, _, offset, length, pointer, count, _, kind = message
+    def _transfer(
+        self, kind: int, flags: int, offset: int, length: int, pointer: int, count: int
+    ) -> Request:
         data = IoVec(native.iov_views(pointer, count, length))
         if kind == _IN:
             return self._backend.begin_preadv(offset, data)
@@ -276,7 +278,9 @@ class NativeDataPath:
                     )
                 if not retry and not error:
                     try:
-                        await (transfer or self._transfer(message))
+                        await (
+                            transfer or self._transfer(kind, flags, offset, length, pointer, count)
+                        )
                         thread.complete(cookie, _OK, length if kind == _IN else 0)
                         return
                     except BlockError as exc:

@@ -6,7 +6,8 @@ Knows nothing of what the messages ask for, nor of who waits for them.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from vhostblk.errors import StateError
 from vhostblk.native.binding import IO_KIND_NAMES, IO_KINDS, check, engine, ffi, lib
@@ -30,9 +31,8 @@ def packed(message: Message) -> bytes:
     return _MESSAGE.pack(*message)
 
 
-def packed_completion(cookie: int, status: int, written: int) -> bytes:
-    """A VB_COMPLETE."""
-    return _COMPLETION.pack(_COMPLETE, cookie, written, status)
+packed_completion: Callable[[int, int, int], bytes] = partial(_COMPLETION.pack, _COMPLETE)
+"""A VB_COMPLETE: (cookie, data bytes written to the guest, virtio-blk status)."""
 
 
 def packed_retry(cookie: int) -> bytes:

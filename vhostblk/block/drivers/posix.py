@@ -154,7 +154,11 @@ class PosixNode(BlockNode):
         if not self._inline:
             return self._write(offset, length, iov, bool(flags & _FUA and not self.no_flush))
         try:
-            done = os.pwritev(self._fd, iov.views, offset)
+            if len(iov.views) == 1:
+                # As most have; without a vector there is less to look at, here and in the kernel.
+                done = os.pwrite(self._fd, iov.views[0], offset)
+            else:
+                done = os.pwritev(self._fd, iov.views, offset)
         except OSError as error:
             raise block_error(error) from None
         if done < length:
