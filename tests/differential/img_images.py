@@ -152,6 +152,8 @@ _DAMAGED = {
     ],
     "dirty.qcow2": ["cp lazy.qcow2 dirty.qcow2", f"poke dirty.qcow2 {_INCOMPATIBLE + 7} 01"],
     "corrupt.qcow2": ["cp disk.qcow2 corrupt.qcow2", f"poke corrupt.qcow2 {_INCOMPATIBLE + 7} 02"],
+    # The bitmap directory is at 0xf0000, the flags of the first bitmap 12 bytes behind: it is in use.
+    "in-use.qcow2": ["cp bitmaps.qcow2 in-use.qcow2", "poke in-use.qcow2 0xf000f 03"],
     # The first entries of the refcount block (at 128k) are those of the header, the tables, and then the data.
     "leak.qcow2": [
         "cp disk.qcow2 leak.qcow2",

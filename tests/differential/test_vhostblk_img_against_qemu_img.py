@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.differential.img_images import IMAGES
-from tests.differential.img_matrix import Row, Templates, compare
-from tests.differential.img_rows import create
+from tests.differential.img_matrix import Row, Templates
+from tests.differential.img_matrix import compare as compare_outcomes
+from tests.differential.img_rows import bitmap, compare, create
+from tests.differential.img_rows import map as map_
 from tests.differential.tools import MEMORY
 from vhostblk.cli.img.table import SYNOPSES
 from vhostblk.testing.requirements import require
 
-MODULES = (create,)
+MODULES = (bitmap, compare, create, map_)
 # Of what is there: a subcommand can be a column of the table before it can do anything.
 ROWS = [row for module in MODULES for row in module.ROWS if row.is_possible(SYNOPSES)]
 
@@ -36,7 +38,7 @@ def _parameter(row: Row) -> object:
 def test_output_exit_code_and_files_are_the_same(row: Row, templates: Templates) -> None:
     parent = None if row.on_disk or not MEMORY.is_dir() else MEMORY
     with tempfile.TemporaryDirectory(dir=parent) as folder:
-        compare(row, templates, Path(folder))
+        compare_outcomes(row, templates, Path(folder))
 
 
 def test_every_image_can_be_made(templates: Templates, tmp_path: Path) -> None:

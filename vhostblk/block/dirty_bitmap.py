@@ -293,23 +293,19 @@ async def add_bitmap(
         ConfigError: EEXIST: the name is taken; ENOTSUP: the image cannot keep it; EINVAL.
         BlockError: the node's length is not known.
     """
+    if not name and (persistent or name is not None):
+        raise ConfigError("Bitmap name cannot be empty")
     if granularity is None:
         granularity = default_granularity(node)
     if granularity < SECTOR_SIZE or granularity.bit_count() != 1:
         raise ConfigError(f"Granularity must be power of 2 and at least {SECTOR_SIZE}")
-    if name is None and persistent:
-        raise ConfigError("Bitmap name cannot be empty")
-    if name is not None:
-        _check_name(node, name)
     async with graph.changing():
+        if any(name is not None and bitmap.name == name for bitmap in node.bitmaps):
+            raise ConfigError(f"Bitmap already exists: {name}", errno.EEXIST)
         if persistent:
-            try:
-                node.driver_check_bitmap(name or "", granularity)
-            except ConfigError as error:
-                raise ConfigError(
-                    f"Can't make bitmap '{name}' persistent in '{node.node_name}': {error}",
-                    error.errno,
-                ) from None
+            node.driver_check_bitmap(name or "", granularity)
+        if name is not None and len(name.encode(errors="surrogateescape")) > MAX_NAME:
+            raise ConfigError(f"Bitmap name too long: {name}")
         await node.refresh_length()
         bitmap = DirtyBitmap(
             node, name, DirtyMap(node.length, granularity), enabled=enabled, persistent=persistent
@@ -318,15 +314,6 @@ async def add_bitmap(
         if enabled:
             await record(node, bitmap.map)
         return bitmap
-
-
-def _check_name(node: BlockNode, name: str) -> None:
-    if not name:
-        raise ConfigError("Bitmap name cannot be empty")
-    if len(name.encode(errors="surrogateescape")) > MAX_NAME:
-        raise ConfigError("Bitmap name too long")
-    if any(bitmap.name == name for bitmap in node.bitmaps):
-        raise ConfigError(f"Bitmap already exists: {name}", errno.EEXIST)
 
 
 async def remove_bitmap(graph: BlockGraph, bitmap: DirtyBitmap) -> None:

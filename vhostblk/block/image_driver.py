@@ -10,6 +10,7 @@ Knows nothing about requests: `driver.py`.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -151,7 +152,10 @@ class ImageDriver:
 
     def driver_check_bitmap(self, name: str, granularity: int) -> None:
         """Whether the image could keep a further dirty bitmap; raises ConfigError if not."""
-        raise ConfigError("the image cannot keep dirty bitmaps", errno.ENOTSUP)
+        raise ConfigError(
+            f"Can't store persistent bitmaps to {self.node_name}: {os.strerror(errno.ENOTSUP)}",
+            errno.ENOTSUP,
+        )
 
     async def driver_remove_bitmap(self, name: str) -> None:
         """Forget a dirty bitmap that the image keeps, if it has one of this name yet; nothing is in flight."""

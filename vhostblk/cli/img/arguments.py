@@ -111,6 +111,17 @@ class ImageArguments(Arguments):
     image_opts: bool = flag("", "image-opts")
 
 
+def wants_json(output: str | None) -> bool:
+    """What `--output` asks for: JSON, or what people read.
+
+    Raises:
+        ImgError: neither.
+    """
+    if output not in (None, "json", "human"):
+        raise ImgError("--output must be used with human or json as argument.")
+    return output == "json"
+
+
 def parse(kind: type[T], words: Sequence[str]) -> T:
     """Read the words of a subcommand.
 

@@ -29,8 +29,17 @@ class Command:
 
 SYNOPSES: Mapping[str, str] = MappingProxyType(
     {
+        "bitmap": "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)..."
+        " [-b source_file [-F source_fmt]] [-g granularity] [--object objectdef]"
+        " [--image-opts | -f fmt] filename bitmap",
+        "check": "[--object objectdef] [--image-opts] [-q] [-f fmt] [--output=ofmt]"
+        " [-r [leaks | all]] [-T src_cache] [-U] filename",
+        "compare": "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s]"
+        " [-U] filename1 filename2",
         "create": "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u]"
         " [-o options] filename [size]",
+        "map": "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset]"
+        " [--max-length=len] [--output=ofmt] [-U] filename",
     }
 )
 """Options and words of each, for `--help`; the name is that of its module (`create`: `create.py`)."""

@@ -18,6 +18,7 @@ from vhostblk.block.dirty_map import DirtyMap, collect
 from vhostblk.block.drivers.qcow2.bitmap_store import BitmapStore, Bits
 from vhostblk.block.drivers.qcow2.bitmaps import (
     MAX_BITMAPS,
+    MAX_NAME,
     MAX_BYTES,
     MAX_DIRECTORY,
     MAX_GRANULARITY_BITS,
@@ -197,6 +198,15 @@ class BitmapNode(CheckNode):
 
     def driver_check_bitmap(self, name: str, granularity: int) -> None:
         """Raises ConfigError: what the format, or the number of bitmaps, does not allow."""
+        try:
+            self._check_new_bitmap(name, granularity)
+        except ConfigError as error:
+            raise ConfigError(
+                f"Can't make bitmap '{name}' persistent in '{self.node_name}': {error}",
+                error.errno,
+            ) from None
+
+    def _check_new_bitmap(self, name: str, granularity: int) -> None:
         if self._header.version < 3:
             raise ConfigError("Cannot store dirty bitmaps in qcow2 v2 files", errno.ENOTSUP)
         if self.read_only or self.inactive or self._bitmap_store is None:
@@ -208,6 +218,8 @@ class BitmapNode(CheckNode):
             raise ConfigError(
                 "Too much space will be occupied by the bitmap. Use larger granularity"
             )
+        if len(name.encode(errors="surrogateescape")) > MAX_NAME:
+            raise ConfigError(f"Name length exceeds maximum ({MAX_NAME} characters)")
         kept = [bitmap for bitmap in self.bitmaps if bitmap.persistent]
         if len(kept) >= MAX_BITMAPS:
             raise ConfigError("Maximum number of persistent bitmaps is already reached")
