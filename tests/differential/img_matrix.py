@@ -163,16 +163,17 @@ def prepare(command: str, folder: Path) -> None:
 
 
 def _run(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    done = subprocess.run(
         words,
         cwd=folder,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        encoding="utf-8",
-        errors="surrogateescape",
         timeout=DEADLINE,
         check=False,
     )
+    # Not by subprocess: it would take the ends of `-p`'s lines for ends of lines.
+    texts = [text.decode(errors="surrogateescape") for text in (done.stdout, done.stderr)]
+    return subprocess.CompletedProcess(words, done.returncode, *texts)
 
 
 @dataclass(frozen=True)

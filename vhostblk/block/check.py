@@ -7,6 +7,7 @@ business. Knows nothing about formats.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from vhostblk.block import pipeline
@@ -31,8 +32,10 @@ class CheckResult:
         image_end_offset: the end of what is in use, in bytes of the file; 0: not known.
         total_clusters, allocated_clusters, compressed_clusters: of the disk.
         fragmented_clusters: allocated ones that are not behind the one before.
+        failure: why the check was given up, as an errno; 0: it was not, and all of the image was looked at.
         messages: one line for each finding, as far as they are kept.
         more_messages: how many were not.
+        tell: called with each, also with those that are not kept.
     """
 
     corruptions: int = 0
@@ -45,11 +48,15 @@ class CheckResult:
     allocated_clusters: int = 0
     compressed_clusters: int = 0
     fragmented_clusters: int = 0
+    failure: int = 0
     messages: list[str] = field(default_factory=list)
     more_messages: int = 0
+    tell: Callable[[str], None] | None = None
 
     def say(self, message: str) -> None:
-        """One more finding."""
+        """One more line of what is found, or done about it: what QEMU's tools print."""
+        if self.tell is not None:
+            self.tell(message)
         if len(self.messages) < _MOST_MESSAGES:
             self.messages.append(message)
         else:
@@ -65,13 +72,16 @@ class CheckResult:
         return not (self.corruptions or self.leaks or self.check_errors)
 
 
-async def check(node: BlockNode, fix: CheckMode = NO_FIX) -> CheckResult:
+async def check(
+    node: BlockNode, fix: CheckMode = NO_FIX, tell: Callable[[str], None] | None = None
+) -> CheckResult:
     """Look through the image of a node, while nobody uses it, and repair what can be.
 
     Must not be awaited by a request.
 
     Args:
         fix: what to repair.
+        tell: called with each message, as it comes.
 
     Returns: what was found; that this returns means that the check ran, not that all is well.
 
@@ -86,4 +96,6 @@ async def check(node: BlockNode, fix: CheckMode = NO_FIX) -> CheckResult:
     async with drained(node):
         if not node.read_only and not node.inactive and not node.for_check:
             await pipeline.flush(node)
-        return await node.driver_check(fix)
+        result = CheckResult(tell=tell)
+        await node.driver_check(fix, result)
+        return result

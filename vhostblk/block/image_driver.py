@@ -93,10 +93,12 @@ class ImageDriver:
         """
         return None
 
-    async def driver_check(self, fix: CheckMode) -> CheckResult:
+    async def driver_check(self, fix: CheckMode, result: CheckResult) -> None:
         """Look through the image, while nothing is in flight, and repair what can be (rows B35.9 and B35.10).
 
         What cannot be looked at counts as `check_errors`.
+
+        Args: result: is told what is found, as it is found.
         """
         raise BlockError(errno.ENOTSUP, f"{self.node_name}: no check for this kind of node")
 

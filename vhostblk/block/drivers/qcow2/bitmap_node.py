@@ -18,10 +18,10 @@ from vhostblk.block.dirty_map import DirtyMap, collect
 from vhostblk.block.drivers.qcow2.bitmap_store import BitmapStore, Bits
 from vhostblk.block.drivers.qcow2.bitmaps import (
     MAX_BITMAPS,
-    MAX_NAME,
     MAX_BYTES,
     MAX_DIRECTORY,
     MAX_GRANULARITY_BITS,
+    MAX_NAME,
     BitmapEntry,
     BitmapFlag,
     bytes_needed,

@@ -73,7 +73,7 @@ class CheckNode(BlockNode):
             )
             self._header = await self._load_header()
 
-    async def driver_check(self, fix: CheckMode) -> CheckResult:
+    async def driver_check(self, fix: CheckMode, result: CheckResult) -> None:
         """The image as it is in the file; after a repair it is read anew."""
         if fix and not self.for_check:
             self._check_whole()
@@ -81,9 +81,8 @@ class CheckNode(BlockNode):
             await self._store(self._metadata.finish())
             await self._file.flush()
         try:
-            result = await check_image(self._file, await self._load_header(), fix)
+            await check_image(self._file, await self._load_header(), fix, result)
             if fix:
                 await self.driver_activate()
         except ConfigError as error:
             raise BlockError(errno.EIO, str(error)) from None
-        return result

@@ -34,7 +34,7 @@ from vhostblk.block.drivers.qcow2.header import (
 )
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
-from vhostblk.block.drivers.qcow2.survey import MOST_BYTES, L2Table, Survey
+from vhostblk.block.drivers.qcow2.survey import MOST_BYTES, L2Table, Survey, difference
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Table, read_table
 from vhostblk.block.drivers.qcow2.tally import PIECE, Tally, differences
 from vhostblk.block.edge import Edge
@@ -54,24 +54,29 @@ _AT_ONCE = 1 << 16
 
 
 async def check_image(
-    file: Edge, header: Header, fix: CheckMode, *, most_bytes: int = MOST_BYTES
-) -> CheckResult:
+    file: Edge,
+    header: Header,
+    fix: CheckMode,
+    result: CheckResult,
+    *,
+    most_bytes: int = MOST_BYTES,
+) -> None:
     """Look through an image, and repair it.
 
     Args:
         file: the image's; nobody else uses it.
         fix: nothing; or leaks, or errors, or both.
+        result: is told what is found.
         most_bytes: for counts.
     """
-    result = CheckResult()
     work = _Repair(file, header, fix, result, most_bytes)
     try:
         await work.run()
     except (BlockError, ImageError) as error:
         result.check_errors += 1
+        result.failure = error.errno or errno.EIO if isinstance(error, BlockError) else errno.EIO
         result.say(f"ERROR {error}")
         result.corruptions += work.not_dropped
-    return result
 
 
 async def repair_dirty(file: Edge, header: Header) -> CheckResult:
@@ -80,7 +85,8 @@ async def repair_dirty(file: Edge, header: Header) -> CheckResult:
     Raises:
         ConfigError: it cannot be.
     """
-    result = await check_image(file, header, CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS)
+    result = CheckResult()
+    await check_image(file, header, CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS, result)
     if not result.is_clean:
         left = [message for message in result.messages if message.startswith("ERROR")]
         why = left[-1].removeprefix("ERROR ") if left else "leaks"
@@ -131,10 +137,12 @@ class _Repair:
             # Unlike in QEMU: what was not counted must not be taken for free.
             raise ImageError("What ends behind the end of the file is not repaired")
         if survey.must_rebuild and not self._errors:
-            raise ImageError("The reference counts have to be written anew")
+            raise ImageError("need to rebuild refcount structures")
         await self._drop_misaligned()
         if survey.must_rebuild:
             survey = await self._rebuild()
+        else:
+            self._announce(survey)
         final = await self._write_counts(survey, raises=True)
         await self._check_flags(final, repair=self._may_repair_flags())
         if self._leaks:
@@ -177,6 +185,19 @@ class _Repair:
         places.add_all(at for start, length in ranges for at in range(start, start + length, size))
         return places
 
+    def _announce(self, survey: Survey) -> None:
+        """Say which counts are going to be changed, and which are not."""
+        for number in sorted({*survey.used.pieces(), *survey.recorded.pieces()}):
+            recorded, used = survey.recorded.piece(number), survey.used.piece(number)
+            if recorded == used:
+                continue
+            for at, count, uses in differences(recorded, used):
+                if self._errors if count < uses else self._leaks:
+                    word = "Repairing"
+                else:
+                    word = "ERROR" if count < uses else "Leaked"
+                self._result.say(difference(word, number * PIECE + at, count, uses))
+
     # ------------------------------------------------------------------ flags
 
     def _may_repair_flags(self) -> bool:
@@ -187,60 +208,74 @@ class _Repair:
     async def _check_flags(self, counts: Tally, *, repair: bool) -> None:
         """Whether what may be written in place is what nobody else uses, in the active tables."""
         header = self._header
-        fixed = 0
         if repair:
             others = await self._places_of_tables(with_l1=False)
             others.check("Preventing invalid write", header.l1_offset, header.l1_entries * 8)
             self._places = await self._places_of_tables()
-        for at in range(0, header.l1_entries * 8, _PIECE):
-            length = min(_PIECE, header.l1_entries * 8 - at)
-            table = await read_table(self._file, header.l1_offset + at, length // 8)
-            changed = False
-            for index, entry in enumerate(table):
-                offset = entry & OFFSET_MASK
-                if not offset or await self._agrees(counts, offset, bool(entry & COPIED)):
-                    continue
-                self._survey.wrong(f"L2 table at {offset:#x}: wrong flag of writable ones")
-                table[index] ^= COPIED
-                fixed += 1
-                changed = True
-            if repair and changed:
-                await self._write(header.l1_offset + at, OFFSETS.encode(table))
+        l1_wrong = await self._check_l1_flags(counts, repair=repair)
+        fixed = len(l1_wrong)
         l1_tables = [(header.l1_offset, header.l1_entries, True)]
-        async for l2_table in self._survey.l2_tables(l1_tables):
+        async for l2_table in self._survey.l2_tables(l1_tables, said_before=l1_wrong):
             fixed += await self._check_l2_flags(l2_table, counts, repair=repair)
         if repair and fixed:
             await self._file.flush()
             self._result.corruptions -= fixed
             self._result.corruptions_fixed += fixed
 
+    async def _check_l1_flags(self, counts: Tally, *, repair: bool) -> dict[int, str]:
+        """The same in the L1 table. Returns what there is to say, by number of the entry."""
+        header, found = self._header, dict[int, str]()
+        word = "Repairing" if repair else "ERROR"
+        for at in range(0, header.l1_entries * 8, _PIECE):
+            length = min(_PIECE, header.l1_entries * 8 - at)
+            table = await read_table(self._file, header.l1_offset + at, length // 8)
+            before = len(found)
+            for index, entry in enumerate(table):
+                offset = entry & OFFSET_MASK
+                uses = await self._count_of(counts, offset) if offset else None
+                if uses is not None and (uses == 1) != bool(entry & COPIED):
+                    found[at // 8 + index] = (
+                        f"{word} OFLAG_COPIED L2 cluster: l1_index={at // 8 + index} l1_entry={entry:x}"
+                        f" refcount={uses}"
+                    )
+                    table[index] ^= COPIED
+            if repair and len(found) > before:
+                await self._write(header.l1_offset + at, OFFSETS.encode(table))
+        self._result.corruptions += len(found)
+        return found
+
     async def _check_l2_flags(self, table: L2Table, counts: Tally, *, repair: bool) -> int:
         """The same in one L2 table. Returns how many are repaired."""
         survey, size = self._survey, self._header.cluster_size
-        wrong: list[int] = []
+        wrong: list[tuple[int, int]] = []
         for index, count, entry, _ in survey.runs(table):
             if entry & COMPRESSED or not survey.has_place(entry):
                 continue
             is_copied = bool(entry & COPIED)
             if self._header.has_data_file:
-                wrong += range(index, index + count) if not is_copied else ()
+                wrong += ((index + at, 1) for at in range(count) if not is_copied)
                 continue
             offset = entry & OFFSET_MASK
             if is_copied and self._all_are_one(counts, offset // size, count):
                 continue
             for at in range(count):
-                if not await self._agrees(counts, offset + at * size, is_copied):
-                    wrong.append(index + at)
+                uses = await self._count_of(counts, offset + at * size)
+                if uses is not None and (uses == 1) != is_copied:
+                    wrong.append((index + at, uses))
         if not wrong:
             return 0
-        times = 1 if repair else table.active
-        survey.wrong(
-            f"L2 table at {table.offset:#x}: wrong flag of writable ones", times * len(wrong)
-        )
+        for index, uses in wrong:
+            what = f"OFLAG_COPIED data cluster: l2_entry={table.entries[index]:x} refcount={uses}"
+            if repair:
+                # Only once, also if the table is used several times.
+                self._result.corruptions += 1
+                self._result.say(f"Repairing {what}")
+            else:
+                survey.wrong(f"ERROR {what}", table.active)
         if repair:
-            for index in wrong:
+            for index, _ in wrong:
                 table.entries[index] ^= COPIED
-            first, last = wrong[0], wrong[-1] + 1
+            first, last = wrong[0][0], wrong[-1][0] + 1
             at = table.offset + first * self._header.l2_entry_size
             entries = _bytes_of(table, first, last)
             # It may be no L2 table at all.
@@ -258,14 +293,13 @@ class _Repair:
             and survey.recorded_is_known(cluster + count - 1)
         )
 
-    async def _agrees(self, counts: Tally, offset: int, is_copied: bool) -> bool:
+    async def _count_of(self, counts: Tally, offset: int) -> int | None:
+        """How often a cluster is going to be counted; None: nobody knows."""
         cluster = offset >> self._header.cluster_bits
         survey = self._survey
         if cluster < survey.clusters and survey.recorded_is_known(cluster):
-            count: int | None = counts.get(cluster)
-        else:
-            count = await survey.recorded_count(cluster)
-        return count is None or (count == 1) == is_copied
+            return counts.get(cluster)
+        return await survey.recorded_count(cluster)
 
     # ------------------------------------------------------------------ counts where they are
 
@@ -334,6 +368,7 @@ class _Repair:
     async def _rebuild(self) -> Survey:
         """Write all counts anew; and look at what that has made of the image."""
         result, old = self._result, self._survey
+        result.say("Rebuilding refcount structure")
         blocks, table_offset = self._place_all(old)
         for index, cluster in blocks.items():
             await self._write(cluster << self._header.cluster_bits, self._new_block(index))
@@ -346,11 +381,13 @@ class _Repair:
             refcount_table_offset=table_offset[0], refcount_table_clusters=table_offset[1]
         )
         # What the old counts took is leaked now, and nothing else.
-        found = CheckResult()
-        again = self._new_survey(self._header, found)
+        found = CheckResult(tell=result.say)
+        again = Survey(self._file, self._header, found, most_bytes=self._most_bytes)
         self._survey = again
         await again.count()
-        await again.compare()
+        await again.compare(says=False)
+        if self._leaks:
+            self._announce(again)
         if again.must_rebuild or found.check_errors:
             raise ImageError("The reference counts that were written anew are wrong")
         result.corruptions_fixed += max(result.corruptions - found.corruptions, 0)

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from vhostblk.block.check import CheckResult
 from vhostblk.block.drivers.qcow2.bitmaps import entry_problem, load_directory
@@ -53,6 +54,12 @@ _MOST_MISALIGNED = 1 << 16
 # All tables together have that many bytes more than the file at most, if they are no trick.
 _SLACK = 64 << 20
 _OFTEN = 16
+# Lines about a table that are said again.
+_MOST_HEARD = 1 << 14
+
+
+# An entry, whether its table is the active one, None, its number; or where a table is, which comes before its entries.
+_L1Entry: TypeAlias = tuple[int, bool, tuple[int, int] | None, int]
 
 
 @dataclass(slots=True)
@@ -115,6 +122,7 @@ class Survey:
         self._bits = header.cluster_bits
         self._length = file.node.length
         self._most_read = self._budget = 0
+        self._heard: list[str] | None = None
         self._block: tuple[int, Table] = (-1, array("B"))
 
     # ------------------------------------------------------------------ counting
@@ -154,78 +162,120 @@ class Survey:
             return self._length
 
     def wrong(self, message: str, times: int = 1) -> None:
-        """Something is."""
+        """Something is; the message is said once, and again wherever the same table is used again."""
         self.result.corruptions += times
-        self.result.say(f"ERROR {message}")
+        self.say(message)
+
+    def say(self, message: str) -> None:
+        """One line for people, in the words of QEMU."""
+        self.result.say(message)
+        if self._heard is not None and len(self._heard) < _MOST_HEARD:
+            self._heard.append(message)
 
     def _refer(self, offset: int, length: int, times: int = 1) -> int:
         """So many references to clusters that the range touches. Returns how many cannot be counted."""
         if not length:
             return 0
         if offset + length - self._length >= self._size:
-            what = f"reference behind the end of the file: {length} bytes at {offset:#x}"
-            self.wrong(what, times)
+            self.wrong(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more:"
+                f" offset 0x{offset:x} size 0x{length:x}",
+                times,
+            )
             self.is_cut |= offset < self._length
             return 0
         first = offset >> self._bits
         last = offset + length - 1 >> self._bits
         self.clusters = max(self.clusters, last + 1)
         if lost := self.used.add(first, last + 1 - first, times):
-            self.wrong(f"clusters at {offset:#x} have more references than can be counted", lost)
+            self.wrong(f"ERROR: overflow cluster offset=0x{first << self._bits:x}", lost)
+            self.say(
+                "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy"
+                " if the image cannot be opened for writing"
+            )
         return lost
 
     # ------------------------------------------------------------------ L1 and L2 tables
 
     async def l2_tables(
-        self, l1_tables: list[tuple[int, int, bool]], check: bool = False
+        self,
+        l1_tables: list[tuple[int, int, bool]],
+        *,
+        check: bool = False,
+        said_before: Mapping[int, str] | None = None,
     ) -> AsyncIterator[L2Table]:
         """All L2 tables of these L1 tables (offset, entries, is the active one), each once, mostly.
 
         Args:
             check: count references to both kinds, and what is wrong with the L1 tables.
+            said_before: what to say before the table of an L1 entry, by the number of that.
         """
         self._budget = self._most_read
-        found: dict[int, tuple[int, int]] = {}
+        said_before = said_before or {}
+        batch: list[_L1Entry] = []
         for offset, entries, is_active in l1_tables:
             if check:
-                self._refer(offset, entries * 8)
+                batch.append((0, False, (offset, entries * 8), 0))
             for at in range(0, entries * 8, _PIECE):
                 length = min(_PIECE, entries * 8 - at)
-                for entry in await self._table_or_nothing(offset + at, length):
-                    if not entry:
-                        continue
-                    table = entry & OFFSET_MASK
-                    if check:
-                        self._check_l1_entry(entry, table)
-                    elif not table:
-                        continue
-                    times, active = found.get(table, (0, 0))
-                    found[table] = (times + 1, active + is_active)
-                while len(found) >= _AT_ONCE:
-                    async for read in self._read_all(found):
+                table = await self._table_or_nothing(offset + at, length)
+                batch += [
+                    (entry, is_active, None, index)
+                    for index, entry in enumerate(table, at // 8)
+                    if entry and (check or entry & OFFSET_MASK)
+                ]
+                if len(batch) >= _AT_ONCE:
+                    async for read in self._read_all(batch, said_before, check=check):
                         yield read
-                    found = {}
-        async for read in self._read_all(found):
+                    batch = []
+        async for read in self._read_all(batch, said_before, check=check):
             yield read
 
     def _check_l1_entry(self, entry: int, table: int) -> None:
         if entry & L1_RESERVED:
-            self.wrong(f"L1 entry with reserved bits: {entry:#x}")
+            self.wrong(f"ERROR found L1 entry with reserved bits set: {entry:x}")
         self._refer(table, self._size)
         if table % self._size:
-            self.wrong(f"L2 table at {table:#x} is not aligned")
+            self.wrong(
+                f"ERROR l2_offset={table:x}: Table is not cluster aligned; L1 entry corrupted"
+            )
 
-    async def _read_all(self, tables: dict[int, tuple[int, int]]) -> AsyncIterator[L2Table]:
-        for offset, (times, active) in tables.items():
+    async def _read_all(
+        self, batch: list[_L1Entry], said_before: Mapping[int, str], *, check: bool
+    ) -> AsyncIterator[L2Table]:
+        """Each table once, where it is met first; what was said then is said again where it is met again."""
+        found: dict[int, tuple[int, int]] = {}
+        for entry, is_active, *_ in batch:
+            if entry:
+                times, active = found.get(entry & OFFSET_MASK, (0, 0))
+                found[entry & OFFSET_MASK] = (times + 1, active + is_active)
+        heard: dict[int, list[str]] = {}
+        for entry, _, l1_table, index in batch:
+            if l1_table is not None:
+                self._refer(*l1_table)
+                continue
+            offset = entry & OFFSET_MASK
+            if check:
+                self._check_l1_entry(entry, offset)
+            if index in said_before:
+                self.result.say(said_before[index])
+            if offset in heard:
+                for message in heard[offset]:
+                    self.result.say(message)
+                continue
+            lines: list[str] = []
+            heard[offset] = lines
             # Others want to do something, too.
             await asyncio.sleep(0)
             table = await self._table_or_nothing(offset, self._size)
             if not table:
                 continue
+            self._heard = lines
             if self.header.has_subclusters:
-                yield L2Table(offset, table[::2], table[1::2], times, active)
+                yield L2Table(offset, table[::2], table[1::2], *found[offset])
             else:
-                yield L2Table(offset, table, None, times, active)
+                yield L2Table(offset, table, None, *found[offset])
+            self._heard = None
 
     async def _table_or_nothing(self, offset: int, length: int) -> Table:
         """The table; an empty one if it is nothing but zeroes."""
@@ -245,24 +295,30 @@ class Survey:
         expected = 0
         for index, count, entry, bitmap in self.runs(table):
             if entry & COMPRESSED:
-                self._count_compressed(table, entry, bitmap)
-                continue
-            if entry & _L2_RESERVED:
-                self.wrong(f"L2 entry with reserved bits: {entry:#x}", table.times * count)
-            if not self.has_place(entry):
-                if self.header.has_subclusters and bitmap & _ALL:
-                    self.wrong("subclusters without a cluster", table.times * count)
+                self._count_compressed(table, index, entry, bitmap)
                 continue
             offset = entry & OFFSET_MASK
+            if entry & _L2_RESERVED:
+                self._wrong_run(
+                    "ERROR found l2 entry with reserved bits set: ", entry, count, table.times
+                )
+            if not self.has_place(entry):
+                if self.header.has_subclusters and bitmap & _ALL:
+                    for _ in range(count):
+                        self.wrong(
+                            "ERROR: Unallocated cluster has non-zero subcluster allocation map",
+                            table.times,
+                        )
+                continue
             if bitmap >> SUBCLUSTERS & bitmap:
-                what = f"cluster at {offset:#x}: bitmap of subclusters contradicts itself"
-                self.wrong(what, table.times * count)
-            if offset % self._size:
-                has_data = bitmap & _ALL if self.header.has_subclusters else not entry & _ZERO
-                if self._fixes and not has_data and len(self.misaligned) < _MOST_MISALIGNED:
-                    self.misaligned.append((table.offset, index, bitmap))
-                    continue
-                self.wrong(f"cluster at {offset:#x} is not aligned", table.times)
+                for at in range(count):
+                    self.wrong(
+                        f"ERROR offset={offset + at * self._size:x}: Allocated cluster has corrupted"
+                        " subcluster allocation bitmap",
+                        table.times,
+                    )
+            if offset % self._size and self._is_dropped(table, index, entry, bitmap):
+                continue
             result = self.result
             result.allocated_clusters += count * table.active
             if expected and offset != expected:
@@ -276,17 +332,44 @@ class Survey:
                 for at in range(count):
                     self._refer(offset + at * self._size, self._size, table.times)
 
-    def _count_compressed(self, table: L2Table, entry: int, bitmap: int) -> None:
+    def _wrong_run(self, message: str, entry: int, count: int, times: int) -> None:
+        step = self._size if entry & OFFSET_MASK else 0
+        for at in range(count):
+            self.wrong(f"{message}{entry + at * step:x}", times)
+
+    def _is_dropped(self, table: L2Table, index: int, entry: int, bitmap: int) -> bool:
+        """A place that no cluster can have is wrong; whether it is going to be dropped, so that it does not count."""
+        offset = entry & OFFSET_MASK
+        if bitmap & _ALL if self.header.has_subclusters else not entry & _ZERO:
+            what = "Data cluster is not properly aligned; L2 entry corrupted."
+            self.wrong(f"ERROR offset={offset:x}: {what}", table.times)
+            return False
+        what = (
+            f"offset={offset:x}: Preallocated cluster is not properly aligned; L2 entry corrupted."
+        )
+        if self._fixes and len(self.misaligned) < _MOST_MISALIGNED:
+            self.result.say(f"Repairing {what}")
+            self.misaligned.append((table.offset, index, bitmap))
+            return True
+        self.wrong(f"ERROR {what}", table.times)
+        return False
+
+    def _count_compressed(self, table: L2Table, index: int, entry: int, bitmap: int) -> None:
         host, length = self._entries.compressed_place(entry)
         if entry & COPIED:
             self.wrong(
-                f"compressed cluster at {host:#x} has the flag of writable ones", table.times
+                f"ERROR: coffset=0x{host:x}: copied flag must never be set for compressed clusters",
+                table.times,
             )
+        what = f"entry=0x{entry & ~COPIED:x}"
         if self.header.has_data_file:
-            self.wrong("compressed cluster with an external data file", table.times)
+            self.wrong(f"ERROR compressed cluster {index} with data file, {what}", table.times)
             return
         if bitmap:
-            self.wrong(f"compressed cluster at {host:#x} has subclusters", table.times)
+            self.wrong(
+                f"ERROR compressed cluster {index} with non-zero subcluster allocation bitmap, {what}",
+                table.times,
+            )
             return
         self._refer(host, length, table.times)
         self.result.allocated_clusters += table.active
@@ -330,26 +413,32 @@ class Survey:
             for at in range(0, bitmap.table_bytes, _PIECE):
                 length = min(_PIECE, bitmap.table_bytes - at)
                 for entry in await self._table_or_nothing(bitmap.table_offset + at, length):
-                    if why := entry_problem(entry, self._size):
-                        self.wrong(f"bitmap '{bitmap.name}': {why}")
+                    if entry_problem(entry, self._size):
+                        self.result.corruptions += 1  # which QEMU has no words for
                     elif entry & OFFSET_MASK:
                         self._refer(entry & OFFSET_MASK, self._size)
 
     def _count_blocks(self) -> None:
         for index, entry in enumerate(self.refcount_table):
             offset = entry & _REFCOUNT_OFFSET
-            if entry & _REFCOUNT_RESERVED or offset % self._size:
-                self.wrong(f"reference count block {index}: wrong entry {entry:#x}")
-                self.must_rebuild = True
+            if entry & _REFCOUNT_RESERVED:
+                self._wrong_block(f"ERROR refcount table entry {index} has reserved bits set")
+            elif offset % self._size:
+                self._wrong_block(
+                    f"ERROR refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                )
             elif offset >> self._bits >= self.clusters:
-                self.wrong(f"reference count block {index} is outside the image")
-                self.must_rebuild = True
+                word = "Repairing" if self._fixes else "ERROR"
+                self._wrong_block(f"{word} refcount block {index} is outside image")
             elif offset:
                 if self._refer(offset, self._size):
                     self.must_rebuild = True
-                elif self.used.get(offset >> self._bits) != 1:
-                    self.wrong(f"reference count block {index} is used by others, too")
-                    self.must_rebuild = True
+                elif (count := self.used.get(offset >> self._bits)) != 1:
+                    self._wrong_block(f"ERROR refcount block {index} refcount={count}")
+
+    def _wrong_block(self, message: str) -> None:
+        self.wrong(message)
+        self.must_rebuild = True
 
     async def recorded_block(self, index: int) -> Table | None:
         """A block of reference counts as it is in the file; None: there is none.
@@ -373,8 +462,11 @@ class Survey:
         """It was changed in the file."""
         self._block = (-1, array("B"))
 
-    async def compare(self) -> None:
+    async def compare(self, *, says: bool = True) -> None:
         """Compare what is recorded to what was counted; sets `recorded`.
+
+        Args:
+            says: what differs is said.
 
         Raises:
             BlockError: the child's errno.
@@ -389,16 +481,21 @@ class Survey:
                 continue
             self.recorded.put(number, recorded)
             for at, count, uses in differences(recorded, used):
-                self._differs(number * PIECE + at, count, uses)
+                self._differs(count, uses)
+                if says:
+                    self.result.say(
+                        difference(
+                            "ERROR" if count < uses else "Leaked", number * PIECE + at, count, uses
+                        )
+                    )
         self.result.image_end_offset = max(self.used.end(), self.recorded.end()) * self._size
 
-    def _differs(self, cluster: int, count: int, uses: int) -> None:
+    def _differs(self, count: int, uses: int) -> None:
         if count < uses:
-            self.wrong(f"cluster {cluster} refcount={count} reference={uses}")
+            self.result.corruptions += 1
             self.must_rebuild |= not count
         else:
             self.result.leaks += 1
-            self.result.say(f"Leaked cluster {cluster} refcount={count} reference={uses}")
 
     async def _recorded_piece(self, number: int) -> Table | None:
         """The recorded counts of these clusters of the file; None: there are none."""
@@ -444,6 +541,11 @@ class Survey:
 
     def _can_be_read(self, offset: int) -> bool:
         return not offset % self._size and offset + self._size <= MAX_LENGTH
+
+
+def difference(word: str, cluster: int, count: int, uses: int) -> str:
+    """The line about a cluster whose recorded count is not how often it is used."""
+    return f"{word} cluster {cluster} refcount={count} reference={uses}"
 
 
 def _alike(table: Table, at: int, first: int, step: int) -> int:
