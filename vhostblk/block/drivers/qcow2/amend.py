@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vhostblk.block import pipeline
-from vhostblk.block.drivers.qcow2 import header_change
+from vhostblk.block.drivers.qcow2 import header_change, resize
 from vhostblk.block.drivers.qcow2.backing import rewritten
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.create import VERSION, check_refcount_bits
@@ -37,7 +37,6 @@ from vhostblk.block.drivers.qcow2.header import (
 )
 from vhostblk.block.drivers.qcow2.layout import refcount_clusters
 from vhostblk.block.drivers.qcow2.metadata import HeaderChange
-from vhostblk.block.drivers.qcow2.resize import Resize
 from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, read_table
 from vhostblk.block.edge import Edge
@@ -280,7 +279,7 @@ class AmendNode(SnapshotNode):
         clusters, metadata = self._clusters, self._metadata
         size, end = self._header.cluster_size, metadata.l1_covers
         has_backing = "backing" in self.children or bool(self._header.backing_name)
-        resize = Resize(metadata, clusters, self._file, self._data, 0)
+        changes = resize.Resize(metadata, clusters, self._file, self._data, 0)
         at = 0
         while at < end:
             run = await clusters.run(at, end)
@@ -290,7 +289,7 @@ class AmendNode(SnapshotNode):
                 at = stop
                 continue
             if run.kind is Kind.ZERO:
-                await resize.forget(at, run.end)
+                await changes.forget(at, run.end)
             at = run.end
 
     # ------------------------------------------------------------------ reference counts

@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import logging
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vhostblk.block.dirty_bitmap import DirtyBitmap, release_bitmap
 from vhostblk.block.dirty_map import DirtyMap, collect
-from vhostblk.block.drivers.qcow2.bitmap_store import BitmapStore, Bits
+from vhostblk.block.drivers.qcow2 import bitmap_store
 from vhostblk.block.drivers.qcow2.bitmaps import (
     MAX_BITMAPS,
     MAX_BYTES,
@@ -29,6 +30,9 @@ from vhostblk.block.drivers.qcow2.bitmaps import (
 from vhostblk.block.drivers.qcow2.check_node import CheckNode
 from vhostblk.block.limits import align_up
 from vhostblk.errors import BlockError, ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from vhostblk.block.drivers.qcow2.bitmap_store import BitmapStore, Bits
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class BitmapNode(CheckNode):
         if self.for_check:
             return
         try:
-            store = await BitmapStore.load(self._file, self._header)
+            store = await bitmap_store.BitmapStore.load(self._file, self._header)
             for entry in store.directory.bitmaps:
                 self._add(entry, await store.bits(entry) if _is_usable(entry) else None)
             self._bitmap_store = store
@@ -126,7 +130,7 @@ class BitmapNode(CheckNode):
         old = self._bitmap_store.find(bitmap.name)
         if bitmap.inconsistent:
             assert old is not None
-            return Bits(old)
+            return bitmap_store.Bits(old)
         collect(self)
         dirty = DirtyMap(bitmap.map.length, bitmap.granularity)
         dirty.merge(bitmap.map)
@@ -139,7 +143,7 @@ class BitmapNode(CheckNode):
             )
         if bitmap.is_recording:
             entry = replace(entry, flags=entry.flags | BitmapFlag.AUTO)
-        return Bits(entry, dirty.to_bytes())
+        return bitmap_store.Bits(entry, dirty.to_bytes())
 
     async def _store_bitmaps_at_last(self) -> None:
         """The image is closed; what cannot be stored is said to be in use already."""
@@ -184,7 +188,9 @@ class BitmapNode(CheckNode):
             return
         try:
             # Whatever was stored, or not.
-            self._bitmap_store = await BitmapStore.load(self._file, self._metadata.header)
+            self._bitmap_store = await bitmap_store.BitmapStore.load(
+                self._file, self._metadata.header
+            )
             await self._mark_in_use()
         except (BlockError, ImageError) as error:
             self._is_corrupt = True
@@ -235,7 +241,11 @@ class BitmapNode(CheckNode):
         if self._is_corrupt:
             raise BlockError(errno.EIO, f"{self.node_name}: image is corrupt")
         await self._write_bitmaps(
-            [Bits(entry) for entry in self._bitmap_store.directory.bitmaps if entry.name != name]
+            [
+                bitmap_store.Bits(entry)
+                for entry in self._bitmap_store.directory.bitmaps
+                if entry.name != name
+            ]
         )
 
     def _check_bitmaps_resizable(self) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Coroutine
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vhostblk.block.check import CheckResult
+from vhostblk.block.drivers.qcow2 import repair
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.drivers.qcow2.metadata import Metadata
-from vhostblk.block.drivers.qcow2.repair import check_image, repair_dirty
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import CheckMode
 from vhostblk.block.node import BlockNode
 from vhostblk.errors import BlockError, ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from vhostblk.block.check import CheckResult
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +69,7 @@ class CheckNode(BlockNode):
     async def _repair_dirty(self) -> None:
         """Repair what somebody has left who had put off reference counts, before it is written."""
         if self._is_written and self._header.incompatible & Incompatible.DIRTY:
-            result = await repair_dirty(self._file, self._header)
+            result = await repair.repair_dirty(self._file, self._header)
             log.info(
                 "node '%s': image was not closed properly: %s", self.node_name, result.summary()
             )
@@ -81,7 +83,7 @@ class CheckNode(BlockNode):
             await self._store(self._metadata.finish())
             await self._file.flush()
         try:
-            await check_image(self._file, await self._load_header(), fix, result)
+            await repair.check_image(self._file, await self._load_header(), fix, result)
             if fix:
                 await self.driver_activate()
         except ConfigError as error:

@@ -13,7 +13,9 @@ import errno
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from vhostblk.block import image_info
 from vhostblk.block.driver import NodeInfo, OpenContext
+from vhostblk.block.drivers.qcow2 import format_info, measuring, resize
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
 from vhostblk.block.drivers.qcow2.bitmaps import load_directory
@@ -24,7 +26,6 @@ from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.data_file import RawDataFile
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
-from vhostblk.block.drivers.qcow2.format_info import qcow2_facts
 from vhostblk.block.drivers.qcow2.header import (
     MAGIC,
     AutoClear,
@@ -32,20 +33,16 @@ from vhostblk.block.drivers.qcow2.header import (
     Incompatible,
     cluster_size_of,
 )
-from vhostblk.block.drivers.qcow2.measuring import bitmap_room, measure
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.request_node import RequestNode
-from vhostblk.block.drivers.qcow2.resize import Resize, check_resizable
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import Hull
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.image_driver import BackingName
-from vhostblk.block.image_info import FormatInfo
 from vhostblk.block.iov import IoVec
-from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import BlockNode
 from vhostblk.block.roles import Role
@@ -53,6 +50,8 @@ from vhostblk.errors import BlockError, ConfigError, ImageError
 
 if TYPE_CHECKING:
     from vhostblk.block.create import Creation
+    from vhostblk.block.image_info import FormatInfo
+    from vhostblk.block.length import Measurement
     from vhostblk.block.reopen import Reopen
 
 
@@ -80,13 +79,13 @@ class Qcow2Node(AmendNode, RequestNode):
     @classmethod
     async def measure(cls, options: Qcow2CreateOptions, source: BlockNode | None) -> Measurement:
         """See `measuring.py`."""
-        return await measure(options, source)
+        return await measuring.measure(options, source)
 
     async def driver_bitmap_room(self, cluster_size: int) -> int | None:
         """Those that are kept, and are right."""
         if self._header.version < 3:
             return None
-        return bitmap_room(self.bitmaps, self.length, cluster_size)
+        return measuring.bitmap_room(self.bitmaps, self.length, cluster_size)
 
     async def open(self, context: OpenContext) -> None:
         """Read and check the header and the L1 table; open the data file and the backing file.
@@ -241,7 +240,9 @@ class Qcow2Node(AmendNode, RequestNode):
             directory = await load_directory(self._file, self._header)
         except (ImageError, BlockError) as error:
             raise ConfigError(f"Could not read the image's bitmaps: {error}") from None
-        return FormatInfo(self.driver_name, qcow2_facts(self._header, directory))
+        return image_info.FormatInfo(
+            self.driver_name, format_info.qcow2_facts(self._header, directory)
+        )
 
     async def driver_flush_to_os(self) -> None:
         """Tables, in the order that survives a crash."""
@@ -256,14 +257,14 @@ class Qcow2Node(AmendNode, RequestNode):
 
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """See `resize.py`."""
-        check_resizable(self._metadata.header, length)
+        resize.check_resizable(self._metadata.header, length)
         self._check_bitmaps_resizable()
         backing = self.children.get("backing")
-        resize = Resize(
+        change = resize.Resize(
             *(self._metadata, self._clusters, self._file, self._data),
             backing.node.length if backing is not None else 0,
         )
-        await self._change(resize.run(self.length, length, preallocation))
+        await self._change(change.run(self.length, length, preallocation))
         self._header = self._metadata.header
         self._metadata.cache.limit(self.options.l2_bytes(self._header))
         self.set_length(length)

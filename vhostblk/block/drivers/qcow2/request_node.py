@@ -14,6 +14,7 @@ import errno
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from vhostblk.block.drivers.qcow2 import measuring
 from vhostblk.block.drivers.qcow2.check_node import CheckNode
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec
@@ -22,7 +23,6 @@ from vhostblk.block.drivers.qcow2.data_file import RawDataFile
 from vhostblk.block.drivers.qcow2.entries import Kind, Run
 from vhostblk.block.drivers.qcow2.extents import Qcow2Extents
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
-from vhostblk.block.drivers.qcow2.measuring import is_sparse
 from vhostblk.block.edge import Edge
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import Req, StatusFlag
@@ -193,7 +193,7 @@ class RequestNode(CheckNode, Qcow2Extents):
     async def _has_unwritten(self) -> bool:
         """Whether clusters have a place in the file that were never written, as far as one can see from its size."""
         if self._is_sparse is None:
-            self._is_sparse = await is_sparse(self._file, self._header)
+            self._is_sparse = await measuring.is_sparse(self._file, self._header)
         return self._is_sparse
 
     def has_zero_init(self) -> bool:

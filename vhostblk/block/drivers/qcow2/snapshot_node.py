@@ -10,11 +10,12 @@ import errno
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from vhostblk.block import internal_snapshot
+from vhostblk.block.drivers.qcow2 import snapshot_changes
 from vhostblk.block.drivers.qcow2.bitmap_node import BitmapNode
 from vhostblk.block.drivers.qcow2.header import Header
-from vhostblk.block.drivers.qcow2.shadow import Shadow
-from vhostblk.block.drivers.qcow2.snapshot_changes import Build, HalfWrittenError, switch
 from vhostblk.block.drivers.qcow2.snapshots import (
     NO_ICOUNT,
     Snapshot,
@@ -22,9 +23,13 @@ from vhostblk.block.drivers.qcow2.snapshots import (
     load_snapshots,
 )
 from vhostblk.block.execution import to_the_end
-from vhostblk.block.internal_snapshot import SnapshotInfo
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.errors import BlockError, ConfigError, ImageError
+
+if TYPE_CHECKING:
+    from vhostblk.block.drivers.qcow2.shadow import Shadow
+    from vhostblk.block.drivers.qcow2.snapshot_changes import Build
+    from vhostblk.block.internal_snapshot import SnapshotInfo
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +53,9 @@ class SnapshotNode(BitmapNode):
         """As the image has them."""
         return tuple(self._info_of(one) for one in (await self._snapshots()).snapshots)
 
-    async def driver_snapshot_create(self, snapshot: SnapshotInfo) -> SnapshotInfo:
+    async def driver_snapshot_create(
+        self, snapshot: internal_snapshot.SnapshotInfo
+    ) -> SnapshotInfo:
         """Raises BlockError: EEXIST, EFBIG; ENOTSUP: guest data are elsewhere; EINVAL: counts are too narrow."""
         table = await self._snapshots()
         made = Snapshot(
@@ -116,7 +123,7 @@ class SnapshotNode(BitmapNode):
             raise BlockError(errno.EIO, str(error)) from None
 
     def _info_of(self, one: Snapshot) -> SnapshotInfo:
-        return SnapshotInfo(
+        return internal_snapshot.SnapshotInfo(
             id=one.id,
             name=one.name,
             seconds=one.seconds,
@@ -145,10 +152,10 @@ class SnapshotNode(BitmapNode):
 
     async def _switch(self, build: Build) -> None:
         try:
-            shadow = await switch(self._file, self._metadata, build)
+            shadow = await snapshot_changes.switch(self._file, self._metadata, build)
         except ImageError as error:
             raise await self._corrupt(error) from None
-        except HalfWrittenError as error:
+        except snapshot_changes.HalfWrittenError as error:
             raise self._give_up(f"the header could not be written: {error}") from None
         if self.unmap:
             with contextlib.suppress(BlockError):  # it is a hint
