@@ -196,7 +196,7 @@ class BlockBackend(ExtentUser):
         if offset < 0 or offset > self.node.length - iov.length:
             self._check(offset, iov.length)
         if not self.writable:
-            self._check_writable()
+            self.check_writable()
         if not self.write_cache:
             flags |= _FUA
         request = pipeline.pwritev(self.node, offset, iov, flags)
@@ -227,7 +227,7 @@ class BlockBackend(ExtentUser):
         if self.quiesced:
             await self.resumed()
         self._check(offset, length)
-        self._check_writable()
+        self.check_writable()
         if may_unmap:
             flags |= _MAY_UNMAP
         if not self.write_cache:
@@ -243,7 +243,7 @@ class BlockBackend(ExtentUser):
         if self.quiesced:
             await self.resumed()
         self._check(offset, length)
-        self._check_writable()
+        self.check_writable()
         await self._counted(clear.pdiscard(self.node, offset, length))
 
     async def flush(self) -> None:
@@ -400,7 +400,12 @@ class BlockBackend(ExtentUser):
                 errno.EIO, f"{self.name}: {length} bytes at {offset} are outside the disk"
             )
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Whoever writes asked for it.
+
+        Raises:
+            BlockError: EPERM: it did not.
+        """
         if not self.writable:
             raise BlockError(errno.EPERM, f"{self.name}: not writable")
 

@@ -284,6 +284,20 @@ class Driver(ImageDriver):
         """The other half: `source` is the leaf that has the bytes."""
         raise BlockError(errno.ENOTSUP)
 
+    async def driver_load_vm_state(self, offset: int, iov: IoVec) -> None:
+        """Read a guest's saved state; by default, what is below has it."""
+        await self._has_vm_state().driver_load_vm_state(offset, iov)
+
+    async def driver_save_vm_state(self, offset: int, iov: IoVec) -> None:
+        """Write it; nobody else uses the node meanwhile."""
+        await self._has_vm_state().driver_save_vm_state(offset, iov)
+
+    def _has_vm_state(self) -> BlockNode:
+        for edge in self.children.values():
+            if edge.role & Role.PRIMARY:
+                return edge.node
+        raise BlockError(errno.ENOTSUP, f"{self.node_name}: no place for a guest's state")
+
     def driver_cancel_in_flight(self) -> None:
         """Make pending requests fail soon, where waiting for them may take long (row B25.3)."""
 

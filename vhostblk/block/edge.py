@@ -83,6 +83,11 @@ class Edge:
         with GraphTransaction() as change:
             change.detach(self)
 
+    async def debug_event(self, name: str) -> None:
+        """Tell a node that wants to know what its parent is about to do (row B43)."""
+        if self.node.has_debug_events:
+            await self.node.driver_debug_event(name)
+
     def preadv(self, offset: int, iov: IoVec, flags: int = 0) -> Request:
         """Read `iov` full; see `pipeline.preadv`."""
         return pipeline.preadv(self.node, offset, iov, flags)

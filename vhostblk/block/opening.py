@@ -328,8 +328,9 @@ class Opening:
                 self._graph, {**implied, **given}, where, (parent.common, role)
             )
         except ConfigError as error:
-            what = "backing file" if role & Role.COW else f"'{key}'"
-            raise error.within(f"Could not open {what}") from None
+            if not role & Role.COW:
+                raise
+            raise error.within("Could not open backing file") from None
         node.inherits_from, node.inherits_as = parent, role
         if not given and protocol_prefix(name) is not None:
             parent.implied[key] = filename(node)
@@ -399,8 +400,8 @@ class Opening:
     ) -> BlockNode:
         modes = (parent.common, role)
         if self._by_name and "driver" not in flat:
-            # What is below a format is no format; what is below a filter may be any (row B06.6).
-            if parent.is_filter or role & Role.COW:
+            # Only what is behind an image may be of any format.
+            if role & Role.COW:
                 return await _open_probed(self._graph, flat, where, modes)
             flat["driver"] = _protocol_by_name(self._graph, flat)
         return await open_node(self._graph, flat, where, parent=modes, by_name=self._by_name)

@@ -210,11 +210,11 @@ def chain(node: BlockNode) -> list[str]:
         ({"file.filename": "IMAGE"}, ["raw", "file"]),
         ({"driver": "raw", "file.filename": "IMAGE"}, ["raw", "file"]),
         (
-            {"driver": "raw", "file.driver": "blkdebug", "file.image.file.filename": "IMAGE"},
-            ["raw", "blkdebug", "raw", "file"],
+            {"driver": "raw", "file.driver": "blkdebug", "file.image.filename": "IMAGE"},
+            ["raw", "blkdebug", "file"],
         ),
-        ({"driver": "blkdebug", "image.file.filename": "IMAGE"}, ["blkdebug", "raw", "file"]),
-        ({"driver": "pass", "file.file.filename": "IMAGE"}, ["pass", "raw", "file"]),
+        ({"driver": "blkdebug", "image.filename": "IMAGE"}, ["blkdebug", "file"]),
+        ({"driver": "pass", "file.filename": "IMAGE"}, ["pass", "file"]),
     ],
 )
 def test_options_of_an_image_tool_need_no_driver_where_a_name_or_the_content_says_it(
@@ -230,7 +230,7 @@ def test_options_of_an_image_tool_need_no_driver_where_a_name_or_the_content_say
 
 
 @pytest.mark.parametrize(
-    "options", [{"filename": "x"}, {"driver": "blkdebug", "image.filename": "x"}]
+    "options", [{"filename": "x"}, {"driver": "blkdebug", "image.file.filename": "x"}]
 )
 def test_name_where_content_has_to_say_the_format_is_refused(options: dict[str, str]) -> None:
     async def scenario(graph: BlockGraph) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import time
 from collections.abc import Awaitable, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from vhostblk.block.flags import Req
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_REQUEST, SECTOR_SIZE
+from vhostblk.block.vm_state import load_vm_state, save_vm_state
 from vhostblk.cli.io.command import (
     Arguments,
     CommandError,
@@ -85,11 +85,6 @@ def _check_vm_state(offset: int, length: int) -> None:
             raise CommandError(f"{value} is not a sector-aligned value for '{name}'")
 
 
-async def _not_supported() -> None:
-    """What no driver has: a place for the guest's state."""
-    raise BlockError(errno.ENOTSUP)
-
-
 # ---------------------------------------------------------------------- read
 
 
@@ -122,8 +117,12 @@ async def read(session: Session, args: Read) -> None:
         _check_vm_state(args.offset, length)
     buffer = allocate(length, misalign=session.misalign)
     fill(buffer, bytes([READ_FILL]))
-    plain = session.opened.backend.preadv
-    request = _not_supported() if args.vm_state else plain(args.offset, IoVec([buffer]))
+    backend = session.opened.backend
+    request = (
+        load_vm_state(backend, args.offset, IoVec([buffer]))
+        if args.vm_state
+        else backend.preadv(args.offset, IoVec([buffer]))
+    )
     seconds = await timed(request, "read")
     matches = args.pattern is None or repeats(buffer[start : start + count], args.pattern)
     if not matches:
@@ -232,7 +231,7 @@ async def write(session: Session, args: Write) -> None:
         else:
             fill(buffer, bytes([WRITE_FILL if args.pattern is None else args.pattern]))
         if args.vm_state:
-            request = _not_supported()
+            request = save_vm_state(backend, offset, IoVec([buffer]))
         else:
             flags |= int(Req.WRITE_COMPRESSED) if args.compressed else 0
             request = backend.pwritev(offset, IoVec([buffer]), flags)

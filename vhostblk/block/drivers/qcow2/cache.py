@@ -42,9 +42,13 @@ class TableCache:
         codec: of their numbers.
         slice_bytes: of each slice.
         total_bytes: that slices may take in the file; some are always kept.
+        load_event: what the file is told before one is read.
     """
 
-    def __init__(self, file: Edge, codec: Codec, slice_bytes: int, total_bytes: int) -> None:
+    def __init__(
+        self, file: Edge, codec: Codec, slice_bytes: int, total_bytes: int, load_event: str
+    ) -> None:
+        self._load_event = load_event
         self.slice_bytes = slice_bytes
         self._file = file
         self._codec = codec
@@ -146,6 +150,7 @@ class TableCache:
     async def _load(self, offset: int) -> Slice:
         loading = self._loading[offset] = asyncio.get_running_loop().create_future()
         try:
+            await self._file.debug_event(self._load_event)
             data = await read_bytes(self._file, offset, self.slice_bytes)
         finally:
             del self._loading[offset]

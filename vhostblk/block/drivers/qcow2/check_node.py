@@ -71,7 +71,9 @@ class CheckNode(BlockNode):
         if self._is_written and self._header.incompatible & Incompatible.DIRTY:
             result = await repair.repair_dirty(self._file, self._header)
             log.info(
-                "node '%s': image was not closed properly: %s", self.node_name, result.summary()
+                "node '%s': image was not closed properly: %s",
+                *(self.node_name, result.summary()),
+                extra={"qemu_says": "\n".join(result.messages)} if result.messages else None,
             )
             self._header = await self._load_header()
 

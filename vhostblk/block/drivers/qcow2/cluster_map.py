@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Awaitable
 from dataclasses import replace
 
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
@@ -74,6 +75,15 @@ class ClusterMap:
         assert self._refcounts is not None
         return self._refcounts
 
+    @property
+    def has_debug_events(self) -> bool:
+        """Whether somebody wants to know what is about to happen."""
+        return self._file.node.has_debug_events
+
+    def debug_event(self, name: str) -> Awaitable[None]:
+        """Tell whoever is below the file what is about to happen."""
+        return self._file.debug_event(name)
+
     def may_write(self, refcounts: Refcounts) -> None:
         """From now on."""
         self._refcounts = refcounts
@@ -98,6 +108,8 @@ class ClusterMap:
             ImageError: its entry in the L1 table is wrong.
         """
         index = offset // self._l2_covers
+        if index >= len(self._l1):
+            return 0
         entry = self._l1[index]
         table = entry & OFFSET_MASK
         if entry & L1_RESERVED or table & self._in_cluster:
@@ -107,6 +119,8 @@ class ClusterMap:
     def without_table(self, offset: int, limit: int) -> tuple[int, int]:
         """The range around `offset` for which there are no L2 tables; no need to look behind `limit`."""
         first = last = offset // self._l2_covers
+        if first >= len(self._l1):
+            return first * self._l2_covers, max(limit, (first + 1) * self._l2_covers)
         least = max(first - _ENOUGH, 0)
         while first > least and not self._l1[first - 1]:
             first -= 1
@@ -199,7 +213,10 @@ class ClusterMap:
         size = self.header.cluster_size
         new, _ = await self.refcounts.allocate(1)
         try:
+            if old:
+                await self.debug_event("l2_alloc_cow_read")
             content = await read_bytes(self._file, old, size) if old else bytearray(size)
+            await self.debug_event("l2_alloc_write")
             await self._file.pwritev(new, IoVec.of(content))
         except BaseException:
             await self.refcounts.release(new, size)

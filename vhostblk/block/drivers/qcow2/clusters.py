@@ -124,6 +124,8 @@ class Clusters:
                 count = min(run.end, end) - offset
                 host = run.host + offset - run.start
                 self._check_not_a_table(host, count)
+                if self._metadata.has_debug_events:
+                    await self._metadata.debug_event("write_aio")
                 await self._data.pwritev(host, iov.slice(0, count))
                 return count
         if self._metadata.is_full:
@@ -201,6 +203,7 @@ class Clusters:
             host = await refcounts.allocate_bytes(len(data))
             try:
                 entry = self._entries.compressed_entry(host, len(data))
+                await self._metadata.debug_event("write_compressed")
                 await self._data.pwritev(host, IoVec.of(data))
                 slice_ = await self._metadata.own_slice(start)
             except BaseException:
@@ -292,19 +295,24 @@ class Clusters:
         if self._is_external:
             # The file is not longer than the disk.
             last = max(end, min(last, self._metadata.header.size))
+        tell = self._metadata.debug_event
         if first == offset and last == end:
+            await tell("write_aio")
             await self._data.pwritev(offset + shift, iov)
             return
         if is_blank and await self._is_zero(first, offset) and await self._is_zero(end, last):
             try:
+                await tell("cluster_alloc_space")
                 await self._data.pwrite_zeroes(first + shift, last - first, _NO_FALLBACK)
             except BlockError as error:
                 if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                     raise
             else:
+                await tell("write_aio")
                 await self._data.pwritev(offset + shift, iov)
                 return
         head, tail = bytearray(offset - first), bytearray(last - end)
+        await tell("cow_read")
         if head:
             await self._read(first, IoVec.of(head))
         if tail:
@@ -313,6 +321,7 @@ class Clusters:
         parts.append(iov)
         if tail:
             parts.append(IoVec.of(tail))
+        await tell("write_aio")
         await self._data.pwritev(first + shift, concat(tuple(parts)))
 
     async def _is_zero(self, start: int, end: int) -> bool:

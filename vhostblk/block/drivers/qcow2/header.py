@@ -204,6 +204,8 @@ class Header:
         if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
             raise ImageError(f"Unsupported cluster size: 2^{cluster_bits}")
         known, unknown, length = _parse_version_3(data, version, cluster_bits)
+        if backing_offset > 1 << cluster_bits:
+            raise ImageError("Invalid backing file offset")
         extensions = tuple(_parse_extensions(data, length, backing_offset))
         _refuse_unknown_features(known.incompatible, extensions)
         if crypt:
@@ -311,17 +313,18 @@ class Header:
         if self.autoclear & AutoClear.RAW_DATA_FILE and self.backing_name:
             raise ImageError("An image with a raw external data file cannot have a backing file")
         self.check_sizes()
+        if not self.refcount_table_clusters:
+            raise ImageError("Image does not contain a reference count table")
+        refcount_bytes = self.refcount_table_clusters * self.cluster_size
+        self._check_offset("Reference count table", self.refcount_table_offset, refcount_bytes)
+        if self.snapshots > MAX_SNAPSHOTS:
+            raise ImageError("Snapshot table too large")
+        # Even if there are none.
+        if self.snapshots_offset % self.cluster_size or self.snapshots_offset > MAX_OFFSET:
+            raise ImageError("Snapshot table offset invalid")
         self._check_offset("Active L1 table", self.l1_offset, self.l1_entries * 8)
         if self.l1_entries < self.l1_entries_needed(self.size):
             raise ImageError("L1 table is too small")
-        refcount_bytes = self.refcount_table_clusters * self.cluster_size
-        self._check_offset("Reference count table", self.refcount_table_offset, refcount_bytes)
-        if not self.refcount_table_clusters:
-            raise ImageError("Image does not contain a reference count table")
-        if self.snapshots > MAX_SNAPSHOTS:
-            raise ImageError("Too many snapshots")
-        if self.snapshots:
-            self._check_offset("Snapshot table", self.snapshots_offset, 0)
 
     def check_sizes(self) -> None:
         """Nothing is larger than anybody would read.
@@ -379,10 +382,12 @@ def _parse_version_3(data: bytes, version: int, cluster_bits: int) -> tuple[_Ver
     if len(data) < _V3_LENGTH:
         raise ImageError("qcow2 header is too short")
     incompatible, compatible, autoclear, order, length = _V3.unpack_from(data, _V2_LENGTH)
-    if length < _V3_LENGTH or length % 8:
+    if length < _V3_LENGTH:
         raise ImageError("qcow2 header too short")
     if length > min(1 << cluster_bits, len(data)):
         raise ImageError("qcow2 header exceeds cluster size")
+    if length % 8:
+        raise ImageError("qcow2 header length is no multiple of 8")
     compression = data[_V3_LENGTH] if length > _V3_LENGTH else 0
     unknown = data[_V3_LENGTH + 8 : length]
     return _Version3(incompatible, compatible, autoclear, order, compression), unknown, length
@@ -392,7 +397,11 @@ def _parse_extensions(data: bytes, start: int, backing_offset: int) -> Iterator[
     """Extensions, up to the one that ends them, or to the name of the backing file."""
     end = min(backing_offset, len(data)) if backing_offset else len(data)
     seen: set[int] = set()
-    while start + _EXTENSION.size <= end:
+    while start < end:
+        if start + _EXTENSION.size > end:
+            if backing_offset:
+                raise ImageError("Header extension too large")
+            return  # behind the end of the file is nothing
         type_, length = _EXTENSION.unpack_from(data, start)
         start += _EXTENSION.size
         if type_ == ExtensionType.END:
@@ -428,8 +437,6 @@ def _refuse_unknown_features(incompatible: int, extensions: tuple[Extension, ...
 def _backing_name(data: bytes, offset: int, length: int, cluster_bits: int) -> str:
     if not offset:
         return ""
-    if offset > 1 << cluster_bits:
-        raise ImageError("Invalid backing file offset")
     if length > min(MAX_BACKING_NAME, (1 << cluster_bits) - offset):
         raise ImageError("Backing file name too long")
     name = data[offset : offset + length]

@@ -252,9 +252,10 @@ class Metadata(ClusterMap):
         header, self._header_dirty = (self.header if self._header_dirty else None), False
         l1 = self._l1_writes(l1_dirty, l1_moved)
         try:
-            await self._write_all(counts.blocks)
+            await self._write_all(counts.blocks, "refblock_update_part")
             if counts.table:
                 await self._file.flush()
+                await self.debug_event("refblock_alloc_hookup")
                 await self._write_all(counts.table)
             if moved is not None:
                 await self._file.flush()
@@ -262,8 +263,8 @@ class Metadata(ClusterMap):
             if self._data is not self._file:
                 await self._data.flush()
             await self._file.flush()
-            await self._write_all(pictures)
-            await self._write_all(l1)
+            await self._write_all(pictures, "l2_update")
+            await self._write_all(l1, "l1_update")
             if header is not None:
                 await self._file.flush()
                 await self.write_header(
@@ -295,8 +296,10 @@ class Metadata(ClusterMap):
                         await self._file.pdiscard(first * size, count * size)
         await self.refcounts.settle(given_up)
 
-    async def _write_all(self, writes: list[tuple[int, bytes]]) -> None:
+    async def _write_all(self, writes: list[tuple[int, bytes]], event: str = "none") -> None:
         for offset, data in writes:
+            if event != "none":
+                await self.debug_event(event)
             await self._file.pwritev(offset, IoVec.of(data))
 
 

@@ -126,7 +126,8 @@ class Qcow2Node(AmendNode, RequestNode):
 
     def _make_cache(self, header: Header) -> TableCache:
         slice_bytes = self.options.slice_bytes(header)
-        return TableCache(self._file, OFFSETS, slice_bytes, self.options.l2_bytes(header))
+        total_bytes = self.options.l2_bytes(header)
+        return TableCache(self._file, OFFSETS, slice_bytes, total_bytes, "l2_load")
 
     async def _load_refcounts(self, header: Header) -> Refcounts:
         options = self.options

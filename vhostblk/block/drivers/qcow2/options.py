@@ -119,7 +119,9 @@ class Qcow2Options:
         Raises:
             ConfigError: not what this image allows.
         """
-        size = self.l2_cache_entry_size or min(header.cluster_size, _MAX_SLICE)
+        size = self.l2_cache_entry_size
+        if size is None:
+            size = min(header.cluster_size, _MAX_SLICE)
         if size.bit_count() != 1 or not _MIN_SLICE <= size <= header.cluster_size:
             raise ConfigError(
                 "Parameter 'l2-cache-entry-size' must be a power of two between "
@@ -133,18 +135,21 @@ class Qcow2Options:
         """Of L2 tables to keep.
 
         Raises:
-            ConfigError: more than all tables together may have.
+            ConfigError: sizes that contradict each other.
         """
-        total, both = self.l2_cache_size, self.cache_size
-        if total is not None and both is not None and total > both:
-            raise ConfigError(
-                "Parameter 'l2-cache-size' may not exceed 'cache-size'",
-                qemu_text="l2-cache-size may not exceed cache-size",
-            )
-        if total is not None:
-            return total
+        l2, counts, both = self.l2_cache_size, self.refcount_cache_size, self.cache_size
+        if both is not None:
+            if l2 is not None and counts is not None:
+                raise ConfigError(
+                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+                )
+            for name, size in (("l2-cache-size", l2), ("refcount-cache-size", counts)):
+                if size is not None and size > both:
+                    raise ConfigError(f"{name} may not exceed cache-size")
+        if l2 is not None:
+            return l2
         tables = header.l1_entries_needed(header.size) * header.cluster_size
-        return min(tables, _MAX_L2_CACHE) if both is None else both
+        return min(tables, _MAX_L2_CACHE) if both is None else both - (counts or 0)
 
     def refcount_bytes(self) -> int:
         """Of reference counts to keep."""

@@ -68,7 +68,8 @@ class Refcounts:
         self._file = file
         codec = Codec(header.refcount_order)
         self._most_users = codec.largest
-        self._blocks = TableCache(file, codec, header.cluster_size, cache_bytes)
+        size = header.cluster_size
+        self._blocks = TableCache(file, codec, size, cache_bytes, "refblock_load")
         self._dirty_entries: set[int] = set()
         self._moved = False
         self._hint = 0
@@ -148,6 +149,7 @@ class Refcounts:
             BlockError: EFBIG: the image cannot grow; or the child's errno.
             ImageError: free clusters turn out to be tables.
         """
+        await self._file.debug_event("cluster_alloc")
         async with self._lock:
             return await self._allocate(count, behind)
 
@@ -188,6 +190,7 @@ class Refcounts:
         Raises:
             BlockError, ImageError: as `allocate`.
         """
+        await self._file.debug_event("cluster_alloc_bytes")
         async with self._lock:
             new = None
             if length > -self._free_byte % self._cluster_size:
@@ -282,6 +285,8 @@ class Refcounts:
 
     async def _decrement(self, clusters: list[int] | range) -> None:
         free: int | None = None
+        if clusters:
+            await self._file.debug_event("cluster_free")
         async with self._lock:
             for done, cluster in enumerate(clusters):
                 index, at = divmod(cluster, self._per_block)

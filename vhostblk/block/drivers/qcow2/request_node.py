@@ -34,6 +34,11 @@ from vhostblk.errors import BlockError, ImageError
 
 T = TypeVar("T")
 
+_READ_EVENTS = {
+    Kind.NORMAL: "read_aio",
+    Kind.COMPRESSED: "read_compressed",
+    Kind.UNALLOCATED: "read_backing_aio",
+}
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
@@ -76,12 +81,14 @@ class RequestNode(CheckNode, Qcow2Extents):
         end, at = offset + iov.length, offset
         while at < end:
             count = end - at
-            if at >= self.length:
+            if self.length <= at < self._vm_state_offset:
                 iov.zero(at - offset, count)
                 return
             run = await self._run(at, end)
             count = min(run.end, end) - at
             part = iov if count == iov.length else iov.slice(at - offset, count)
+            if self._file.node.has_debug_events and run.kind in _READ_EVENTS:
+                await self._file.debug_event(_READ_EVENTS[run.kind])
             if run.kind is Kind.NORMAL:
                 await self._data.preadv(run.host + at - run.start, part)
             elif run.kind is Kind.COMPRESSED:
@@ -100,6 +107,32 @@ class RequestNode(CheckNode, Qcow2Extents):
             self._codec.decompress, bytes(data), self._header.cluster_size
         )
         iov.copy_from(memoryview(cluster)[skip : skip + iov.length])
+
+    # ------------------------------------------------------------------ a guest's saved state
+
+    @property
+    def _vm_state_offset(self) -> int:
+        """The end of what the L1 table has to be for, for this disk; behind that is a guest's saved state."""
+        header = self._header
+        return header.l1_entries_needed(header.size) * header.cluster_size * header.l2_entries
+
+    async def driver_load_vm_state(self, offset: int, iov: IoVec) -> None:
+        """As if the disk went on."""
+        await self._file.debug_event("vmstate_load")
+        try:
+            await self._read(self._vm_state_offset + offset, iov)
+        except ImageError as error:
+            raise await self._corrupt(error) from None
+
+    async def driver_save_vm_state(self, offset: int, iov: IoVec) -> None:
+        """As if the disk went on; the L1 table grows if it has to."""
+        await self._file.debug_event("vmstate_save")
+        await self._change(self._save_vm_state(self._vm_state_offset + offset, iov))
+
+    async def _save_vm_state(self, place: int, iov: IoVec) -> None:
+        await self._metadata.make_room(place + iov.length)
+        self._header = self._metadata.header
+        await self._clusters.write(place, iov)
 
     # ------------------------------------------------------------------ writing
 

@@ -46,7 +46,7 @@ class Shadow:
         self._new = table[:]
         self._moved: list[int] = []
         self._is_moved: set[int] = set()
-        self._blocks = TableCache(file, self._codec, self._size, _CACHE_BYTES)
+        self._blocks = TableCache(file, self._codec, self._size, _CACHE_BYTES, "refblock_load")
         # No cluster before this one is taken any more, so what is taken need not be counted at once.
         self._hint = 0
         self._pending: list[tuple[int, int]] = []

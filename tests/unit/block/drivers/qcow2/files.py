@@ -25,6 +25,9 @@ class BytesFile:
     def __init__(self, data: bytes = b"") -> None:
         self.data = bytearray(data)
 
+    async def debug_event(self, name: str) -> None:
+        """Nobody wants to know."""
+
     async def preadv(self, offset: int, iov: IoVec) -> None:
         found = bytes(self.data[offset : offset + iov.length])
         iov.copy_from(memoryview(found.ljust(iov.length, b"\0")))

@@ -22,6 +22,9 @@ class SlowFile:
         self.content = 1
         self.go = asyncio.Event()
 
+    async def debug_event(self, name: str) -> None:
+        pass
+
     async def preadv(self, offset: int, iov: IoVec) -> None:
         content = self.content
         await self.go.wait()
@@ -31,7 +34,7 @@ class SlowFile:
 def test_slice_that_is_forgotten_while_it_is_read_is_read_anew_by_the_next_one() -> None:
     async def scenario() -> None:
         file = SlowFile()
-        cache = TableCache(cast(Any, file), OFFSETS, 512, 4096)
+        cache = TableCache(cast(Any, file), OFFSETS, 512, 4096, "l2_load")
         reading = asyncio.create_task(cache.get(1024))
         await asyncio.sleep(0)
         cache.forget(1024)
