@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -62,19 +61,21 @@ def run_test(tools: Tools, image_format: str, test: str, limit: float) -> Result
         test: its name.
         limit: seconds; a test that takes longer is ended, and has failed.
     """
-    scratch = BUILD / "scratch" / f"{tools.name}-{image_format}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    images = BUILD / "scratch"
+    images.mkdir(exist_ok=True)
     said = BUILD / "said" / tools.name / image_format / f"{test}.log"
     said.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="iot-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="iot-") as folder,
+        tempfile.TemporaryDirectory(dir=images, prefix="t-") as scratch,
+    ):
         calls = Path(folder, "emulator-calls")
         sockets = Path(folder, "s")
         sockets.mkdir()
         environment = {
             **os.environ,
             **tools.environment,
-            "TEST_DIR": str(scratch),
+            "TEST_DIR": scratch,
             "SOCK_DIR": str(sockets),
             "VHOSTBLK_EMULATOR_CALLS": str(calls),
         }
@@ -93,7 +94,7 @@ def run_test(tools: Tools, image_format: str, test: str, limit: float) -> Result
                 in_time = _wait(process, calls, began + limit)
             finally:
                 _end(process)
-                _unmount(scratch, sockets)
+                _unmount(Path(scratch), sockets)
         seconds = round(time.monotonic() - began, 1)
         if calls.exists():
             return Result(EMULATOR, seconds)
