@@ -11,12 +11,13 @@ import pytest
 from tests.differential.img_images import IMAGES
 from tests.differential.img_matrix import Row, Templates
 from tests.differential.img_matrix import compare as compare_outcomes
-from tests.differential.img_rows import create
+from tests.differential.img_rows import amend, create, info, measure, program, resize, snapshot
 from tests.differential.tools import MEMORY
 from vhostblk.cli.img.table import SYNOPSES
+from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.testing.requirements import require
 
-MODULES = (create,)
+MODULES = (program, create, info, snapshot, resize, measure, amend)
 # Of what is there: a subcommand can be a column of the table before it can do anything.
 ROWS = [row for module in MODULES for row in module.ROWS if row.is_possible(SYNOPSES)]
 
@@ -34,7 +35,10 @@ def _parameter(row: Row) -> object:
 
 
 @pytest.mark.parametrize("row", [_parameter(row) for row in ROWS])
-def test_output_exit_code_and_files_are_the_same(row: Row, templates: Templates) -> None:
+def test_output_exit_code_and_files_are_the_same(
+    row: Row, templates: Templates, expect_log: ExpectedLog
+) -> None:
+    expect_log.allow("")  # it is a part of the output, which is compared
     parent = None if row.on_disk or not MEMORY.is_dir() else MEMORY
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         compare_outcomes(row, templates, Path(folder))

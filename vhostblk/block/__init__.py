@@ -13,11 +13,11 @@ image keeps, `vm_state.py` what a guest adds to them.
 The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and `driver_table.py`
 drivers, `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
 where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
-`reopen.py`, `activation.py` and `length.py`; `create.py` and `amend.py` make and change images,
+`reopen.py`, `activation.py` and `length.py`; `creation.py`, `create.py` and `amend.py` make and change images,
 `measure.py` says how large they get, `check.py` looks whether one is whole.
 Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what
 is in layers, and work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users
-write and read: `options.py`, `keyval.py`, `filename.py`, `modes.py`, `json_text.py`,
+write and read: `options.py`, `image_options.py`, `sizes.py`, `keyval.py`, `filename.py`, `modes.py`, `json_text.py`,
 `qjson.py`; `introspection.py`, `node_info.py` and `image_info.py` say what there is.
 `throttle_group.py` and `leaky_bucket.py` are budgets. `backend.py` is the view from outside,
 `no_medium.py` what it stands on without a disk, `host_io.py` file I/O, `drivers/` and `filters/`

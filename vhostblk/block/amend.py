@@ -10,16 +10,17 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block.keyval import flatten, parse_flat
+from vhostblk.block.image_options import ImageOptions, describe, known_options
 from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.operation import Operation
-from vhostblk.block.options import consume_all, option_names
+from vhostblk.block.options import consume_all
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
     from vhostblk.block.node import BlockNode
+    from vhostblk.block.registry import DriverRegistry
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is to do, in units of the driver's choice, which may change."""
@@ -40,21 +41,18 @@ async def amend(
         ConfigError: one line; ENOTSUP: the driver cannot, or not that; EBUSY: somebody uses the node.
         BlockError: EACCES: the node is read-only; or a child's errno: what was changed so far stays so.
     """
-    flat = parse_flat(options) if isinstance(options, str) else flatten(options)
-    flat = {name.replace("-", "_"): value for name, value in flat.items()}
     driver = type(node)
-    if driver.amend_options_type is None:
-        raise ConfigError(
-            f"Format driver '{driver.driver_name}' does not support option amendment", errno.ENOTSUP
-        )
-    known = option_names(driver.amend_options_type)
-    makes = driver.create_options_type
-    for name in flat:
-        if name not in known and makes is not None and name in option_names(makes):
+    said = ImageOptions(known_options(amend_options(driver)))
+    try:
+        said.say(options)
+    except ConfigError as error:
+        if _are_for_new_images(driver, options):
+            hint = "This option is only supported for image creation"
             raise ConfigError(
-                f"Parameter '{name}' is only supported for image creation", errno.ENOTSUP
-            )
-    parsed = consume_all(driver.amend_options_type, flat)
+                f"{error} ({hint})", error.errno, qemu_text=f"{error.qemu_text}\n{hint}"
+            ) from None
+        raise
+    parsed = consume_all(amend_options(driver), said.values())
     if node.read_only:
         raise BlockError(errno.EACCES, f"{node.node_name}: node is read-only")
     check_op(node, OpType.RESIZE)
@@ -66,3 +64,37 @@ async def amend(
             await node.driver_amend(parsed, progress or (lambda done, total: None))
     finally:
         await user.finish()
+
+
+def amend_options(driver: type[BlockNode]) -> type[Any]:
+    """The options for changes of images of a driver.
+
+    Raises:
+        ConfigError: ENOTSUP: it cannot change any.
+    """
+    if driver.amend_options_type is None:
+        raise ConfigError(
+            f"Format driver '{driver.driver_name}' does not support option amendment", errno.ENOTSUP
+        )
+    return driver.amend_options_type
+
+
+def help_on_amending(drivers: DriverRegistry, driver: str) -> str:
+    """What can be changed, in lines (`-o help`).
+
+    Raises:
+        ConfigError: there is no such format, or it cannot change anything.
+    """
+    if driver not in drivers:
+        raise ConfigError(f"Unknown file format '{driver}'", errno.ENOENT)
+    known = known_options(amend_options(drivers[driver]))
+    return f"Amend options for '{driver}':\n{describe(known.values())}"
+
+
+def _are_for_new_images(driver: type[BlockNode], options: Mapping[str, Any] | str) -> bool:
+    types = [kind for kind in (driver.amend_options_type, driver.create_options_type) if kind]
+    try:
+        ImageOptions(known_options(*types)).say(options)
+    except ConfigError:
+        return False
+    return True

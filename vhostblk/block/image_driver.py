@@ -21,7 +21,7 @@ from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.check import CheckResult
-    from vhostblk.block.create import Creation
+    from vhostblk.block.creation import Creation
     from vhostblk.block.image_info import FormatInfo
     from vhostblk.block.internal_snapshot import SnapshotInfo
     from vhostblk.block.length import Measurement

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from vhostblk.block.json_text import parse_json_text
 from vhostblk.errors import ConfigError
@@ -69,18 +69,27 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
     return result
 
 
-def parse_flat(text: str, implied_key: str | None = None) -> dict[str, str]:
-    """Parse `key=value,...` as image tools take it: dotted keys stay as they are, and any key will do.
+class Item(NamedTuple):
+    """One of a list of options.
 
-    `key` alone is `key=on`, `nokey` is `key=off`; either is logged, because QEMU will not have it for ever.
+    Attributes:
+        bare: the word, if it had no value.
+    """
+
+    key: str
+    value: str
+    bare: str = ""
+
+
+def parse_items(text: str, implied_key: str | None = None) -> list[Item]:
+    """Parse `key=value,...` as image tools take it: dotted keys stay as they are, and any key will do, again and again.
+
+    `key` alone is `key=on`, `nokey` is `key=off`.
 
     Args:
         implied_key: what the first value is for when it comes without a key.
-
-    Raises:
-        ConfigError: nested too deeply.
     """
-    result: dict[str, str] = {}
+    found: list[Item] = []
     position = 0
     while position < len(text):
         match = _NAME.match(text, position)
@@ -88,22 +97,37 @@ def parse_flat(text: str, implied_key: str | None = None) -> dict[str, str]:
         key, ends_with = match.groups()
         position = match.end()
         if ends_with == "=":
-            value, position = _flat_value(text, position)
-        elif implied_key is not None and not result:
-            value, position = _flat_value(text, match.start())
-            key = implied_key
+            value, position = _item_value(text, position)
+            found.append(Item(key, value))
+        elif implied_key is not None and not found:
+            value, position = _item_value(text, match.start())
+            found.append(Item(implied_key, value))
+        elif key.startswith("no"):
+            found.append(Item(key[2:], "off", key))
         else:
-            value = "on"
-            if key.startswith("no"):
-                key, value = key[2:], "off"
-            _warn_of_flag(match[1], key, value)
+            found.append(Item(key, "on", key))
+    return found
+
+
+def parse_flat(text: str, implied_key: str | None = None) -> dict[str, str]:
+    """Parse what `parse_items` does; the last of equal keys wins.
+
+    `key` alone is logged, because QEMU will not have it for ever.
+
+    Raises:
+        ConfigError: nested too deeply.
+    """
+    result: dict[str, str] = {}
+    for key, value, bare in parse_items(text, implied_key):
+        if bare:
+            _warn_of_flag(bare, key, value)
         if key.count(".") > _MAX_DEPTH:
             raise ConfigError(f"Invalid parameter '{key}'")
         result[key] = value
     return result
 
 
-def _flat_value(text: str, start: int) -> tuple[str, int]:
+def _item_value(text: str, start: int) -> tuple[str, int]:
     """A value, and where the next key begins."""
     match = _VALUE.match(text, start)
     assert match is not None

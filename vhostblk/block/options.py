@@ -28,6 +28,7 @@ __all__ = [
     "leftover",
     "list_of",
     "option",
+    "option_name",
     "option_names",
     "parse_keyval",
     "parse_options",
@@ -38,6 +39,7 @@ __all__ = [
     "to_integer",
     "to_size",
     "to_string",
+    "word",
     "words_of",
 ]
 
@@ -161,6 +163,16 @@ def choice(*values: str, qemu_text: str = "invalid parameter value: {value}") ->
     return OptionType(read, "|".join(values), qemu_text=qemu_text)
 
 
+def word(*values: str, said: str = "") -> OptionType:
+    """One of several words, of options for images.
+
+    Args:
+        said: what QEMU's image tools call the option.
+    """
+    name = said or "{name}"
+    return choice(*values, qemu_text=f"Parameter '{name}' does not accept value '{{value}}'")
+
+
 def list_of(item: type[Any]) -> OptionType:
     """A list of option sets: `name.0.key=value,name.1.key=value`, or a list in JSON."""
 
@@ -208,6 +220,8 @@ def option(
     mutable: bool = False,
     strong: bool = False,
     missing: str = "",
+    tacit: bool = False,
+    listed: bool = True,
 ) -> Any:
     """A field of an option set.
 
@@ -217,6 +231,7 @@ def option(
         mutable: a reopen may change it (row B34.3).
         strong: it decides which bytes the node shows, so it is part of the node's name (row B41.2).
         missing: what QEMU's image tools say where it is required, and is not there.
+        tacit: image tools do not tell its default. listed: they tell it at all (`image_options.py`).
     """
     metadata = {
         "type": kind,
@@ -225,17 +240,20 @@ def option(
         "mutable": mutable,
         "strong": strong,
         "missing": missing,
+        "tacit": tacit,
+        "listed": listed,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def _name(field: dataclasses.Field[Any]) -> str:
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """QEMU's name of an option."""
     return str(field.metadata["name"]) or field.name.replace("_", "-")
 
 
 def option_names(options_type: type[Any]) -> frozenset[str]:
     """QEMU's names of all options of a set."""
-    return frozenset(_name(field) for field in dataclasses.fields(options_type))
+    return frozenset(option_name(field) for field in dataclasses.fields(options_type))
 
 
 def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
@@ -250,7 +268,7 @@ def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
     """
     values: dict[str, Any] = {}
     for field in dataclasses.fields(options_type):  # type: ignore[arg-type]
-        name = _name(field)
+        name = option_name(field)
         kind = field.metadata["type"]
         if kind.is_list:
             values[field.name] = kind.read(f"{where}{name}", _below(flat, name))
@@ -267,6 +285,8 @@ def _read(kind: OptionType, name: str, value: Any, where: str) -> Any:
     try:
         return kind.read(f"{where}{name}", value)
     except ConfigError as error:
+        if not kind.qemu_text:
+            raise
         text = kind.qemu_text.format(name=name, value=value)
         raise ConfigError(str(error), error.errno, qemu_text=text) from None
 
@@ -300,8 +320,8 @@ def leftover(
         ConfigError: names the first leftover (row B05.13).
     """
     fields = dataclasses.fields(options_type)
-    known = {_name(field) for field in fields}
-    lists = {_name(field) for field in fields if field.metadata["type"].is_list}
+    known = {option_name(field) for field in fields}
+    lists = {option_name(field) for field in fields if field.metadata["type"].is_list}
     for name in flat:
         if name not in known and name.partition(".")[0] not in lists:
             node = f" (node '{node_name}')" if node_name else ""
@@ -320,7 +340,7 @@ def _no_such_option(level: str, driver: str, name: str) -> str:
 def strong_options(options: Any) -> dict[str, Any]:
     """The options of a set that decide about content and are not as by default; names are QEMU's."""
     return {
-        _name(field): value
+        option_name(field): value
         for field in dataclasses.fields(options)
         if field.metadata["strong"] and (value := getattr(options, field.name)) != field.default
     }
@@ -329,7 +349,7 @@ def strong_options(options: Any) -> dict[str, Any]:
 def immutable_options(options_type: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the options as written that no reopen may change."""
     mutable = {
-        _name(field)
+        option_name(field)
         for kind in (NodeOptions, options_type)
         for field in dataclasses.fields(kind)
         if field.metadata["mutable"]
@@ -347,7 +367,7 @@ def refuse_changes(old: Any, new: Any, where: str = "") -> None:
         before, after = getattr(old, field.name), getattr(new, field.name)
         if before != after and not field.metadata["mutable"]:
             raise ConfigError(
-                f"Cannot change the option '{where}{_name(field)}' from '{before}' to '{after}'"
+                f"Cannot change the option '{where}{option_name(field)}' from '{before}' to '{after}'"
             )
 
 
@@ -363,7 +383,7 @@ def describe_options(options_type: type[Any]) -> list[tuple[str, str, str]]:
             if isinstance(default, bool):
                 default = "on" if default else "off"
             values += f" (default: {default})"
-        rows.append((_name(field), values, str(field.metadata["about"])))
+        rows.append((option_name(field), values, str(field.metadata["about"])))
     return rows
 
 

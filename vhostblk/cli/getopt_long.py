@@ -1,96 +1,17 @@
-"""Options read as getopt_long(3) reads them, one after the other, with its words for what is wrong.
+"""A parser for programs whose options are read as getopt_long(3) reads them, with its words for what is wrong.
 
-Scripts rely on that: options stand in any place, names are cut short, and what comes first is looked at first. Python's
-`getopt` and argparse have other words.
-
-`GetoptParser` is for programs: declared as any argparse parser, so that help and manual are made as everywhere.
+It is declared as any argparse parser, so that help and manual are made as everywhere; `option_reader.py` reads.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from vhostblk.cli.option_reader import OptionError, OptionReader
 from vhostblk.cli.program import Parser
-
-
-class GetoptError(Exception):
-    """An option that there is not, or without its value. The text is a line for standard error."""
-
-
-def getopt_long(
-    program: str, words: Sequence[str], options: Mapping[str, bool], left: list[str]
-) -> Iterator[tuple[str, str]]:
-    """(option, value) for each option, in their order.
-
-    Args:
-        program: its name, for messages.
-        options: `-x` or `--name`, and whether it takes a value.
-        left: gets the words that are no options.
-
-    Raises:
-        GetoptError: at the first option that is wrong, after those before it.
-    """
-    rest = iter(words)
-    for word in rest:
-        if word == "--":
-            left.extend(rest)
-        elif word.startswith("--"):
-            yield _long(program, word, rest, options)
-        elif word.startswith("-") and word != "-":
-            yield from _letters(program, word[1:], rest, options)
-        else:
-            left.append(word)
-
-
-def _long(
-    program: str, word: str, rest: Iterator[str], options: Mapping[str, bool]
-) -> tuple[str, str]:
-    _, equals, value = word.partition("=")
-    found = _named(program, word, [option for option in options if option.startswith("--")])
-    if not options[found]:
-        if equals:
-            raise GetoptError(f"{program}: option '{found}' doesn't allow an argument")
-        return found, ""
-    if not equals:
-        following = next(rest, None)
-        if following is None:
-            raise GetoptError(f"{program}: option '{found}' requires an argument")
-        value = following
-    return found, value
-
-
-def _named(program: str, word: str, options: Sequence[str]) -> str:
-    """The option that this has the name of, or its beginning."""
-    name = word.partition("=")[0]
-    if name in options:
-        return name
-    found = [option for option in options if option.startswith(name)]
-    if not found:
-        raise GetoptError(f"{program}: unrecognized option '{word}'")
-    if len(found) > 1:
-        possible = " ".join(f"'{option}'" for option in found)
-        raise GetoptError(f"{program}: option '{word}' is ambiguous; possibilities: {possible}")
-    return found[0]
-
-
-def _letters(
-    program: str, letters: str, rest: Iterator[str], options: Mapping[str, bool]
-) -> Iterator[tuple[str, str]]:
-    for index, letter in enumerate(letters, 1):
-        option = f"-{letter}"
-        if option not in options:
-            raise GetoptError(f"{program}: invalid option -- '{letter}'")
-        if not options[option]:
-            yield option, ""
-            continue
-        value = letters[index:] or next(rest, None)
-        if value is None:
-            raise GetoptError(f"{program}: option requires an argument -- '{letter}'")
-        yield option, value
-        return
 
 
 class GetoptParser(Parser):
@@ -111,13 +32,17 @@ class GetoptParser(Parser):
         for name, default in self._defaults.items():
             setattr(found, name, default)
         takes_value = {option: action.nargs != 0 for option, action in actions.items()}
-        left: list[str] = []
+        letters = "".join(
+            option[1] + ":" * takes for option, takes in takes_value.items() if option[1] != "-"
+        )
+        names = {option[2:]: takes for option, takes in takes_value.items() if option[1] == "-"}
+        reader = OptionReader(self.prog, sys.argv[1:] if args is None else args, letters, names)
         try:
-            words = sys.argv[1:] if args is None else args
-            for option, text in getopt_long(self.prog, words, takes_value, left):
+            for option, text in reader:
                 self._take(found, option, text)
-        except GetoptError as error:
-            self._refuse(str(error))
+        except OptionError as error:
+            self._refuse(f"{self.prog}: {error}")
+        left = reader.rest
         places = [action for action in self._actions if not action.option_strings]
         if len(left) > len(places):
             self._refuse()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.options import IDENTIFIER, consume, consume_all, option
 from vhostblk.errors import ConfigError
@@ -15,6 +16,24 @@ class _ThrottleGroupOptions:
     """`--object throttle-group`, besides its limits."""
 
     id: str = option(IDENTIFIER, about="name of the group")
+
+
+def parse_object(text: str) -> tuple[str, ThrottleLimits]:
+    """The id and the limits of `--object`, for tools that have throttle groups only.
+
+    Raises:
+        ConfigError: it is of another kind, or wrong.
+    """
+    options = flatten(parse_options(text, "qom-type"))
+    kind = options.pop("qom-type", None)
+    if kind is None:
+        raise ConfigError("Parameter 'qom-type' is missing")
+    if kind != "throttle-group":
+        raise ConfigError(
+            f"type '{kind}' is not supported (allowed: throttle-group)",
+            qemu_text=f"Parameter 'qom-type' does not accept value '{kind}'",
+        )
+    return throttle_group(options)
 
 
 def throttle_group(options: dict[str, Any]) -> tuple[str, ThrottleLimits]:

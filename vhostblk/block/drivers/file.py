@@ -25,7 +25,7 @@ from vhostblk.block.permissions import Perm
 from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vhostblk.block.create import Creation
+    from vhostblk.block.creation import Creation
     from vhostblk.block.reopen import Reopen
 
 # By the file's mode, by its attributes, by its file system.

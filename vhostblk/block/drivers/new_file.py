@@ -10,47 +10,88 @@ import array
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import stat
+import struct
 from dataclasses import dataclass
 
 from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.locking import ImageLock
 from vhostblk.block.host_io import fallocate
 from vhostblk.block.limits import SECTOR_SIZE
-from vhostblk.block.options import BOOLEAN, SIZE, STRING, choice, option
+from vhostblk.block.options import BOOLEAN, SIZE, STRING, OptionType, option
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import BlockError, ConfigError
+
+log = logging.getLogger(__name__)
 
 # linux/fs.h
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
 _FS_NOCOW_FL = 0x00800000
+_FS_IOC_FSGETXATTR = 0x801C581F
+_FS_IOC_FSSETXATTR = 0x401C5820
+_FS_XFLAG_EXTSIZE = 0x00000800
+# struct fsxattr: flags, extent size, number of extents, project, extent size of copies, padding
+_FSXATTR = struct.Struct("=IIIII8s")
 
 _MODE = 0o644
 _CHANGES = Perm.WRITE | Perm.RESIZE
 
 
+_MOST_HINT = (1 << 32) - 1
+_DEFAULT_HINT = 1 << 20
+
+
+def to_preallocation(name: str, value: object) -> str:
+    """Whether a new file gets its room now."""
+    if value in ("off", "falloc", "full"):
+        return str(value)
+    if value == "metadata":
+        raise ConfigError(f"Unsupported preallocation mode '{value}'", errno.ENOTSUP)
+    raise ConfigError(
+        f"Parameter '{name}' does not accept value '{value}' (allowed: off, falloc, full)",
+        qemu_text=f"invalid parameter value: {value}",
+    )
+
+
+PREALLOCATION = OptionType(to_preallocation, "off|falloc|full")
+
+
 @dataclass(frozen=True, slots=True)
 class FileCreateOptions:
-    """QEMU's options for new files."""
+    """QEMU's options for new files; the words are those of image tools."""
 
-    filename: str = option(STRING, about="path of the file")
-    size: int = option(SIZE, 0, about="bytes of the file")
-    preallocation: str = option(
-        choice("off", "falloc", "full"), "off", about="whether the file gets its room now"
-    )
+    filename: str = option(STRING, about="path of the file", listed=False)
+    size: int = option(SIZE, 0, about="Virtual disk size", tacit=True)
     nocow: bool = option(
-        BOOLEAN, False, about="without copy on write, where the file system has it (Btrfs)"
+        BOOLEAN, False, about="Turn off copy-on-write (valid only on btrfs)", tacit=True
     )
+    preallocation: str = option(
+        PREALLOCATION,
+        "off",
+        about="Preallocation mode (allowed values: off, falloc, full)",
+        tacit=True,
+    )
+    extent_size_hint: int | None = option(
+        SIZE,
+        None,
+        name="extent_size_hint",
+        about="Extent size hint for the image file, 0 to disable",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.extent_size_hint or 0) > _MOST_HINT:
+            raise ConfigError("Extent size hint is too large")
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceCreateOptions:
     """What can be asked of a device that is there."""
 
-    filename: str = option(STRING, about="path of the block device")
-    size: int = option(SIZE, 0, about="bytes that it has to have")
+    filename: str = option(STRING, about="path of the block device", listed=False)
+    size: int = option(SIZE, 0, about="Virtual disk size", tacit=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +130,7 @@ def _fill(fd: int, options: FileCreateOptions) -> None:
         os.ftruncate(fd, 0)
         if options.nocow:
             _set_nocow(fd)
+        _set_extent_size(fd, options.extent_size_hint)
         if options.preallocation == "falloc" and options.size:
             fallocate(fd, 0, 0, options.size)
         elif options.preallocation == "full":
@@ -171,6 +213,19 @@ def _cannot(path: str, error: OSError) -> ConfigError:
 def _lock(fd: int, path: str) -> None:
     """Take the locks of somebody who changes the whole file; they go when the file is closed."""
     ImageLock(fd, path, required=False).prepare(_CHANGES, Perm.NONE)
+
+
+def _set_extent_size(fd: int, hint: int | None) -> None:
+    """How much XFS allocates at a time. Failure is worth a warning to whoever has asked for it."""
+    size = _DEFAULT_HINT if hint is None else hint
+    attributes = bytearray(_FSXATTR.size)
+    try:
+        fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, attributes)
+        flags, _, *rest = _FSXATTR.unpack(attributes)
+        fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, size, *rest))
+    except OSError as error:
+        if hint:
+            log.warning("Failed to set extent size hint: %s", error.strerror)
 
 
 def _set_nocow(fd: int) -> None:

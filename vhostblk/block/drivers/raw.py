@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vhostblk.block.copy_range import copy_range_from, copy_range_to
 from vhostblk.block.driver import NodeInfo
+from vhostblk.block.drivers.new_file import PREALLOCATION
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.introspection import filename
@@ -28,7 +29,7 @@ from vhostblk.block.node import (
     Req,
     Role,
 )
-from vhostblk.block.options import SIZE, choice, option
+from vhostblk.block.options import SIZE, option
 from vhostblk.block.permissions import Perm
 from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.registry import PROBE_SIZE, DriverRegistry
@@ -36,7 +37,7 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
-    from vhostblk.block.create import Creation
+    from vhostblk.block.creation import Creation
     from vhostblk.block.reopen import Reopen
 
 log = logging.getLogger(__name__)
@@ -68,9 +69,10 @@ class RawOptions:
 class RawCreateOptions:
     """QEMU's options for new raw images."""
 
-    size: int = option(SIZE, about="bytes of the disk")
+    size: int = option(SIZE, about="Virtual disk size")
+    # It is the file's, as image tools tell it.
     preallocation: str = option(
-        choice("off", "falloc", "full"), "off", about="whether the disk gets its room now"
+        PREALLOCATION, "off", about="whether the disk gets its room now", listed=False
     )
 
 

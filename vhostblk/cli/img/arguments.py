@@ -1,7 +1,7 @@
 """Options of a subcommand, declared as the fields of a dataclass and read as getopt_long(3) reads them.
 
 argparse is of no use here: scripts rely on what getopt does (options in any place, names cut short) and on the words
-that qemu-img has for what is wrong. The `getopt` of Python's library reads; here are the declarations.
+that qemu-img has for what is wrong. `option_reader.py` reads; here are the declarations.
 
 Knows nothing about images.
 """
@@ -9,9 +9,10 @@ Knows nothing about images.
 from __future__ import annotations
 
 import dataclasses
-import getopt
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
+
+from vhostblk.cli.option_reader import OptionError, OptionReader
 
 T = TypeVar("T", bound="Arguments")
 
@@ -23,12 +24,16 @@ class ImgError(Exception):
         message: empty: what there is to say has been said.
         status: the exit code.
         more: further lines.
+        hint: what may be said besides, without the program's name; ends its lines itself.
     """
 
-    def __init__(self, message: str = "", status: int = 1, more: Sequence[str] = ()) -> None:
+    def __init__(
+        self, message: str = "", status: int = 1, more: Sequence[str] = (), hint: str = ""
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.more = more
+        self.hint = hint
 
 
 class UsageError(ImgError):
@@ -36,7 +41,7 @@ class UsageError(ImgError):
 
 
 class HelpRequest(Exception):  # noqa: N818 - it is no error
-    """`-h` was given."""
+    """`-h` was given; the text is for standard error."""
 
 
 def flag(short: str = "", long: str = "") -> Any:
@@ -73,6 +78,32 @@ def listed(short: str = "", long: str = "", read: Callable[[str], Any] = str) ->
     return dataclasses.field(default=(), metadata=metadata)
 
 
+def option_list(text: str) -> str:
+    """`-o`: what can be put between others of its kind.
+
+    Raises:
+        ImgError: the commas of it and the next one would be taken for something else.
+    """
+    if not text or text.startswith(",") or (len(text) - len(text.rstrip(","))) % 2:
+        raise ImgError(f"Invalid option list: {text}")
+    return text
+
+
+def object_options(text: str) -> tuple[str, Any]:
+    """`--object`: the id of a throttle group, and its limits.
+
+    Raises:
+        ImgError: it is something else, or wrong.
+    """
+    from vhostblk.cli.objects import parse_object
+    from vhostblk.errors import ConfigError
+
+    try:
+        return parse_object(text)
+    except ConfigError as error:
+        raise ImgError(error.qemu_text) from None
+
+
 @dataclasses.dataclass
 class Arguments:
     """What a subcommand was given; the base of all declarations.
@@ -80,7 +111,10 @@ class Arguments:
     Attributes:
         words: what is no option, in order.
         order: names of the fields of all options, in the order in which they were given.
+        forgiving: an option that there is not is a reason to show the help, and no error.
     """
+
+    forgiving: ClassVar[bool] = False
 
     words: tuple[str, ...] = ()
     order: tuple[str, ...] = ()
@@ -103,11 +137,11 @@ class ImageArguments(Arguments):
     """Of a subcommand that opens images.
 
     Attributes:
-        objects: `--object`, as they were given.
+        objects: `--object`: throttle groups. They are made before the subcommand runs.
         image_opts: names of images are lists of options.
     """
 
-    objects: tuple[str, ...] = listed("", "object")
+    objects: tuple[tuple[str, Any], ...] = listed("", "object", read=object_options)
     image_opts: bool = flag("", "image-opts")
 
 
@@ -122,17 +156,21 @@ def wants_json(output: str | None) -> bool:
     return output == "json"
 
 
-def parse(kind: type[T], words: Sequence[str]) -> T:
-    """Read the words of a subcommand.
+def parse(kind: type[T], words: Sequence[str], command: str = "") -> T:
+    """Read the words of a subcommand; each value is looked at before the next word is.
+
+    Args:
+        command: its name.
 
     Raises:
         HelpRequest: help was asked for.
         ImgError: the first thing that is wrong.
     """
-    fields = [field for field in dataclasses.fields(kind) if "short" in field.metadata]
     by_word: dict[str, dataclasses.Field[Any]] = {}
-    letters, names = "h", ["help"]
-    for field in fields:
+    letters, names = "h", {"help": False}
+    for field in dataclasses.fields(kind):
+        if "short" not in field.metadata:
+            continue
         short, long = field.metadata["short"], field.metadata["long"]
         takes_value = "read" in field.metadata
         if short:
@@ -140,20 +178,29 @@ def parse(kind: type[T], words: Sequence[str]) -> T:
             letters += short + (":" if takes_value else "")
         if long:
             by_word[f"--{long}"] = field
-            names.append(long + ("=" if takes_value else ""))
+            names[long] = takes_value
     words, more = kind.prepare(words)
-    try:
-        given, left = getopt.gnu_getopt(words, letters, names)
-    except getopt.GetoptError as error:
-        raise _refusal(error, words) from None
     found = kind()
-    for word, text in given:
-        if word in ("-h", "--help"):
-            raise HelpRequest
-        _take(found, by_word[word], text)
-    found.words = (*left, *more)
+    reader = OptionReader(command, words, letters, names)
+    try:
+        for word, text in reader:
+            if word in ("-h", "--help"):
+                raise HelpRequest
+            _take(found, by_word[word], text)
+    except OptionError as error:
+        if kind.forgiving:
+            raise HelpRequest(f"{command}: {error}") from None
+        raise refusal(error) from None
+    found.words = (*reader.rest, *more)
     found.check()
     return found
+
+
+def refusal(error: OptionError) -> UsageError:
+    """What qemu-img says of words that are no options of it."""
+    if error.lacks_value:
+        return UsageError(f"missing argument for option '{error.word}'")
+    return UsageError(f"unrecognized option '{error.word}'")
 
 
 def _take(found: Arguments, field: dataclasses.Field[Any], text: str) -> None:
@@ -169,11 +216,3 @@ def _take(found: Arguments, field: dataclasses.Field[Any], text: str) -> None:
             value = (*before, value)
     setattr(found, field.name, value)
     found.order += (field.name,)
-
-
-def _refusal(error: getopt.GetoptError, words: Sequence[str]) -> UsageError:
-    dashed = f"-{error.opt}" if len(error.opt) == 1 else f"--{error.opt}"
-    word = next((word for word in words if word.partition("=")[0] == dashed), dashed)
-    if "requires argument" in error.msg:
-        return UsageError(f"missing argument for option '{word}'")
-    return UsageError(f"unrecognized option '{word}'")

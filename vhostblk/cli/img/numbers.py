@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from vhostblk.block.sizes import read_size
 from vhostblk.cli.img.arguments import ImgError
-from vhostblk.cli.sizes import read_size
 
 _INT64_MAX = (1 << 63) - 1
 

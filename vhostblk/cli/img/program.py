@@ -7,7 +7,6 @@ any program, after what is unfinished has been named and closed.
 from __future__ import annotations
 
 import asyncio
-import getopt
 import os
 import signal
 import sys
@@ -16,10 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from vhostblk import __version__
-from vhostblk.cli.img.arguments import Arguments, HelpRequest, ImgError, UsageError, parse
+from vhostblk.cli.img.arguments import (
+    Arguments,
+    HelpRequest,
+    ImgError,
+    UsageError,
+    parse,
+    refusal,
+)
 from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import SYNOPSES, Command, find_command
+from vhostblk.cli.option_reader import OptionError, OptionReader
 from vhostblk.cli.tool_log import ToolLog
+from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import BlockError, ConfigError
 
 HELP = """\
@@ -28,6 +36,7 @@ Make, look at, convert and repair disk images, with qemu-img's commands and opti
 
     -h, --help       show this, and exit
     -V, --version    show the version, and exit
+    -T, --trace      accepted, as scripts write it: there is nothing to trace
 
 Commands:
 {commands}
@@ -35,6 +44,10 @@ Commands:
 Supported formats: {formats}
 Every command and option is explained in qemu-img(1); what differs here, in docs/vhostblk-img.md.
 """
+
+
+# Scripts ask for the version to know what they may use: that is what qemu-img has had since then.
+_LIKE = "7.2.0"
 
 
 def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
@@ -49,7 +62,9 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     try:
         with ToolLog(program):
             return _main(program, words)
-    except HelpRequest:
+    except HelpRequest as request:
+        if str(request):
+            sys.stderr.write(f"{request}\n")
         sys.stdout.write(_help(program))
         return 0
     except ImgError as error:
@@ -57,6 +72,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         for line in (str(error), *error.more):
             if line:
                 sys.stderr.write(f"{program}: {line}\n")
+        sys.stderr.write(error.hint)
         if isinstance(error, UsageError):
             sys.stderr.write(f"Try '{program} --help' for more information\n")
         return error.status
@@ -65,21 +81,30 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def _main(program: str, words: list[str]) -> int:
-    try:
-        given, left = getopt.getopt(words, "hV", ["help", "version"])
-    except getopt.GetoptError:
-        raise UsageError(f"unrecognized option '{words[0]}'") from None
-    for option, _ in given:
-        if option in ("-h", "--help"):
-            raise HelpRequest
-        sys.stdout.write(f"{program} version {__version__}\n")
-        return 0
-    if not left:
+    if not words:
         raise UsageError("Not enough arguments")
-    command = find_command(left[0])
+    names = {"help": False, "version": False, "trace": True}
+    reader = OptionReader(program, words, "hVT:", names, in_order=True)
+    try:
+        for option, value in reader:
+            if option in ("-h", "--help"):
+                raise HelpRequest
+            if option in ("-V", "--version"):
+                sys.stdout.write(f"{program} version {_LIKE} (vhostblk {__version__})\n")
+                return 0
+            if read_trace_option(value):
+                return 0
+    except OptionError as error:
+        raise refusal(error) from None
+    except ConfigError as error:
+        raise ImgError(error.qemu_text) from None
+    if not reader.rest:
+        return 0
+    name, *left = reader.rest
+    command = find_command(name)
     if command is None:
-        raise UsageError(f"Command not found: {left[0]}")
-    args = parse(command.takes, left[1:])
+        raise UsageError(f"Command not found: {name}")
+    args = parse(command.takes, left, name)
     with _Stop() as stop:
         return asyncio.run(_run(program, command, args, stop))
 
@@ -116,6 +141,7 @@ async def _run(program: str, command: Command, args: Arguments, stop: _Stop) -> 
         if stop.signal is not None:
             raise asyncio.CancelledError
         async with session:
+            session.add_objects(getattr(args, "objects", ()))
             return await command.run(session, args)
     except (ConfigError, BlockError) as error:
         raise ImgError(reason(error)) from None

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import throttle_group
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.graph import BlockGraph
-from vhostblk.block.keyval import flatten, parse_flat, parse_options
+from vhostblk.block.keyval import parse_flat
 from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_cache_mode
 from vhostblk.block.opening import NO_FLAGS
 from vhostblk.block.permissions import Perm
-from vhostblk.cli import objects
 from vhostblk.cli.img.arguments import ImgError
 from vhostblk.errors import BlockError, ConfigError, VhostBlkError
+
+if TYPE_CHECKING:
+    from vhostblk.block.leaky_bucket import ThrottleLimits
 
 
 class Session:
@@ -75,21 +77,17 @@ class Session:
 
     # ------------------------------------------------------------------ objects
 
-    def add_objects(self, texts: Sequence[str]) -> None:
+    def add_objects(self, groups: Sequence[tuple[str, ThrottleLimits]]) -> None:
         """Make what `--object` describes.
 
         Raises:
-            ImgError: one is wrong, or of a kind that there is not.
+            ImgError: two have the same name.
         """
-        for text in texts:
-            try:
-                options = flatten(parse_options(text, "qom-type"))
-                kind = options.pop("qom-type", None)
-                if kind != "throttle-group":
-                    raise ConfigError(f"type '{kind}' is not supported (allowed: throttle-group)")
-                name, limits = objects.throttle_group(options)
-            except ConfigError as error:
-                raise ImgError(error.qemu_text) from None
+        for name, limits in groups:
+            if name in self.graph.throttle_groups:
+                raise ImgError(
+                    f"attempt to add duplicate property '{name}' to object (type 'container')"
+                )
             self.graph.throttle_groups[name] = throttle_group.ThrottleGroup(name, limits)
 
     # ------------------------------------------------------------------ images

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
+from vhostblk.block.sizes import read_size
 from vhostblk.cli.io.command import CommandError
-from vhostblk.cli.sizes import read_size
 
 _INT64_MAX = (1 << 63) - 1
 # Python refuses to read thousands of digits; these are too large anyway.

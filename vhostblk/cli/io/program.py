@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from vhostblk import __version__
-from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.cli.getopt_long import GetoptParser
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.cli.io.image import aio_mode, cache_mode, discard_mode, image_options, modes_of
 from vhostblk.cli.io.session import Modes, Session
 from vhostblk.cli.io.shell import run_commands
-from vhostblk.cli.objects import throttle_group
+from vhostblk.cli.objects import parse_object
 from vhostblk.cli.program import LOG_LEVELS
 from vhostblk.cli.tool_log import ToolLog
 from vhostblk.cli.trace_option import read_trace_option
@@ -87,7 +86,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--object",
         action="append",
-        type=_value(_parse_object),
+        type=_value(parse_object),
         default=[],
         metavar="OPTIONS",
         help="throttle-group,id=…[,limits.…]; repeatable",
@@ -114,16 +113,6 @@ def _value(read: Callable[[str], Any]) -> Callable[[str], Any]:
 def _trace(text: str) -> None:
     if read_trace_option(text):
         sys.exit(0)
-
-
-def _parse_object(text: str) -> tuple[str, ThrottleLimits]:
-    options = flatten(parse_options(text, "qom-type"))
-    kind = options.pop("qom-type", None)
-    if kind is None:
-        raise ConfigError("Parameter 'qom-type' is missing")
-    if kind != "throttle-group":
-        raise ConfigError(f"Parameter 'qom-type' does not accept value '{kind}'")
-    return throttle_group(options)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -19,7 +19,8 @@ from vhostblk.block import pipeline
 from vhostblk.block.drivers.qcow2 import header_change, resize
 from vhostblk.block.drivers.qcow2.backing import rewritten
 from vhostblk.block.drivers.qcow2.clusters import Clusters
-from vhostblk.block.drivers.qcow2.create import VERSION, check_refcount_bits
+from vhostblk.block.drivers.qcow2.create import check_refcount_bits, version_type
+from vhostblk.block.drivers.qcow2.encryption import OtherEncryption
 from vhostblk.block.drivers.qcow2.entries import (
     COMPRESSED,
     OFFSET_MASK,
@@ -49,28 +50,40 @@ _PIECE = 1 << 20
 _ZERO = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Qcow2AmendOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2AmendOptions(OtherEncryption):
     """QEMU's options for changes of qcow2 images; absent: as it is."""
 
-    size: int | None = option(SIZE, None, about="bytes of the disk")
-    compat: int | None = option(VERSION, None, about="version of the format: 0.10 is 2, 1.1 is 3")
+    size: int | None = option(SIZE, None, about="Virtual disk size")
+    compat: int | None = option(
+        version_type("Unknown compatibility level {}"),
+        None,
+        about="Compatibility level (v2 [0.10] or v3 [1.1])",
+    )
     backing_file: str | None = option(
-        STRING, None, name="backing_file", about="as it is: rebasing is something else"
+        STRING, None, name="backing_file", about="File name of a base image"
     )
-    backing_fmt: str | None = option(STRING, None, name="backing_fmt", about="as it is")
-    lazy_refcounts: bool | None = option(
-        BOOLEAN, None, name="lazy_refcounts", about="reference counts may be written late"
-    )
-    refcount_bits: int | None = option(
-        INTEGER, None, name="refcount_bits", about="width of a reference count"
+    backing_fmt: str | None = option(
+        STRING, None, name="backing_fmt", about="Image format of the base image"
     )
     data_file: str | None = option(
-        STRING, None, name="data_file", about="another name of the external data file; or none"
+        STRING, None, name="data_file", about="File name of an external data file"
     )
     data_file_raw: bool | None = option(
-        BOOLEAN, None, name="data_file_raw", about="off: the data file is no raw image any more"
+        BOOLEAN,
+        None,
+        name="data_file_raw",
+        about="The external data file must stay valid as a raw image",
     )
+    lazy_refcounts: bool | None = option(
+        BOOLEAN, None, name="lazy_refcounts", about="Postpone refcount updates"
+    )
+    refcount_bits: int | None = option(
+        INTEGER, None, name="refcount_bits", about="Width of a reference count entry in bits"
+    )
+
+    def __post_init__(self) -> None:
+        self.refuse_encryption()
 
     def check(self, header: Header) -> None:
         """Refuse what cannot be, before anything is changed.
@@ -81,7 +94,12 @@ class Qcow2AmendOptions:
         version = self.compat or header.version
         bits = self.refcount_bits or 1 << header.refcount_order
         if self.refcount_bits is not None:
-            check_refcount_bits(self.refcount_bits, version)
+            check_refcount_bits(self.refcount_bits)
+            if version < 3 and self.refcount_bits != 16:
+                raise ConfigError(
+                    "Refcount widths other than 16 bits require compatibility level 1.1 or above "
+                    "(use compat=1.1 or greater)"
+                )
         if self.data_file is not None and not header.has_data_file:
             raise ConfigError("data-file can only be set for images that use an external data file")
         is_raw = bool(header.autoclear & AutoClear.RAW_DATA_FILE)
@@ -92,7 +110,9 @@ class Qcow2AmendOptions:
             (self.backing_fmt, header.backing_format),
         ):
             if said is not None and said != there:
-                raise ConfigError("Cannot amend the backing file (rebase does that)")
+                what = "Cannot amend the backing file"
+                hint = "You can use 'qemu-img rebase' instead."
+                raise ConfigError(f"{what} (rebase does that)", qemu_text=f"{what}\n{hint}")
         if version >= 3:
             return
         if self.lazy_refcounts:
@@ -135,13 +155,16 @@ class AmendNode(SnapshotNode):
         version = options.compat or self._header.version
         steps = [
             (self._upgrade, version > self._header.version),
-            (lambda: self._set_refcount_bits(options.refcount_bits), bool(options.refcount_bits)),
+            (
+                lambda: self._set_refcount_bits(options.refcount_bits),
+                options.refcount_bits is not None,
+            ),
             (lambda: self._set_features(options), True),
-            (lambda: pipeline.truncate(self, options.size or 0), options.size is not None),
+            (lambda: pipeline.truncate(self, options.size or 0), bool(options.size)),
             (self._downgrade, version < self._header.version),
         ]
         if version < self._header.version:
-            size = self._header.size if options.size is None else options.size
+            size = options.size or self._header.size
             await self._check_snapshots(size)
             if any(bitmap.persistent for bitmap in self.bitmaps):  # stored or not
                 raise ConfigError(

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers.qcow2.compressed import codec
+from vhostblk.block.drivers.qcow2.encryption import NewEncryption
 from vhostblk.block.drivers.qcow2.header import (
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
@@ -35,91 +36,108 @@ from vhostblk.block.flags import Preallocation
 from vhostblk.block.introspection import filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE
-from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, OptionType, choice, option
+from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, OptionType, option, word
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 if TYPE_CHECKING:
-    from vhostblk.block.create import Creation
+    from vhostblk.block.creation import Creation
 
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-_NEEDS_V3 = "compatibility level 1.1 and above (use compat=1.1 or greater)"
+_NEEDS_V3 = "compatibility level 1.1 and above (use version=v3 or greater)"
 
 
-def to_version(name: str, value: object) -> int:
-    """A compatibility level, as a version of the format."""
-    if isinstance(value, str) and value in _VERSIONS:
-        return _VERSIONS[value]
-    raise ConfigError(f"Invalid compatibility level: '{value}'")
+def version_type(complaint: str) -> OptionType:
+    """A compatibility level, as a version of the format.
+
+    Args:
+        complaint: what is said of others, with `{}` where they are.
+    """
+
+    def read(name: str, value: Any) -> int:
+        if isinstance(value, str) and value in _VERSIONS:
+            return _VERSIONS[value]
+        raise ConfigError(complaint.format(value))
+
+    return OptionType(read, "0.10|1.1")
 
 
-VERSION = OptionType(to_version, "0.10|1.1")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2CreateOptions(NewEncryption):
+    """QEMU's options for new qcow2 images: in its order, and in its words, because image tools tell them."""
 
-
-@dataclass(frozen=True, slots=True)
-class Qcow2CreateOptions:
-    """QEMU's options for new qcow2 images."""
-
-    size: int = option(SIZE, about="bytes of the disk")
-    compat: int = option(VERSION, 3, about="version of the format: 0.10 is 2, 1.1 is 3")
-    backing_file: str | None = option(
-        STRING, None, name="backing_file", about="where what is not written yet comes from"
-    )
-    backing_fmt: str | None = option(
-        STRING, None, name="backing_fmt", about="driver of the backing file"
-    )
-    cluster_size: int = option(
-        SIZE, 65536, name="cluster_size", about="bytes that get a place together"
-    )
+    cluster_size: int = option(SIZE, 65536, name="cluster_size", about="qcow2 cluster size")
+    extended_l2: bool = option(BOOLEAN, False, name="extended_l2", about="Extended L2 tables")
     preallocation: str = option(
-        choice("off", "metadata", "falloc", "full"),
+        word("off", "metadata", "falloc", "full"),
         "off",
-        about="what gets its place now: nothing, tables only, data without being written, data",
-    )
-    lazy_refcounts: bool = option(
-        BOOLEAN, False, name="lazy_refcounts", about="reference counts may be written late"
-    )
-    refcount_bits: int = option(
-        INTEGER, 16, name="refcount_bits", about="width of a reference count"
-    )
-    data_file_raw: bool = option(
-        BOOLEAN, False, name="data_file_raw", about="the external data file is a raw image, too"
+        about="Preallocation mode (allowed values: off, metadata, falloc, full)",
+        tacit=True,
     )
     compression_type: str = option(
-        choice("zlib", "zstd"), "zlib", name="compression_type", about="of compressed clusters"
+        word("zlib", "zstd", said="compression-type"),
+        "zlib",
+        name="compression_type",
+        about="Compression method used for image cluster compression",
     )
-    extended_l2: bool = option(
-        BOOLEAN, False, name="extended_l2", about="parts of clusters can be allocated"
+    size: int = option(SIZE, about="Virtual disk size")
+    compat: int = option(
+        version_type("Parameter 'version' does not accept value '{}'"),
+        3,
+        about="Compatibility level (v2 [0.10] or v3 [1.1])",
+        tacit=True,
     )
-    encryption: bool = option(BOOLEAN, False, about="not supported")
-    encrypt_format: str | None = option(STRING, None, name="encrypt.format", about="not supported")
+    backing_file: str | None = option(
+        STRING, None, name="backing_file", about="File name of a base image"
+    )
+    backing_fmt: str | None = option(
+        STRING, None, name="backing_fmt", about="Image format of the base image"
+    )
+    # The data file is a child by the time that there is an image: this is for lists of options.
+    data_file: str | None = option(
+        STRING, None, name="data_file", about="File name of an external data file"
+    )
+    data_file_raw: bool = option(
+        BOOLEAN,
+        False,
+        name="data_file_raw",
+        about="The external data file must stay valid as a raw image",
+        tacit=True,
+    )
+    lazy_refcounts: bool = option(
+        BOOLEAN, False, name="lazy_refcounts", about="Postpone refcount updates"
+    )
+    refcount_bits: int = option(
+        INTEGER, 16, name="refcount_bits", about="Width of a reference count entry in bits"
+    )
 
     def __post_init__(self) -> None:
-        if self.encryption or self.encrypt_format is not None:
-            raise ConfigError("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+        self.refuse_encryption()
         if self.size % SECTOR_SIZE:
             raise ConfigError(f"Image size must be a multiple of {SECTOR_SIZE} bytes")
+        self._refuse_in_version_2(self.extended_l2, "Extended L2 entries are only supported with")
         check_cluster_size(self.cluster_size, extended_l2=self.extended_l2)
-        check_refcount_bits(self.refcount_bits, self.compat)
-        self._check_version()
+        if self.backing_file and self.preallocation != "off" and not self.extended_l2:
+            raise ConfigError(
+                "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+            )
         if not self.backing_file and self.backing_fmt is not None:
             raise ConfigError("Backing format cannot be used without backing file")
-        if self.backing_file:
-            if self.preallocation != "off" and not self.extended_l2:
-                raise ConfigError(
-                    "Backing file and preallocation can only be used at the same time if extended_l2 is on"
-                )
-            if self.data_file_raw:
-                raise ConfigError("Backing file and data_file_raw cannot be used at the same time")
+        self._refuse_in_version_2(self.lazy_refcounts, "Lazy refcounts only supported with")
+        check_refcount_bits(self.refcount_bits)
+        self._refuse_in_version_2(
+            self.refcount_bits != 16,
+            "Different refcount widths than 16 bits require",
+            "compatibility level 1.1 or above (use version=v3 or greater)",
+        )
+        if self.backing_file and self.data_file_raw:
+            raise ConfigError("Backing file and data-file-raw cannot be used at the same time")
+        self._refuse_in_version_2(
+            self.compression_type != "zlib", "Non-zlib compression type is only supported with"
+        )
 
-    def _check_version(self) -> None:
-        if self.compat >= 3:
-            return
-        if self.extended_l2:
-            raise ConfigError(f"Extended L2 entries are only supported with {_NEEDS_V3}")
-        if self.lazy_refcounts:
-            raise ConfigError(f"Lazy refcounts only supported with {_NEEDS_V3}")
-        if self.compression_type != "zlib":
-            raise ConfigError(f"Non-zlib compression type is only supported with {_NEEDS_V3}")
+    def _refuse_in_version_2(self, wanted: bool, what: str, needed: str = _NEEDS_V3) -> None:
+        if wanted and self.compat < 3:
+            raise ConfigError(f"{what} {needed}")
 
 
 def check_cluster_size(size: int, *, extended_l2: bool) -> None:
@@ -138,19 +156,14 @@ def check_cluster_size(size: int, *, extended_l2: bool) -> None:
         )
 
 
-def check_refcount_bits(bits: int, version: int) -> None:
-    """Refuse a width that reference counts of this version cannot have.
+def check_refcount_bits(bits: int) -> None:
+    """Refuse a width that reference counts cannot have.
 
     Raises:
         ConfigError: says which there are.
     """
     if bits > 64 or bits.bit_count() != 1:
         raise ConfigError("Refcount width must be a power of two and may not exceed 64 bits")
-    if version < 3 and bits != 16:
-        raise ConfigError(
-            "Different refcount widths than 16 bits require compatibility level 1.1 or above "
-            "(use compat=1.1 or greater)"
-        )
 
 
 def layout_of(options: Qcow2CreateOptions, *, external: bool = False) -> Layout:
@@ -180,7 +193,7 @@ def plan(options: Qcow2CreateOptions, *, data_file: str | None) -> tuple[Layout,
         ConfigError: EFBIG: the disk is too large for such clusters; names are too long; options contradict each other.
     """
     if data_file is None and options.data_file_raw:
-        raise ConfigError("data_file_raw requires data_file")
+        raise ConfigError("data-file-raw requires data-file")
     if data_file is not None and options.compat < 3:
         raise ConfigError(f"External data files are only supported with {_NEEDS_V3}")
     layout = layout_of(options, external=data_file is not None)

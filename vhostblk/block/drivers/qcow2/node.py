@@ -49,7 +49,7 @@ from vhostblk.block.roles import Role
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 if TYPE_CHECKING:
-    from vhostblk.block.create import Creation
+    from vhostblk.block.creation import Creation
     from vhostblk.block.image_info import FormatInfo
     from vhostblk.block.length import Measurement
     from vhostblk.block.reopen import Reopen
