@@ -54,7 +54,6 @@ class Bitmap(ImageArguments):
 
 async def run(session: Session, args: Bitmap) -> int:
     """Do it."""
-    session.add_objects(args.objects)
     filename, name = args.words
     image = await session.open(
         *(filename, args.format),

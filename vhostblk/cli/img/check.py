@@ -60,7 +60,6 @@ async def run(session: Session, args: Check) -> int:
     as_json = wants_json(args.output)
     cache = cache_mode(args.cache, "source cache")
     session.quiet = args.quiet
-    session.add_objects(args.objects)
     image = await session.open(
         args.words[0],
         args.format,

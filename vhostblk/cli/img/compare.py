@@ -48,7 +48,6 @@ async def run(session: Session, args: Compare) -> int:
 async def _compare(session: Session, args: Compare, progress: Progress) -> int:
     formats = (args.format, args.other_format)
     try:
-        session.add_objects(args.objects)
         cache = cache_mode(args.cache, "source cache")
         first, second = [
             await session.open(
