@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.schedule import HUNT
@@ -22,3 +27,11 @@ pytest_plugins = [
     "tests.event_loops",
     "tests.locks",
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hundreds of programs are started: where none may leave bytecode beside the sources, they share a folder of it."""
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", "") and "PYTHONPYCACHEPREFIX" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="vb-bytecode-")
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))

@@ -27,8 +27,9 @@ LATE = frozenset(
         *("tempfile", "json", "ctypes", "textwrap"),
         *("vhostblk.block.py_buffer", "vhostblk.block.throttle_group", "vhostblk.cli.objects"),
         *("vhostblk.block.image_info", "vhostblk.block.internal_snapshot"),
+        "vhostblk.cli.image_info_text",
         # What is done with qcow2 images, but not in every run.
-        *("vhostblk.block.drivers.qcow2.bitmap_store", "vhostblk.block.drivers.qcow2.format_info"),
+        "vhostblk.block.drivers.qcow2.format_info",
         *("vhostblk.block.drivers.qcow2.measuring", "vhostblk.block.drivers.qcow2.repair"),
         *("vhostblk.block.drivers.qcow2.resize", "vhostblk.block.drivers.qcow2.snapshot_changes"),
     }

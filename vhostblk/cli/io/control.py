@@ -9,12 +9,15 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from vhostblk.block.filters.blkdebug import BlkdebugNode
 from vhostblk.cli.io.command import Arguments, CommandError, operand, operands
 from vhostblk.cli.io.numbers import milliseconds, size
 from vhostblk.cli.io.session import Session
 from vhostblk.errors import BlockError
+
+if TYPE_CHECKING:
+    from vhostblk.block.filters.blkdebug import BlkdebugNode
 
 # How often to look whether a request has come to a breakpoint, in seconds.
 _LOOK_AGAIN = 0.0005

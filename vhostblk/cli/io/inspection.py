@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from vhostblk.block import image_info
 from vhostblk.block.flags import Preallocation
-from vhostblk.block.image_info import format_info
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.node import BlockNode
 from vhostblk.block.status import is_allocated
-from vhostblk.cli.image_info_text import format_info_lines
+from vhostblk.cli import image_info_text
 from vhostblk.cli.io.command import (
     Arguments,
     CommandError,
@@ -42,11 +42,11 @@ async def info(session: Session, args: Arguments) -> None:
     session.out(f"cluster size: {human(facts.cluster_size)}")
     session.out(f"vm state offset: {human(facts.vm_state_offset)}")
     try:
-        known = await format_info(node)
+        known = await image_info.format_info(node)
     except ConfigError as error:
         raise RefusedError(error.qemu_text) from None
     if known is not None:
-        for line in format_info_lines(known):
+        for line in image_info_text.format_info_lines(known):
             session.out(line)
 
 

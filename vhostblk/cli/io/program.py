@@ -8,20 +8,22 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostblk import __version__
-from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.cli import objects
 from vhostblk.cli.getopt_long import GetoptParser
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.cli.io.image import aio_mode, cache_mode, discard_mode, image_options, modes_of
 from vhostblk.cli.io.session import Modes, Session
 from vhostblk.cli.io.shell import run_commands
-from vhostblk.cli.objects import parse_object
 from vhostblk.cli.program import LOG_LEVELS
 from vhostblk.cli.tool_log import ToolLog
 from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.leaky_bucket import ThrottleLimits
 
 DESCRIPTION = """\
 Open an image and make single requests: read, write, discard, flush, and look at what they did. Takes
@@ -86,7 +88,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--object",
         action="append",
-        type=_value(parse_object),
+        type=_value(objects.parse_object),
         default=[],
         metavar="OPTIONS",
         help="throttle-group,id=…[,limits.…]; repeatable",

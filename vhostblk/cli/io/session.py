@@ -10,20 +10,22 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
+from vhostblk.block import throttle_group
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers.file import FileNode
-from vhostblk.block.filters import blkdebug
 from vhostblk.block.graph import BlockGraph
-from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.modes import CACHE_MODES, CacheMode
 from vhostblk.block.node import BlockNode
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import primary_child
-from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.errors import BlockError, ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.filters.blkdebug import BlkdebugNode
+    from vhostblk.block.leaky_bucket import ThrottleLimits
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ class Image:
     resizes: bool = False
     tags: list[str] = field(default_factory=list)
 
-    def debugger(self) -> blkdebug.BlkdebugNode | None:
+    def debugger(self) -> BlkdebugNode | None:
         """The node below which has breakpoints."""
         node: BlockNode | None = self.node
-        while node is not None and not isinstance(node, blkdebug.BlkdebugNode):
+        while node is not None and node.driver_name != "blkdebug":
             edge = primary_child(node)
             node = edge.node if edge is not None else None
-        return node
+        return cast("BlkdebugNode | None", node)
 
     async def close(self, tasks: set[asyncio.Task[None]]) -> None:
         """Let go what is suspended, wait for what runs, flush, close."""
@@ -136,7 +138,9 @@ class Session:
         self.image: Image | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.done = False
-        self._groups = {name: ThrottleGroup(name, limits) for name, limits in groups.items()}
+        self._groups = {
+            name: throttle_group.ThrottleGroup(name, limits) for name, limits in groups.items()
+        }
 
     def out(self, text: str) -> None:
         """Print a line."""
