@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,31 @@ import pytest
 from tests.differential.img_images import IMAGES
 from tests.differential.img_matrix import Row, Templates
 from tests.differential.img_matrix import compare as compare_outcomes
-from tests.differential.img_rows import amend, create, info, measure, program, resize, snapshot
 from tests.differential.tools import MEMORY
 from vhostblk.cli.img.table import SYNOPSES
 from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.testing.requirements import require
 
-MODULES = (program, create, info, snapshot, resize, measure, amend)
+MODULES = (
+    "program",
+    "amend",
+    "bitmap",
+    "check",
+    "compare",
+    "create",
+    "info",
+    "map",
+    "measure",
+    "resize",
+    "snapshot",
+)
 # Of what is there: a subcommand can be a column of the table before it can do anything.
-ROWS = [row for module in MODULES for row in module.ROWS if row.is_possible(SYNOPSES)]
+ROWS = [
+    row
+    for name in MODULES
+    for row in import_module(f"tests.differential.img_rows.{name}").ROWS
+    if row.is_possible(SYNOPSES)
+]
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,14 @@
 
 Where to look. Requests: `driver.py` is the contract of a driver, `image_driver.py` the part of it that
 is about images as a whole, `node.py` what every node has; `pipeline.py`, `submit.py`, `clear.py`,
-`flush.py` and `status.py` are one request on one node, `eager.py` begins one that may never wait,
+`flush.py` and `status.py` are one request on one node, `image_map.py` lists what is where,
+`eager.py` begins one that may never wait,
 `tracking.py` knows which waits for which, `quiesce.py` is drain. What they need: `iov.py`, `py_buffer.py`
 and `bounce.py` memory, `registered_buf.py` where it is, `limits.py` how much at once, `flags.py` QEMU's
 names, `extent.py`, `host_extent.py` and `extent_user.py` what may be done without asking, `write_log.py`,
 `dirty_map.py`, `dirty_bitmap.py` and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and
-`block_copy.py`, and `snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an
-image keeps, `vm_state.py` what a guest adds to them.
+`block_copy.py`; `compare.py` looks whether they are the same, and `snapshot.py` is how old ones are
+shown; `internal_snapshot.py` is states that an image keeps, `vm_state.py` what a guest adds to them.
 
 The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and `driver_table.py`
 drivers, `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from

@@ -123,10 +123,9 @@ class DirtyBitmap:
                 f"Bitmap '{self.name}' is readonly and cannot be modified", errno.EPERM
             )
         if self.inconsistent:
-            raise ConfigError(
-                f"Bitmap '{self.name}' is inconsistent and cannot be used; try "
-                "block-dirty-bitmap-remove to delete this bitmap from disk"
-            )
+            what = f"Bitmap '{self.name}' is inconsistent and cannot be used"
+            hint = "ry block-dirty-bitmap-remove to delete this bitmap from disk"
+            raise ConfigError(f"{what}; t{hint}", qemu_text=f"{what}\nT{hint}")
 
     # ------------------------------------------------------------------ bits
 

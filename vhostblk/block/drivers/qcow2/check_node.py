@@ -47,7 +47,13 @@ class CheckNode(BlockNode):
         """What a request fails with that has found damage; from now on nobody writes, and the image says so."""
         if not self._is_corrupt:
             self._is_corrupt = True
-            log.warning("node '%s': image is corrupt: %s", self.node_name, error)
+            says = f"qcow2: Image is corrupt: {error}; further non-fatal corruption events"
+            if self._is_written:
+                says = f"qcow2: Marking image as corrupt: {error}; further corruption events"
+            log.warning(
+                *("node '%s': image is corrupt: %s", self.node_name, error),
+                extra={"qemu_says": f"{says} will be suppressed"},
+            )
             if self._is_written:
                 await self._metadata.mark_corrupt()
         return BlockError(errno.EIO, f"{self.node_name}: image is corrupt: {error}")

@@ -113,7 +113,8 @@ class ClusterMap:
         entry = self._l1[index]
         table = entry & OFFSET_MASK
         if entry & L1_RESERVED or table & self._in_cluster:
-            raise ImageError(f"L2 table offset {entry:#x} unaligned (L1 index: {index})")
+            number = f"{index:#x}" if index else "0"
+            raise ImageError(f"L2 table offset {table:#x} unaligned (L1 index: {number})")
         return table
 
     def without_table(self, offset: int, limit: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from vhostblk.block.drivers.qcow2.entries import (
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
+    EntryError,
     EntryReader,
     Kind,
     Run,
@@ -101,7 +102,10 @@ class Clusters:
         else:
             return Run(Kind.UNALLOCATED, *metadata.without_table(offset, limit))
         base, since = metadata.slice_start(offset), offset if since is None else since
-        return self._entries.run_at(slice_.table, base, offset, limit, since)
+        try:
+            return self._entries.run_at(slice_.table, base, offset, limit, since)
+        except EntryError as error:
+            raise error.in_table(table, (error.guest_offset - base) // self._size) from None
 
     # ------------------------------------------------------------------ writing
 

@@ -58,6 +58,25 @@ class Run:
     copied: bool = False
 
 
+class EntryError(ImageError):
+    """An entry makes no sense.
+
+    Args:
+        what: is wrong.
+        guest_offset: of the cluster on the disk.
+    """
+
+    def __init__(self, what: str, guest_offset: int) -> None:
+        super().__init__(f"{what} (guest offset {guest_offset:#x})")
+        self.what = what
+        self.guest_offset = guest_offset
+
+    def in_table(self, table: int, index: int) -> ImageError:
+        """The same, for whoever knows the table, and the entry's number in its slice: in the words of QEMU."""
+        place = [f"{number:#x}" if number else "0" for number in (table, index)]
+        return ImageError(f"{self.what} (L2 offset: {place[0]}, L2 index: {place[1]})")
+
+
 class EntryReader:
     """Reads entries of one image."""
 
@@ -195,12 +214,11 @@ class EntryReader:
         has_host = bool(host or (self._has_data_file and copied))
         copied = copied and has_host
         if host & (self._cluster_size - 1):
-            raise ImageError(
-                f"Cluster allocation offset {host:#x} unaligned (guest offset {start:#x})"
-            )
+            raise EntryError(f"Cluster allocation offset {host:#x} unaligned", start)
         if self._has_data_file and has_host and host != start:
-            raise ImageError(
-                f"External data file host cluster offset {host:#x} does not match guest cluster offset: {start:#x}"
+            raise EntryError(
+                f"External data file host cluster offset {host:#x} does not match guest cluster offset: {start:#x}",
+                start,
             )
         if self._extended:
             run = self._subclusters(table[2 * index + 1], start, offset, host, has_host)
@@ -208,7 +226,7 @@ class EntryReader:
         if entry & _ZERO and self._has_zeroes:
             kind = Kind.ZERO
         elif entry & _ZERO:
-            raise ImageError(f"Zero cluster in a version 2 image (guest offset {start:#x})")
+            raise EntryError("Zero cluster entry found in pre-v3 image", start)
         else:
             kind = Kind.NORMAL if has_host else Kind.UNALLOCATED
         return Run(kind, start, start + self._cluster_size, host, has_host, copied=copied)
@@ -216,9 +234,9 @@ class EntryReader:
     def _subclusters(self, bitmap: int, start: int, offset: int, host: int, has_host: bool) -> Run:
         allocated, zero = bitmap & _ALL, bitmap >> SUBCLUSTERS
         if allocated & zero:
-            raise ImageError(f"Invalid subcluster bitmap {bitmap:#x} (guest offset {start:#x})")
+            raise EntryError("Invalid cluster entry found ", start)
         if allocated and not has_host:
-            raise ImageError(f"Subclusters without a host cluster (guest offset {start:#x})")
+            raise EntryError("Invalid cluster entry found ", start)
         first = (offset - start) // self._subcluster_size
         if allocated >> first & 1:
             kind, alike = Kind.NORMAL, allocated
@@ -261,8 +279,8 @@ class EntryReader:
 
     def _compressed(self, entry: int, start: int) -> Run:
         if self._has_data_file:
-            raise ImageError(
-                f"Compressed cluster with an external data file (guest offset {start:#x})"
+            raise EntryError(
+                "Compressed cluster entry found in image with external data file", start
             )
         host, length = self.compressed_place(entry)
         return Run(

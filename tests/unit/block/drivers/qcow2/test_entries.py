@@ -157,9 +157,9 @@ def test_compressed_cluster_says_where_it_is_and_how_long_at_most() -> None:
     ("header", "entries", "message"),
     [
         (PLAIN, [0x10200], "unaligned"),
-        (OLD, [1], "version 2"),
-        (EXTENDED, [0x10000, 1 << 32 | 1], "bitmap"),
-        (EXTENDED, [0, 1], "without a host cluster"),
+        (OLD, [1], "pre-v3"),
+        (EXTENDED, [0x10000, 1 << 32 | 1], "Invalid cluster entry"),
+        (EXTENDED, [0, 1], "Invalid cluster"),
         (EXTERNAL, [0x10000 | COPIED], "does not match guest cluster offset"),
         (EXTERNAL, [COMPRESSED], "external data file"),
     ],
