@@ -212,6 +212,9 @@ async def _open_probed(
         if name.startswith("file.")
     }
     if not inline:
+        if isinstance(given.get("file"), str):
+            # Nobody but image tools asks, and those have no nodes to refer to.
+            graph.find(given["file"])
         raise ConfigError("Must specify either driver or file")
     modes = {**given, **inherited_modes(*parent, given)} if parent is not None else dict(given)
     common = consume(NodeOptions, modes, where)

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 from vhostblk.block.compare import CompareError, Outcome, compare
-from vhostblk.cli.img.arguments import ImageArguments, ImgError, UsageError, flag, valued
+from vhostblk.cli.img.arguments import (
+    ImageArguments,
+    ImgError,
+    UsageError,
+    flag,
+    listed,
+    object_options,
+    valued,
+)
 from vhostblk.cli.img.progress import Progress
 from vhostblk.cli.img.session import Session, cache_mode
 from vhostblk.cli.img.table import Command
@@ -17,10 +26,19 @@ from vhostblk.cli.img.table import Command
 _NOT_OPEN, _NOT_KNOWN, _NOT_READ = 2, 3, 4
 
 
+def _object(text: str) -> tuple[str, Any]:
+    try:
+        return object_options(text)
+    except ImgError as error:
+        error.status = _NOT_OPEN
+        raise
+
+
 @dataclass
 class Compare(ImageArguments):
     """Its options."""
 
+    objects: tuple[tuple[str, Any], ...] = listed("", "object", read=_object)
     format: str | None = valued("f")
     other_format: str | None = valued("F")
     cache: str = valued("T", default="writeback")

@@ -122,7 +122,7 @@ class Session:
             if driver is not None:
                 raise ImgError("--image-opts and --format are mutually exclusive")
             try:
-                given = dict(parse_flat(name))
+                given = dict(parse_flat(name, "file"))
             except ConfigError as error:
                 raise ImgError(error.qemu_text) from None
         elif driver is not None:
