@@ -219,6 +219,7 @@ class ClusterMap:
             content = await read_bytes(self._file, old, size) if old else bytearray(size)
             await self.debug_event("l2_alloc_write")
             await self._file.pwritev(new, IoVec.of(content))
+            await self._count_new_table()
         except BaseException:
             await self.refcounts.release(new, size)
             raise
@@ -233,6 +234,9 @@ class ClusterMap:
             if old not in self._overlapping:
                 self.refcounts.places.remove(old)
             self.refcounts.give_up(old)
+
+    async def _count_new_table(self) -> None:
+        """Before anybody refers to a new L2 table."""
 
     @property
     def table_covers(self) -> int:

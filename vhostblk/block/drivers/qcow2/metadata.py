@@ -284,6 +284,26 @@ class Metadata(ClusterMap):
         cache.written(slices)
         await to_the_end(self._settle(given_up))
 
+    async def _count_new_table(self) -> None:
+        """What is counted for tables is not put off, as in QEMU: a crash then costs less to repair."""
+        if not self.lazy:
+            return
+        async with self._sync_lock:
+            counts = self.refcounts.take_writes()
+            try:
+                if counts.moved is None:
+                    await self._write_all(counts.blocks, "refblock_update_part")
+                    if counts.table:
+                        await self._file.flush()
+                        await self._write_all(counts.table)
+            except BaseException:
+                self.refcounts.not_written(counts)
+                raise
+            if counts.moved is None:
+                self.refcounts.written(counts)
+            else:
+                self.refcounts.not_written(counts)
+
     async def _settle(self, given_up: list[int]) -> None:
         """Nobody on the disk refers to these clusters any more: give the host their room, if we may."""
         size = self.header.cluster_size
