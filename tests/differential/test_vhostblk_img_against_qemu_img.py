@@ -22,11 +22,13 @@ MODULES = (
     "amend",
     "bitmap",
     "check",
+    "commit",
     "compare",
     "create",
     "info",
     "map",
     "measure",
+    "rebase",
     "resize",
     "snapshot",
 )

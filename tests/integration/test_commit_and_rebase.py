@@ -118,6 +118,58 @@ def test_commit_does_what_qemu_does(folder: Path, name: str) -> None:
     assert '"depth": 0' not in allocated.replace('"depth": 0, "present": false', "")
 
 
+@pytest.mark.parametrize("name", ["alike", "longer on shorter", "shorter on longer", "subclusters"])
+def test_commit_into_a_layer_further_down_does_what_qemu_does(folder: Path, name: str) -> None:
+    layers = make_chain(folder, name)
+    base = layers[-1].name
+    theirs = folder / "theirs"
+    theirs.mkdir()
+    for layer in layers:
+        shutil.copy(folder / layer.name, theirs)
+    qemu_img("commit", "-q", "-b", base, theirs / "layer0")
+    told: list[tuple[int, int]] = []
+
+    async def scenario(graph: BlockGraph, node: BlockNode) -> None:
+        below = chain.find_base(node)
+        await commit(graph, node, below, report=lambda done, whole: told.append((done, whole)))
+        assert below.read_only
+        assert not below.op_blockers.reason(OpType.COMMIT_TARGET)
+        assert not node.op_blockers.reason(OpType.COMMIT_SOURCE)
+        assert not any(edge.frozen for edge in node.children.values())
+
+    with_chain(folder / "layer0", scenario, driver="qcow2")
+    assert told == sorted(told)
+    assert told[-1] == (layers[0].size, layers[0].size)
+    for layer in layers:
+        if layer.driver == "qcow2":
+            assert contents(folder / layer.name, folder) == contents(theirs / layer.name, theirs)
+            assert check(folder / layer.name) == ""
+        else:
+            assert (folder / layer.name).read_bytes() == (theirs / layer.name).read_bytes()
+    # The image keeps what it has: the layer in between would hide the base.
+    assert contents(folder / "layer0", folder) == shown(layers)
+
+
+def test_commit_over_a_layer_that_others_look_at_is_refused(folder: Path) -> None:
+    layers = make_chain(folder, "alike")
+
+    async def scenario(graph: BlockGraph, node: BlockNode) -> None:
+        assert node.backing is not None
+        reader = BlockBackend(node.backing, "a reader", writable=False, shared=Perm.ALL)
+        with pytest.raises(ConfigError, match="a reader uses") as raised:
+            await commit(graph, node, chain.find_base(node))
+        assert raised.value.errno == errno.EPERM
+        await reader.close()
+        other = await graph.open_image(str(folder / "layer2"), {"read-only": True})
+        with pytest.raises(ConfigError, match="is not below"):
+            await commit(graph, node, other)
+        assert not node.op_blockers.reason(OpType.COMMIT_SOURCE)
+
+    with_chain(folder / "layer0", scenario, driver="qcow2")
+    for number in range(3):
+        assert contents(folder / f"layer{number}", folder) == shown(layers[number:])
+
+
 @pytest.mark.parametrize("name", CHAINS)
 @pytest.mark.parametrize("to", ["ancestor", "other", "nothing", "raw"])
 def test_rebase_keeps_what_is_shown_as_qemu_does(folder: Path, name: str, to: str) -> None:
@@ -315,8 +367,8 @@ def test_rebase_that_is_refused_changes_nothing(folder: Path) -> None:
         with pytest.raises(ConfigError):
             await rebase(graph, node, "layer0", "qcow2")
         raw = await graph.open_image(None, {"driver": "raw", "file.driver": "null-co"})
-        with pytest.raises(ConfigError, match="does not support backing files"):
-            await rebase(graph, raw, "layer2", "qcow2")
+        with pytest.raises(ConfigError, match="to '': Operation not supported"):
+            await rebase(graph, raw, "")
         reason = Reason("a job is at it")
         node.op_blockers.block(reason)
         with pytest.raises(ConfigError) as raised:

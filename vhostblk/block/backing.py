@@ -12,10 +12,11 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening
 from vhostblk.block.chain import contains, full_backing_name, layers, overlays_of, skip_filters
@@ -40,11 +41,18 @@ log = logging.getLogger(__name__)
 # ---------------------------------------------------------------------- the live link
 
 
-async def open_backing(graph: BlockGraph, node: BlockNode, name: str, driver: str) -> BlockNode:
+async def open_backing(
+    graph: BlockGraph,
+    node: BlockNode,
+    name: str,
+    driver: str,
+    more: Mapping[str, Any] = MappingProxyType({}),
+) -> BlockNode:
     """Open the image that `node` would call `name`, read-only, as what it could be backed by.
 
     Args:
         driver: empty: its content says which; whoever records that has to know better.
+        more: further options.
 
     Returns:
         a node that is held: `BlockGraph.release` it when it has a parent, or is of no use.
@@ -53,7 +61,7 @@ async def open_backing(graph: BlockGraph, node: BlockNode, name: str, driver: st
         ConfigError: it cannot be opened.
     """
     async with graph.changing():
-        opened = await opening.open_named_by(graph, node, name, driver)
+        opened = await opening.open_named_by(graph, node, name, driver, more)
         graph.hold(opened)
         return opened
 
@@ -142,13 +150,28 @@ def check_says_format(name: str, driver: str) -> None:
         )
 
 
+def not_recorded(name: str, number: int) -> str:
+    """What qemu-img says when an image cannot say what it is backed by.
+
+    Args:
+        number: the errno.
+    """
+    no_room = number == errno.ENOSPC
+    why = "No space left in the file header" if no_room else os.strerror(number)
+    return f"Could not change the backing file to '{name}': {why}"
+
+
 async def record(node: BlockNode, backing: BackingName) -> None:
     """The same for a node that may be written, by whoever is changing the graph.
 
     Raises:
         BlockError: as `change_backing_file`.
     """
-    await node.driver_change_backing(backing.filename, backing.driver)
+    try:
+        await node.driver_change_backing(backing.filename, backing.driver)
+    except BlockError as error:
+        number = error.errno or errno.EIO
+        raise BlockError(number, not_recorded(backing.filename, number)) from error
     node.implied.pop("backing", None)
     if not backing.filename:
         return
@@ -197,9 +220,7 @@ async def writable(graph: BlockGraph, nodes: list[BlockNode]) -> AsyncIterator[N
             try:
                 await reopen(graph, {node: {"read-only": False, "auto-read-only": False}})
             except ConfigError as error:
-                raise ConfigError(
-                    f"Could not open '{node.node_name}' for writing: {error}", errno.EACCES
-                ) from None
+                raise ConfigError(str(error), errno.EACCES, qemu_text=error.qemu_text) from None
             stack.push_async_callback(_back_to_read_only, graph, node, given)
         yield
 

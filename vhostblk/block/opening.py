@@ -172,21 +172,22 @@ async def _open_or_probe(
 
 
 async def open_named_by(
-    graph: BlockGraph, parent: BlockNode, name: str, driver: str = ""
+    graph: BlockGraph, parent: BlockNode, name: str, driver: str, more: Mapping[str, Any]
 ) -> BlockNode:
     """Open what an image would mean by a backing file of this name, without making it one.
+
+    Args:
+        driver: its format; empty: its content says which.
+        more: further options.
 
     Raises:
         ConfigError: as `open_image`.
     """
     context = Opening(graph, {}, "", by_name=True)
-    try:
-        flat = context.options_by_image(parent, name, Role.COW)
-        if driver:
-            flat["driver"] = driver
-        return await _open_or_probe(graph, flat, "", (parent.common, Role.COW))
-    except ConfigError as error:
-        raise error.within("Could not open backing file") from None
+    flat = {**context.options_by_image(parent, name, Role.COW), **more}
+    if driver:
+        flat["driver"] = driver
+    return await _open_or_probe(graph, flat, "", (parent.common, Role.COW))
 
 
 def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

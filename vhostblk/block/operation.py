@@ -6,7 +6,8 @@ Knows nothing about what the work is.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from vhostblk.block import pipeline
@@ -16,6 +17,30 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.permissions import Perm
 from vhostblk.block.quiesce import drained, wake
 from vhostblk.block.transaction import GraphTransaction
+
+Report = Callable[[int, int], None]
+"""Told how far some work is: bytes that are done, and all."""
+
+
+class Pace:
+    """Keeps long work at a speed, and lets everybody else have a turn, also where nothing has to be waited for.
+
+    Args:
+        speed: most bytes a second; 0: any number.
+    """
+
+    def __init__(self, speed: int = 0) -> None:
+        self._speed = speed
+        self._due = time.monotonic()
+
+    async def spent(self, count: int) -> None:
+        """Wait as long as so many bytes may take."""
+        if not self._speed:
+            await asyncio.sleep(0)
+            return
+        # What was not used before is not used later either.
+        self._due = max(self._due, time.monotonic()) + count / self._speed
+        await asyncio.sleep(self._due - time.monotonic())
 
 
 class Operation(BlockBackend):

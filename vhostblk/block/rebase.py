@@ -12,15 +12,17 @@ same.
 from __future__ import annotations
 
 import errno
-from contextlib import AsyncExitStack
-from typing import TYPE_CHECKING
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import pipeline
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.backing import (
     change_backing_file,
     check_says_format,
-    check_supports_backing,
+    not_recorded,
     open_backing,
     record,
     set_backing,
@@ -35,11 +37,11 @@ from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_BOUNCE, align_down, align_up
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, Reason, check_frozen, check_op
-from vhostblk.block.operation import Operation
+from vhostblk.block.operation import Operation, Pace, Report
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, cow_child
 from vhostblk.block.status import is_allocated, is_allocated_above, status_above
-from vhostblk.errors import ConfigError
+from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
@@ -49,7 +51,14 @@ _STEP = 64 << 20
 
 
 async def rebase(
-    graph: BlockGraph, node: BlockNode, name: str, driver: str = "", *, unsafe: bool = False
+    graph: BlockGraph,
+    node: BlockNode,
+    name: str,
+    driver: str = "",
+    *,
+    unsafe: bool = False,
+    more: Mapping[str, Any] | None = None,
+    report: Report | None = None,
 ) -> None:
     """Have an image be backed by another one.
 
@@ -57,6 +66,8 @@ async def rebase(
         name: of the new backing file, as it is to be in the image; empty: none.
         driver: its format; has to be said.
         unsafe: write the name only. Neither backing file is looked at, and what is read now stays the same.
+        more: further options to open the new one with.
+        report: called with the bytes that are done and all.
 
     Raises:
         ConfigError: as `change_backing_file`; the new one cannot be opened; EBUSY: somebody blocks the image; EPERM:
@@ -67,14 +78,15 @@ async def rebase(
     if unsafe:
         await change_backing_file(graph, top, name, driver)
         return
-    check_supports_backing(top)
-    check_says_format(name, driver)
     check_op(top, OpType.COMMIT_SOURCE)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(writable(graph, [top]))
-        new = await _find_or_open(graph, top, name, driver) if name else None
+        new = await _find_or_open(graph, top, name, driver, more or {}) if name else None
         if new is not None:
             stack.push_async_callback(graph.release, new)
+        if "backing" not in top.child_keys:
+            raise ConfigError(not_recorded(name, errno.ENOTSUP), errno.ENOTSUP)
+        check_says_format(name, driver)
         work = Operation(
             *(top, f"rebase of '{top.node_name}'"),
             *(Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED, Perm.ALL),
@@ -93,7 +105,7 @@ async def rebase(
             async with AsyncExitStack() as readers:
                 old_user = _reader(edge.node if edge is not None else None, readers)
                 new_user = _reader(new, readers)
-                comparison = _Comparison(work, old_user, new_user)
+                comparison = _Comparison(work, old_user, new_user, report)
                 done = await comparison.keep(0)
                 await stack.enter_async_context(work.alone())
                 await comparison.keep(done)  # it may have grown
@@ -108,7 +120,9 @@ async def rebase(
             new.inherits_from, new.inherits_as = top, Role.COW
 
 
-async def _find_or_open(graph: BlockGraph, top: BlockNode, name: str, driver: str) -> BlockNode:
+async def _find_or_open(
+    graph: BlockGraph, top: BlockNode, name: str, driver: str, more: Mapping[str, Any]
+) -> BlockNode:
     """The layer of the chain that has this name, or else another node for it; held."""
     full = name
     if protocol_prefix(name) is None and not is_absolute(name) and not is_json(name):
@@ -117,7 +131,10 @@ async def _find_or_open(graph: BlockGraph, top: BlockNode, name: str, driver: st
     if found is not None and found.driver_name == driver:
         graph.hold(found)
         return found
-    opened = await open_backing(graph, top, name, driver)
+    try:
+        opened = await open_backing(graph, top, name, driver, more)
+    except ConfigError as error:
+        raise error.within(f"Could not open new backing file '{name}'") from None
     own = exact_filename(top)
     if own and any(exact_filename(layer) == own for layer in layers(opened)):
         await graph.release(opened)
@@ -151,7 +168,15 @@ def _reader(node: BlockNode | None, stack: AsyncExitStack) -> BlockBackend | Non
 class _Comparison:
     """What shows through an image, by the old and by the new backing file."""
 
-    def __init__(self, work: Operation, old: BlockBackend | None, new: BlockBackend | None) -> None:
+    def __init__(
+        self,
+        work: Operation,
+        old: BlockBackend | None,
+        new: BlockBackend | None,
+        report: Report | None,
+    ) -> None:
+        self._report = report
+        self._pace = Pace()
         self._work = work
         self._old = old
         self._new = new
@@ -161,12 +186,20 @@ class _Comparison:
         """Give the image what would change, from `offset` on; returns where that ended."""
         top = self._work.node
         while offset < top.length:
-            allocated, count = await is_allocated(top, offset, min(top.length - offset, _STEP))
+            with _saying("error while reading image metadata", why=True):
+                allocated, count = await is_allocated(top, offset, min(top.length - offset, _STEP))
             end = offset + count
             while not allocated and offset < end:
                 offset += await self._keep_some(offset, end)
+                await self._pass(offset)
             offset = end
+            await self._pass(offset)
         return offset
+
+    async def _pass(self, offset: int) -> None:
+        if self._report is not None:
+            self._report(offset, self._work.length)
+        await self._pace.spent(0)
 
     async def _keep_some(self, offset: int, end: int) -> int:
         count = await self._same_by_status(offset, end - offset)
@@ -177,18 +210,24 @@ class _Comparison:
         # Whole clusters of the image, but for the first and the last one.
         count = min(end, align_down(offset + max(MAX_BOUNCE, cluster), cluster)) - offset
         old, new = bytearray(count), bytearray(count)
-        await _read(self._old, offset, old)
-        await _read(self._new, offset, new)
+        with _saying("error while reading from old backing file"):
+            await _read(self._old, offset, old)
+        with _saying("error while reading from new backing file"):
+            await _read(self._new, offset, new)
         # As few requests as possible: each takes its range back from whoever uses it.
         at = start = 0
         while at < count:
             stop = min(count, align_up(offset + at + 1, cluster) - offset)
             if old[at:stop] == new[at:stop]:
-                await self._work.prefetch(offset + start, at - start)
+                await self._take(offset + start, at - start)
                 start = stop
             at = stop
-        await self._work.prefetch(offset + start, count - start)
+        await self._take(offset + start, count - start)
         return count
+
+    async def _take(self, offset: int, length: int) -> None:
+        with _saying("Error while writing to COW image", why=True):
+            await self._work.prefetch(offset, length)
 
     async def _same_by_status(self, offset: int, length: int) -> int:
         """For how many bytes it is known that both are the same."""
@@ -203,6 +242,16 @@ class _Comparison:
         return min(
             await _zeroes(self._old, offset, length), await _zeroes(self._new, offset, length)
         )
+
+
+@contextmanager
+def _saying(what: str, *, why: bool = False) -> Iterator[None]:
+    """Errors say what was being done, in the words of qemu-img, and with `why` what the errno means."""
+    try:
+        yield
+    except BlockError as error:
+        number = error.errno or errno.EIO
+        raise BlockError(number, f"{what}: {os.strerror(number)}" if why else what) from error
 
 
 def _is_below(old: BlockBackend | None, new: BlockBackend) -> bool:

@@ -6,13 +6,9 @@ any program, after what is unfinished has been named and closed.
 
 from __future__ import annotations
 
-import asyncio
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from vhostblk import __version__
 from vhostblk.cli.img.arguments import (
@@ -25,7 +21,9 @@ from vhostblk.cli.img.arguments import (
 )
 from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import SYNOPSES, Command, find_command
+from vhostblk.cli.interruption import run_interruptible
 from vhostblk.cli.option_reader import OptionError, OptionReader
+from vhostblk.cli.streams import patient_streams
 from vhostblk.cli.tool_log import ToolLog
 from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import BlockError, ConfigError
@@ -59,6 +57,15 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """
     program = program or Path(sys.argv[0]).name
     words = list(sys.argv[1:] if argv is None else argv)
+    with patient_streams() as output:
+        status = _end(program, words)
+    if output.error is not None and not status:
+        sys.stderr.write(f"{program}: standard output: {output.error.strerror}\n")
+        status = 1
+    return status
+
+
+def _end(program: str, words: list[str]) -> int:
     try:
         with ToolLog(program):
             return _main(program, words)
@@ -76,8 +83,6 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         if isinstance(error, UsageError):
             sys.stderr.write(f"Try '{program} --help' for more information\n")
         return error.status
-    finally:
-        sys.stdout.flush()
 
 
 def _main(program: str, words: list[str]) -> int:
@@ -104,60 +109,18 @@ def _main(program: str, words: list[str]) -> int:
     command = find_command(name)
     if command is None:
         raise UsageError(f"Command not found: {name}")
-    args = parse(command.takes, left, name)
-    with _Stop() as stop:
-        return asyncio.run(_run(program, command, args, stop))
-
-
-class _Stop:
-    """SIGINT and SIGTERM cancel a task, as long as the context lasts.
-
-    The loop's own signal handlers import what takes as long to read as a whole short run.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self.task: asyncio.Task[Any] | None = None
-
-    def __enter__(self) -> _Stop:
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self._before = {number: signal.signal(number, self._cancel) for number in numbers}
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _cancel(self, number: int, frame: object) -> None:
-        self.signal = number
-        if self.task is not None:
-            self.task.get_loop().call_soon_threadsafe(self.task.cancel)
-
-
-async def _run(program: str, command: Command, args: Arguments, stop: _Stop) -> int:
     session = Session(program)
-    stop.task = asyncio.current_task()
+    work = _run(session, command, parse(command.takes, left, name))
+    return run_interruptible(work, session.name_unfinished)
+
+
+async def _run(session: Session, command: Command, args: Arguments) -> int:
     try:
-        if stop.signal is not None:
-            raise asyncio.CancelledError
         async with session:
             session.add_objects(getattr(args, "objects", ()))
             return await command.run(session, args)
     except (ConfigError, BlockError) as error:
         raise ImgError(reason(error)) from None
-    except asyncio.CancelledError:
-        if stop.signal is None:
-            raise
-        for name in session.unfinished:
-            session.complain(f"interrupted: '{name}' is not complete")
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # The shell, and make, look at how we ended.
-        signal.signal(stop.signal, signal.SIG_DFL)
-        os.kill(os.getpid(), stop.signal)
-        raise
-    finally:
-        stop.task = None
 
 
 def _help(program: str) -> str:

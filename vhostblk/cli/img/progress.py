@@ -1,46 +1,75 @@
-"""`-p`: how far a subcommand is, as qemu-img shows it; SIGUSR1 asks for it once."""
+"""`-p`: how far a subcommand is, as qemu-img shows it; without it SIGUSR1 asks for that once, on standard error."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import sys
+from types import TracebackType
 
 
 class Progress:
-    """Prints per cents, over and over in the same line.
+    """Prints per cents, over and over in the same line; `with` begins and ends that.
 
     Args:
-        enabled: print by itself; otherwise only `report` does.
+        enabled: print by itself; otherwise only when a signal asks for it.
+        step: per cents between two lines.
+
+    Context: the control loop.
+    Owns: SIGUSR1, from `begin` to `end`.
     """
 
-    # Per cents between two lines.
-    _STEP = 1.0
-
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, step: float = 1.0) -> None:
         self._enabled = enabled
+        self._step = step
         self._current = 0.0
         self._shown = 0.0
 
+    def __enter__(self) -> Progress:
+        self.begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.end()
+
     def begin(self) -> None:
         """Show that nothing is done yet."""
-        if self._enabled:
-            self.report()
+        if not self._enabled:
+            loop = asyncio.get_running_loop()
+
+            def ask(number: int, frame: object) -> None:
+                # Not here: standard error may be in the middle of a line.
+                loop.call_soon_threadsafe(self._answer)
+
+            signal.signal(signal.SIGUSR1, ask)
+        self.update(0.0)
 
     def update(self, fraction: float) -> None:
-        """Say how much of the whole is done, from 0 to 1."""
+        """Say how much of the whole is done, from 0 to 1; the beginning and the end are always shown."""
         self._current = min(max(fraction, 0.0), 1.0) * 100
-        if self._enabled and (
-            self._current - self._shown >= self._STEP or self._current == 100 != self._shown
-        ):
-            self.report()
+        is_far = abs(self._current - self._shown) > self._step
+        if self._enabled and (is_far or self._current in (0.0, 100.0)):
+            self._shown = self._current
+            sys.stdout.write(f"    ({self._current:.2f}/100%)\r")
+            sys.stdout.flush()
 
-    def report(self) -> None:
-        """Print it, in any case."""
-        self._shown = self._current
-        sys.stdout.write(f"    ({self._current:.2f}/100%)\r")
-        sys.stdout.flush()
+    def report(self, done: int, whole: int) -> None:
+        """The same in bytes."""
+        if whole:
+            self.update(done / whole)
 
     def end(self) -> None:
         """Leave the line."""
         if self._enabled:
             sys.stdout.write("\n")
-            sys.stdout.flush()
+        else:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+    def _answer(self) -> None:
+        sys.stderr.write(f"    ({self._current:.2f}/100%)\n")
+        sys.stderr.flush()

@@ -71,6 +71,11 @@ class Session:
         sys.stdout.flush()
         sys.stderr.write(f"{self.program}: {text}\n")
 
+    def name_unfinished(self) -> None:
+        """Say which images are of no use, because this has ended too early."""
+        for name in self.unfinished:
+            self.complain(f"interrupted: '{name}' is not complete")
+
     def warn(self, text: str) -> None:
         """The same, for what does not stop us."""
         self.complain(f"warning: {text}")

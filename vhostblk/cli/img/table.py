@@ -34,12 +34,16 @@ SYNOPSES: Mapping[str, str] = MappingProxyType(
         " [--image-opts | -f fmt] filename bitmap",
         "check": "[--object objectdef] [--image-opts] [-q] [-f fmt] [--output=ofmt]"
         " [-r [leaks | all]] [-T src_cache] [-U] filename",
+        "commit": "[--object objectdef] [--image-opts] [-q] [-f fmt] [-t cache] [-b base] [-r rate_limit]"
+        " [-d] [-p] filename",
         "compare": "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s]"
         " [-U] filename1 filename2",
         "create": "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u]"
         " [-o options] filename [size]",
         "map": "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset]"
         " [--max-length=len] [--output=ofmt] [-U] filename",
+        "rebase": "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] [-T src_cache] [-p]"
+        " [-u] -b backing_file [-F backing_fmt] filename",
     }
 )
 """Options and words of each, for `--help`; the name is that of its module (`create`: `create.py`)."""
