@@ -78,7 +78,7 @@ class Item(NamedTuple):
 
     key: str
     value: str
-    bare: str = ""
+    bare: str | None = None
 
 
 def parse_items(text: str, implied_key: str | None = None) -> list[Item]:
@@ -119,7 +119,7 @@ def parse_flat(text: str, implied_key: str | None = None) -> dict[str, str]:
     """
     result: dict[str, str] = {}
     for key, value, bare in parse_items(text, implied_key):
-        if bare:
+        if bare is not None:
             _warn_of_flag(bare, key, value)
         if key.count(".") > _MAX_DEPTH:
             raise ConfigError(f"Invalid parameter '{key}'")
@@ -178,7 +178,7 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested (or already dotted) options as one flat dictionary with dotted keys.
 
     Raises:
-        ConfigError: a key occurs both nested and dotted, or both as a value and as a prefix.
+        ConfigError: a key occurs both nested and dotted.
     """
     flat: dict[str, Any] = {}
     for key, value in options.items():
@@ -193,15 +193,4 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             if inner in flat:
                 raise ConfigError(f"Parameter '{inner}' is given twice")
             flat[inner] = item
-    if not prefix:
-        for name in flat:
-            parts = name.split(".")
-            for count in range(1, len(parts)):
-                parent = ".".join(parts[:count])
-                if parent in flat:
-                    raise ConfigError(
-                        f"Parameters '{parent}.*' used inconsistently",
-                        qemu_text="Cannot reference an existing block device with additional options "
-                        "or a new filename",
-                    )
     return flat

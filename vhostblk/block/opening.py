@@ -364,6 +364,12 @@ class Opening:
         name = f"{self._where}{key}"
         if key in self._children:
             reference = self._children[key]
+            if self._inline(key):
+                raise ConfigError(
+                    f"Parameters '{name}.*' used inconsistently",
+                    qemu_text="Cannot reference an existing block device with additional options "
+                    "or a new filename",
+                )
             if reference is None:
                 return None
             if isinstance(reference, BlockNode):

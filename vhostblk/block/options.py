@@ -285,7 +285,7 @@ def _read(kind: OptionType, name: str, value: Any, where: str) -> Any:
     try:
         return kind.read(f"{where}{name}", value)
     except ConfigError as error:
-        if not kind.qemu_text:
+        if not kind.qemu_text or error.qemu_text != str(error):
             raise
         text = kind.qemu_text.format(name=name, value=value)
         raise ConfigError(str(error), error.errno, qemu_text=text) from None
@@ -367,7 +367,8 @@ def refuse_changes(old: Any, new: Any, where: str = "") -> None:
         before, after = getattr(old, field.name), getattr(new, field.name)
         if before != after and not field.metadata["mutable"]:
             raise ConfigError(
-                f"Cannot change the option '{where}{option_name(field)}' from '{before}' to '{after}'"
+                f"Cannot change the option '{where}{option_name(field)}' from '{before}' to '{after}'",
+                qemu_text=f"Cannot change the option '{option_name(field)}'",
             )
 
 

@@ -79,7 +79,11 @@ class PermissionChange:
                 continue
             # First, because whatever else is wrong, this is what the user wants to know.
             if node.read_only and any(edge.perm & _CHANGES for edge in node.parents):
-                raise ConfigError(f"Block node '{node.node_name}' is read-only", errno.EACCES)
+                raise ConfigError(
+                    f"Block node '{node.node_name}' is read-only",
+                    errno.EACCES,
+                    qemu_text="Block node is read-only",
+                )
             perm, shared = cumulative_permissions(node)
             if node.inactive and perm & _CHANGES:
                 raise ConfigError(

@@ -23,7 +23,13 @@ from vhostblk.block.execution import to_the_end
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.opening import Parent, consume_options, split_children
-from vhostblk.block.options import NodeOptions, immutable_options, refuse_changes
+from vhostblk.block.options import (
+    NodeOptions,
+    immutable_options,
+    option_names,
+    refuse_changes,
+    to_boolean,
+)
 from vhostblk.block.permissions import parents_first
 from vhostblk.block.quiesce import drained
 from vhostblk.block.roles import Role
@@ -110,7 +116,7 @@ def _enqueue(
     parent: Parent | None,
 ) -> None:
     own, for_children = split_children(type(node), flat)
-    _check_identity(node, own)
+    _check_names(node, own)
     kept = node.given if keep_options else immutable_options(type(node).options_type, node.given)
     given = {**kept, **own}
     if parent is None and node.inherits_from is not None:
@@ -135,22 +141,36 @@ def _enqueue(
                 f"Cannot change the option '{next(iter(inner))}' of '{edge.node.node_name}' through "
                 f"'{node.node_name}': it is no inline child"
             )
+    for key, reference in for_children.items():
+        if key in type(node).child_keys and key not in node.children:
+            _find(graph, reference, key)
+            raise ConfigError(f"Cannot change the option '{key}'")
     if node in queue:
         raise ConfigError(f"Node '{node.node_name}' is to be reopened twice")
     queue[node] = entry
 
 
-def _check_identity(node: BlockNode, own: dict[str, Any]) -> None:
-    """Driver and name cannot change; saying what they are is allowed."""
+def _check_names(node: BlockNode, own: dict[str, Any]) -> None:
+    """Driver and name cannot change; saying what they are is allowed. Nor can what is no option."""
+    known = option_names(NodeOptions) | option_names(type(node).options_type) | {"driver"}
+    for name in own:
+        if name not in known and name.partition(".")[0] not in known:
+            raise ConfigError(f"Cannot change the option '{name}'")
     for name, value in (("driver", node.driver_name), ("node-name", node.node_name)):
         if own.pop(name, value) != value:
             raise ConfigError(f"Cannot change the option '{name}'")
+    if "force-share" in own and to_boolean("force-share", own["force-share"]) != node.force_share:
+        raise ConfigError("Cannot change the option 'force-share'")
 
 
 def _find(graph: BlockGraph, reference: Any, key: str) -> BlockNode:
     if not isinstance(reference, str):
         raise ConfigError(f"Parameter '{key}' expects a node name, not '{reference}'")
-    return graph.find(reference)
+    try:
+        return graph.find(reference)
+    except ConfigError as error:
+        text = f"Cannot find device='' nor node-name='{reference}'"
+        raise ConfigError(str(error), error.errno, qemu_text=text) from None
 
 
 def _moved(entry: Reopen) -> list[Any]:
@@ -168,7 +188,7 @@ async def _perform(queue: list[Reopen]) -> None:
             prepared.append(entry)
         for entry in queue:
             _put_in_place(change, entry)
-        change.check()
+        _check_permissions(change, queue)
     except BaseException:
         change.abort()
         for entry in prepared:
@@ -178,6 +198,19 @@ async def _perform(queue: list[Reopen]) -> None:
     for entry in queue:
         entry.node.reopen_commit(entry)
     change.commit(checked=True)
+
+
+def _check_permissions(change: GraphTransaction, queue: list[Reopen]) -> None:
+    try:
+        change.check()
+    except ConfigError as error:
+        for entry in queue:
+            if entry.read_only and error.errno == errno.EACCES:
+                text = (
+                    f"Read-only block node '{entry.node.node_name}' cannot support read-write users"
+                )
+                raise ConfigError(str(error), error.errno, qemu_text=text) from None
+        raise
 
 
 async def _clean_up(graph: BlockGraph, queue: Iterable[Reopen], left: Iterable[BlockNode]) -> None:

@@ -71,8 +71,6 @@ def test_flatten_takes_nested_and_dotted_keys_together() -> None:
     }
     with pytest.raises(ConfigError, match=r"'cache\.direct' is given twice"):
         flatten({"cache.direct": "on", "cache": {"direct": "on"}})
-    with pytest.raises(ConfigError, match=r"'file\.\*' used inconsistently"):
-        flatten({"file": "x", "file.driver": "y"})
 
 
 @given(st.dictionaries(st.from_regex(r"[a-z]{1,4}", fullmatch=True), st.text(), min_size=1))

@@ -185,8 +185,12 @@ class Command:
     @property
     def usage(self) -> str:
         """One line for `help`, and for those who use it wrongly."""
+        return self.usage_as(self.name)
+
+    def usage_as(self, name: str) -> str:
+        """The same under another name."""
         synopsis = "" if self.synopsis is None else f" {self.synopsis}"
-        return f"{self.name}{synopsis} -- {self.about}"
+        return f"{name}{synopsis} -- {self.about}"
 
     def check_words(self, name: str, count: int) -> None:
         """Refuse what has too few or too many words.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk import __version__
 from vhostblk.cli import objects
-from vhostblk.cli.getopt_long import GetoptParser
+from vhostblk.cli.getopt_parser import GetoptParser
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.cli.io.image import aio_mode, cache_mode, discard_mode, image_options, modes_of
 from vhostblk.cli.io.session import Modes, Session

@@ -63,12 +63,13 @@ async def help_(session: Session, args: Help) -> None:
     if not args.names:
         for command in sorted(_ROWS, key=lambda row: row.name):
             session.out(command.usage)
-        session.out("\nUse 'help COMMAND' to know more.")
+        session.out("\nUse 'help commandname' for extended help.")
         return
-    found = COMMANDS.get(args.names[0])
+    (name,) = args.names
+    found = COMMANDS.get(name)
     if found is None:
-        raise CommandError(f"command {args.names[0]} not found")
-    session.out(found.usage)
+        raise CommandError(f"command {name} not found")
+    session.out(found.usage_as(name))
     if found.details:
         session.out(f"{found.details}\n")
 
@@ -78,7 +79,7 @@ _ROWS = (
         "read",
         requests.read,
         "[-abCqv] [-P pattern [-s off] [-l len]] off len",
-        "reads a range and says how long that took",
+        "reads a number of bytes at a specified offset",
         words=(2, None),
         takes=requests.Read,
         alias="r",
@@ -92,7 +93,7 @@ _ROWS = (
         "readv",
         requests.readv,
         "[-Cqv] [-P pattern] off len [len..]",
-        "reads a range into several buffers",
+        "reads a number of bytes at a specified offset",
         words=(2, None),
         takes=requests.ReadVector,
         details=f"""
@@ -102,7 +103,7 @@ _ROWS = (
         "write",
         requests.write,
         "[-bcCfnquz] [-P pattern | -s source_file] off len",
-        "writes a pattern, a file's content or zeroes",
+        "writes a number of bytes at a specified offset",
         words=(2, None),
         takes=requests.Write,
         alias="w",
@@ -118,7 +119,7 @@ _ROWS = (
         "writev",
         requests.writev,
         "[-Cfq] [-P pattern] off len [len..]",
-        "writes a pattern from several buffers",
+        "writes a number of bytes at a specified offset",
         words=(2, None),
         takes=requests.WriteVector,
         perm=Perm.WRITE,
@@ -128,7 +129,7 @@ _ROWS = (
         "aio_read",
         background.aio_read,
         "[-Ciqv] [-P pattern] off len [len..]",
-        "begins a readv and does not wait for it",
+        "asynchronously reads a number of bytes",
         words=(2, None),
         takes=background.BackgroundRead,
         details=f"""
@@ -138,34 +139,34 @@ _ROWS = (
         "aio_write",
         background.aio_write,
         "[-Cfiquz] [-P pattern] off len [len..]",
-        "begins a writev and does not wait for it",
+        "asynchronously writes a number of bytes",
         words=(2, None),
         takes=background.BackgroundWrite,
         perm=Perm.WRITE,
         details=f"""
  What came of it is printed when it is over; the command itself has succeeded.{_ZEROES}{_WRITE}{_INVALID}""",
     ),
-    Command("aio_flush", background.aio_flush, None, "waits until all aio requests are over"),
+    Command("aio_flush", background.aio_flush, None, "completes all outstanding aio requests"),
     Command(
         "discard",
         requests.discard,
         "[-Cq] off len",
-        "gives a range up",
+        "discards a number of bytes at a specified offset",
         words=(2, None),
         takes=requests.Discard,
         alias="d",
         perm=Perm.WRITE,
         details=_QUIET,
     ),
-    Command("flush", requests.flush, None, "makes all completed writes durable", alias="f"),
-    Command("length", inspection.length, None, "prints the image's length", alias="l"),
-    Command("info", inspection.info, None, "prints what is known about the image", alias="i"),
-    Command("map", inspection.map_, "", "prints what is allocated in the top layer", alias="m"),
+    Command("flush", requests.flush, None, "flush all in-core file state to disk", alias="f"),
+    Command("length", inspection.length, None, "gets the length of the current file", alias="l"),
+    Command("info", inspection.info, None, "prints information about the current file", alias="i"),
+    Command("map", inspection.map_, "", "prints the allocated areas of a file", alias="m"),
     Command(
         "alloc",
         inspection.alloc,
         "offset [count]",
-        "counts the bytes of a range (default: 512) that the top layer has",
+        "checks if offset is allocated in the file",
         words=(1, 2),
         takes=inspection.Alloc,
         alias="a",
@@ -174,7 +175,7 @@ _ROWS = (
         "truncate",
         inspection.truncate,
         "[-m prealloc_mode] off",
-        "changes the image's length",
+        "truncates the current file at the given offset",
         words=(1, 3),
         takes=inspection.Truncate,
         alias="t",
@@ -186,19 +187,19 @@ _ROWS = (
         "open",
         image.open_,
         "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]",
-        "opens an image",
+        "open the file specified by path",
         words=(1, None),
         takes=image.Open,
         alias="o",
         needs_image=False,
         details=_MODES,
     ),
-    Command("close", image.close, None, "closes the image", alias="c"),
+    Command("close", image.close, None, "close the current open file", alias="c"),
     Command(
         "reopen",
         image.reopen,
         "[(-r|-w)] [-c cache] [-o options]",
-        "changes how the image is open",
+        "reopens an image with new options",
         words=_ANY,
         takes=image.Reopen,
         details="""
@@ -210,7 +211,7 @@ _ROWS = (
         "break",
         control.break_,
         "event tag",
-        "suspends the next request that comes to an event of blkdebug",
+        "sets a breakpoint on event and tags the stopped request as tag",
         words=(2, 2),
         takes=control.Break,
     ),
@@ -218,7 +219,7 @@ _ROWS = (
         "remove_break",
         control.remove_break,
         "tag",
-        "forgets a breakpoint",
+        "remove a breakpoint by tag",
         words=(1, 1),
         takes=control.Tag,
     ),
@@ -226,7 +227,7 @@ _ROWS = (
         "resume",
         control.resume,
         "tag",
-        "lets a suspended request go on",
+        "resumes the request tagged as tag",
         words=(1, 1),
         takes=control.Tag,
     ),
@@ -234,7 +235,7 @@ _ROWS = (
         "wait_break",
         control.wait_break,
         "tag",
-        "waits until a request is suspended",
+        "waits for the suspension of a request",
         words=(1, 1),
         takes=control.Tag,
     ),
@@ -242,17 +243,19 @@ _ROWS = (
         "sleep",
         control.sleep,
         None,
-        "waits for so many milliseconds",
+        "waits for the given value in milliseconds",
         words=(1, 1),
         takes=control.Sleep,
         needs_image=False,
     ),
-    Command("abort", control.abort, None, "crashes with SIGABRT", needs_image=False),
+    Command(
+        "abort", control.abort, None, "simulate a program crash using abort(3)", needs_image=False
+    ),
     Command(
         "sigraise",
         control.sigraise,
         "signal",
-        "sends this program a signal",
+        "raises a signal",
         words=(1, 1),
         takes=control.SigRaise,
         needs_image=False,
@@ -261,7 +264,7 @@ _ROWS = (
         "quit",
         control.quit_,
         None,
-        "ends the program",
+        "exit the program",
         words=_ANY,
         takes=control.Quit,
         alias="q",
@@ -271,7 +274,7 @@ _ROWS = (
         "help",
         help_,
         "[command]",
-        "explains one command, or lists all",
+        "help for one or all commands",
         words=(0, 1),
         takes=Help,
         alias="?",

@@ -51,7 +51,6 @@ class ClusterMap:
         refcounts: Refcounts | None,
     ) -> None:
         self.header = header
-        self.cache = cache
         self._file = file
         self._l1 = l1
         self._refcounts = refcounts
@@ -67,7 +66,14 @@ class ClusterMap:
         self._in_cluster = header.cluster_size - 1
         self._extended = header.has_subclusters
         self._l2_covers = header.l2_entries << header.cluster_bits
-        self.slice_covers = cache.slice_bytes // header.l2_entry_size << header.cluster_bits
+        self.use_cache(cache)
+
+    def use_cache(self, cache: TableCache) -> None:
+        """Keep slices of L2 tables in this one from now on; nothing is dirty in the one before."""
+        self.cache = cache
+        self.slice_covers = (
+            cache.slice_bytes // self.header.l2_entry_size << self.header.cluster_bits
+        )
 
     @property
     def refcounts(self) -> Refcounts:

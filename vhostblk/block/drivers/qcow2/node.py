@@ -35,8 +35,10 @@ from vhostblk.block.drivers.qcow2.header import (
 )
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.options import Qcow2Options
+from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.request_node import RequestNode
+from vhostblk.block.drivers.qcow2.snapshots import inactive_tables
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import Hull
@@ -95,8 +97,12 @@ class Qcow2Node(AmendNode, RequestNode):
         """
         self._is_open = self._is_corrupt = False
         self._reopened: Refcounts | None = None
+        self._new_inactive: TablePlaces | None = None
         self._file = await context.open_child(self, "file", Role.IMAGE)
         self._header = header = await self._load_header()
+        self.options.check(header)
+        if header.version < 3:
+            self.supported_zero_flags = 0
         self._codec = codec(header.compression)
         if self._is_written:
             try:
@@ -150,8 +156,7 @@ class Qcow2Node(AmendNode, RequestNode):
             raise _unusable(error) from None
         except BlockError as error:
             raise ConfigError(f"Could not read the tables: {error.strerror}") from None
-        self._metadata.discards = self.unmap
-        self._metadata.lazy = self.options.is_lazy(header)
+        self._apply_options()
         self._clusters = Clusters(
             self._metadata,
             self._data,
@@ -174,6 +179,11 @@ class Qcow2Node(AmendNode, RequestNode):
         self.shown = Hull()
         if self._is_written:
             await self._metadata.clear_unknown_features()
+
+    def _apply_options(self) -> None:
+        passes = self.options.passes_discards
+        self._metadata.discards = self.unmap if passes is None else passes
+        self._metadata.lazy = self.options.is_lazy(self._header)
 
     def _check_may_write(self, header: Header) -> None:
         """Refuse to write what would be damaged by that.
@@ -310,6 +320,9 @@ class Qcow2Node(AmendNode, RequestNode):
         Raises:
             ConfigError: it may not be written.
         """
+        reopen.options.check(self._header)
+        if self._is_written and reopen.options.protects_inactive != self.options.protects_inactive:
+            self._new_inactive = await self._load_inactive(reopen.options.protects_inactive)
         lazy = reopen.options.is_lazy(self._header)
         if reopen.read_only or not self.read_only:
             if self._is_written and reopen.read_only:
@@ -340,12 +353,28 @@ class Qcow2Node(AmendNode, RequestNode):
         if self._reopened is not None:
             self._metadata.may_write(self._reopened)
         self._reopened = None
-        self._metadata.discards = self.unmap
-        self._metadata.lazy = self.options.is_lazy(self._header)
+        self._apply_options()
+        if self._new_inactive is not None and self._is_written:
+            self._metadata.refcounts.inactive = self._new_inactive
+        self._new_inactive = None
+        cache = self._make_cache(self._header)
+        if cache.slice_bytes == self._metadata.cache.slice_bytes:
+            self._metadata.cache.limit(self.options.l2_bytes(self._header))
+        elif not self._metadata.cache.is_dirty:
+            self._metadata.use_cache(cache)
+
+    async def _load_inactive(self, wanted: bool) -> TablePlaces:
+        places = TablePlaces(self._header.cluster_bits)
+        try:
+            if wanted:
+                places.add_all(await inactive_tables(self._file, self._header))
+            return places
+        except (ImageError, BlockError) as error:
+            raise ConfigError(f"Could not read the snapshots' tables: {error}") from None
 
     async def reopen_abort(self, reopen: Reopen) -> None:
         """As if nobody had asked."""
-        self._reopened = None
+        self._reopened = self._new_inactive = None
         if reopen.read_only and self._is_written:
             await self._bitmaps_become_writable()
 

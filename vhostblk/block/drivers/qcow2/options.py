@@ -5,16 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.header import Compatible, Header
-from vhostblk.block.options import BOOLEAN, SIZE, choice, option
+from vhostblk.block.options import BOOLEAN, SIZE, OptionType, choice, option, to_integer
 from vhostblk.errors import ConfigError
 
+_INT32_MAX = (1 << 31) - 1
+_UINT32_MAX = (1 << 32) - 1
 _MAX_L2_CACHE = 32 << 20
 _MAX_SLICE = 64 << 10
 _MIN_SLICE = 512
 
 
+def _to_interval(name: str, value: object) -> int:
+    """Seconds."""
+    if value == "-1":
+        value = _UINT32_MAX + 1  # what QEMU takes it for
+    seconds = to_integer(name, value)
+    if seconds > _UINT32_MAX:
+        raise ConfigError(
+            f"Parameter '{name}' expects a number up to {_UINT32_MAX}, not '{value}'",
+            qemu_text="Cache clean interval too big",
+        )
+    return seconds
+
+
 _NO_TEMPLATE = (
-    "Unsupported value '{{value}}' for qcow2 option '{}'. "
+    "Unsupported value '{value}' for qcow2 option 'overlap-check'. "
     "Allowed are any of the following: none, constant, cached, all"
 )
 
@@ -24,18 +39,25 @@ class Qcow2Options:
     """QEMU's options for qcow2, besides `file`, `backing` and `data-file`."""
 
     l2_cache_size: int | None = option(
-        SIZE, None, about="bytes of L2 tables to keep; absent: enough for the disk, at most 32 MiB"
+        SIZE,
+        None,
+        about="bytes of L2 tables to keep; absent: enough for the disk, at most 32 MiB",
+        mutable=True,
     )
     l2_cache_entry_size: int | None = option(
         SIZE,
         None,
         about="bytes of an L2 table to read at a time, a power of two; absent: a cluster, at most 64 KiB",
+        mutable=True,
     )
     refcount_cache_size: int | None = option(
-        SIZE, None, about="bytes of reference counts to keep; absent: four clusters"
+        SIZE, None, about="bytes of reference counts to keep; absent: four clusters", mutable=True
     )
     cache_size: int | None = option(
-        SIZE, None, about="bytes for tables of all kinds; what `l2-cache-size` does not say"
+        SIZE,
+        None,
+        about="bytes for tables of all kinds; what `l2-cache-size` does not say",
+        mutable=True,
     )
 
     lazy_refcounts: bool | None = option(
@@ -47,49 +69,107 @@ class Qcow2Options:
     )
 
     overlap_check: str | None = option(
-        choice("none", "constant", "cached", "all", qemu_text=_NO_TEMPLATE.format("overlap-check")),
+        choice("none", "constant", "cached", "all", qemu_text=_NO_TEMPLATE),
         None,
         about="which tables are looked for where something is written; less than `cached` is the same as that",
+        mutable=True,
     )
     overlap_template: str | None = option(
-        choice(
-            *("none", "constant", "cached", "all"),
-            qemu_text=_NO_TEMPLATE.format("overlap-check.template"),
-        ),
+        choice("none", "constant", "cached", "all", qemu_text=_NO_TEMPLATE),
         None,
         name="overlap-check.template",
         about="the same",
+        mutable=True,
     )
     overlap_main_header: bool | None = option(
-        BOOLEAN, None, name="overlap-check.main-header", about="always checked"
+        BOOLEAN, None, name="overlap-check.main-header", about="always checked", mutable=True
     )
     overlap_active_l1: bool | None = option(
-        BOOLEAN, None, name="overlap-check.active-l1", about="always checked"
+        BOOLEAN, None, name="overlap-check.active-l1", about="always checked", mutable=True
     )
     overlap_active_l2: bool | None = option(
-        BOOLEAN, None, name="overlap-check.active-l2", about="always checked"
+        BOOLEAN, None, name="overlap-check.active-l2", about="always checked", mutable=True
     )
     overlap_refcount_table: bool | None = option(
-        BOOLEAN, None, name="overlap-check.refcount-table", about="always checked"
+        BOOLEAN, None, name="overlap-check.refcount-table", about="always checked", mutable=True
     )
     overlap_refcount_block: bool | None = option(
-        BOOLEAN, None, name="overlap-check.refcount-block", about="always checked"
+        BOOLEAN, None, name="overlap-check.refcount-block", about="always checked", mutable=True
     )
     overlap_snapshot_table: bool | None = option(
-        BOOLEAN, None, name="overlap-check.snapshot-table", about="always checked"
+        BOOLEAN, None, name="overlap-check.snapshot-table", about="always checked", mutable=True
     )
     overlap_inactive_l1: bool | None = option(
-        BOOLEAN, None, name="overlap-check.inactive-l1", about="always checked"
+        BOOLEAN, None, name="overlap-check.inactive-l1", about="always checked", mutable=True
     )
     overlap_inactive_l2: bool | None = option(
         BOOLEAN,
         None,
         name="overlap-check.inactive-l2",
         about="check tables that only snapshots use, too",
+        mutable=True,
     )
     overlap_bitmap_directory: bool | None = option(
-        BOOLEAN, None, name="overlap-check.bitmap-directory", about="always checked"
+        BOOLEAN, None, name="overlap-check.bitmap-directory", about="always checked", mutable=True
     )
+
+    pass_discard_request: bool | None = option(
+        BOOLEAN,
+        None,
+        about="give back the room of what is discarded; absent: as the option discard says",
+        mutable=True,
+    )
+    pass_discard_snapshot: bool | None = option(
+        BOOLEAN, None, about="no effect: as pass-discard-request", mutable=True
+    )
+    pass_discard_other: bool | None = option(
+        BOOLEAN, None, about="no effect: as pass-discard-request", mutable=True
+    )
+    cache_clean_interval: int | None = option(
+        OptionType(_to_interval, "number", qemu_text="Parameter '{name}' expects a number"),
+        None,
+        about="no effect: tables are kept as long as there is room",
+        mutable=True,
+    )
+
+    def check(self, header: Header) -> None:
+        """Whether they go together, and this image allows them.
+
+        Raises:
+            ConfigError: the first that is wrong.
+        """
+        self._check_caches()
+        l2, slice_ = self.l2_bytes(header), self.slice_bytes(header)
+        self._check_size("L2 cache size", l2 // slice_)
+        self._check_size("Refcount cache size", self.refcount_bytes() // header.cluster_size)
+        self.is_lazy(header)
+        check, template = self.overlap_check, self.overlap_template
+        if check is not None and template is not None and check != template:
+            raise ConfigError(
+                f"Conflicting values for qcow2 options 'overlap-check' ('{check}') and "
+                f"'overlap-check.template' ('{template}')"
+            )
+
+    def _check_caches(self) -> None:
+        l2, refcounts, both = self.l2_cache_size, self.refcount_cache_size, self.cache_size
+        if both is None:
+            return
+        if l2 is not None and refcounts is not None:
+            raise ConfigError(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+            )
+        for name, size in (("l2-cache-size", l2), ("refcount-cache-size", refcounts)):
+            if size is not None and size > both:
+                raise ConfigError(f"{name} may not exceed cache-size")
+
+    def _check_size(self, what: str, entries: int) -> None:
+        if entries > _INT32_MAX:
+            raise ConfigError(f"{what} too big")
+
+    @property
+    def passes_discards(self) -> bool | None:
+        """Whether room goes back to the host; None: as the node's `discard` says."""
+        return self.pass_discard_request
 
     @property
     def protects_inactive(self) -> bool:
@@ -132,24 +212,14 @@ class Qcow2Options:
         return size
 
     def l2_bytes(self, header: Header) -> int:
-        """Of L2 tables to keep.
-
-        Raises:
-            ConfigError: sizes that contradict each other.
-        """
-        l2, counts, both = self.l2_cache_size, self.refcount_cache_size, self.cache_size
-        if both is not None:
-            if l2 is not None and counts is not None:
-                raise ConfigError(
-                    "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
-                )
-            for name, size in (("l2-cache-size", l2), ("refcount-cache-size", counts)):
-                if size is not None and size > both:
-                    raise ConfigError(f"{name} may not exceed cache-size")
-        if l2 is not None:
-            return l2
+        """Of L2 tables to keep."""
+        total, both = self.l2_cache_size, self.cache_size
+        if total is not None:
+            return total
         tables = header.l1_entries_needed(header.size) * header.cluster_size
-        return min(tables, _MAX_L2_CACHE) if both is None else both - (counts or 0)
+        return (
+            min(tables, _MAX_L2_CACHE) if both is None else both - (self.refcount_cache_size or 0)
+        )
 
     def refcount_bytes(self) -> int:
         """Of reference counts to keep."""

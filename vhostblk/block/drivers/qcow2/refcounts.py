@@ -18,10 +18,9 @@ from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.bitmaps import add_bitmap_places
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
-from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
-from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
+from vhostblk.block.drivers.qcow2.snapshots import inactive_tables, load_snapshots
 from vhostblk.block.drivers.qcow2.tables import (
     OFFSETS,
     Codec,
@@ -114,9 +113,7 @@ class Refcounts:
         await add_bitmap_places(file, header, places)
         refcounts = cls(file, header, table, cache_bytes, places)
         if protects_inactive:
-            for snapshot in snapshots.snapshots:
-                l1 = await read_table(file, snapshot.l1_offset, snapshot.l1_entries)
-                refcounts.inactive.add_all({entry & OFFSET_MASK for entry in l1} - {0})
+            refcounts.inactive.add_all(await inactive_tables(file, header))
         return refcounts
 
     # ------------------------------------------------------------------ taking and giving up

@@ -172,8 +172,11 @@ class RequestNode(CheckNode, Qcow2Extents):
             await self._change(self._raw_data.pwrite_zeroes(offset, length, flags))
             return
         keep = not flags & _MAY_UNMAP
-        if self._header.version < 3 and keep:
-            raise BlockError(errno.ENOTSUP)
+        if self._header.version < 3:
+            # No cluster of version 2 can say that it is zeroes; one that is given up is, if nothing is below.
+            if keep and "backing" in self.children:
+                raise BlockError(errno.ENOTSUP)
+            keep = False
         await self._change(self._clusters.clear(offset, length, keep=keep, discard=False))
 
     async def driver_pdiscard(self, offset: int, length: int) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, Header
-from vhostblk.block.drivers.qcow2.tables import read_bytes
+from vhostblk.block.drivers.qcow2.tables import read_bytes, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.errors import ImageError
 
@@ -198,3 +199,17 @@ def _encode(what: str, text: str) -> bytes:
 def _leading_number(text: str) -> int:
     digits = text[: len(text) - len(text.lstrip("0123456789"))]
     return int(digits) if digits and len(digits) < 20 else 0
+
+
+async def inactive_tables(file: Edge, header: Header) -> set[int]:
+    """Where the L2 tables of snapshots are.
+
+    Raises:
+        BlockError: the child's errno.
+        ImageError: an entry makes no sense.
+    """
+    found: set[int] = set()
+    for snapshot in (await load_snapshots(file, header)).snapshots:
+        l1 = await read_table(file, snapshot.l1_offset, snapshot.l1_entries)
+        found.update(entry & OFFSET_MASK for entry in l1)
+    return found - {0}
