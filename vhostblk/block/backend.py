@@ -330,7 +330,12 @@ class BlockBackend(ExtentUser):
             if self.writable and not isinstance(self.node, NoMediumNode):
                 await pipeline.flush(self.node)
         except BlockError as error:
-            log.error("%s: flush at close failed: %s", self.name, error)
+            # Whoever wrote has heard of it; QEMU's tools say no more, the driver does.
+            log.error(
+                "%s: flush at close failed: %s",
+                *(self.name, error),
+                extra={"qemu_says": None},
+            )
             is_durable = False
         self._edge.detach()
         self.attach()

@@ -284,6 +284,10 @@ class Driver(ImageDriver):
         """The other half: `source` is the leaf that has the bytes."""
         raise BlockError(errno.ENOTSUP)
 
+    def close_complaints(self, error: OSError) -> tuple[str, ...]:
+        """What QEMU's tools say when closing has failed; nothing by default."""
+        return ()
+
     async def driver_load_vm_state(self, offset: int, iov: IoVec) -> None:
         """Read a guest's saved state; by default, what is below has it."""
         await self._has_vm_state().driver_load_vm_state(offset, iov)

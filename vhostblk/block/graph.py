@@ -261,7 +261,11 @@ class BlockGraph:
         try:
             await node.close()
         except OSError as error:
-            log.error("node '%s': close failed: %s", node.node_name, error)
+            log.error(
+                "node '%s': close failed: %s",
+                *(node.node_name, error),
+                extra={"qemu_reports": node.close_complaints(error)},
+            )
         finally:  # whoever was cancelled cannot go back either
             edges = tuple(node.children.values())
             for edge in edges:
@@ -291,6 +295,10 @@ class BlockGraph:
             try:
                 await pipeline.flush(node)
             except BlockError as error:
-                log.error("node '%s': flush at close failed: %s", node.node_name, error)
+                log.error(
+                    "node '%s': flush at close failed: %s",
+                    *(node.node_name, error),
+                    extra={"qemu_says": None},
+                )
                 self._flush_failed = True
         await self.dissolve(node)

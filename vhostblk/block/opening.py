@@ -11,7 +11,7 @@ Knows nothing about requests, except for reading that beginning.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import pipeline
@@ -152,6 +152,7 @@ async def open_image(
         driver = graph.drivers.find(flat["driver"])
         if driver.protocol_name is not None:
             own = driver.parse_filename(filename, graph.drivers)
+            own = _below_formats(graph, flat, own, driver.child_keys)
             return await open_node(graph, _merge(flat, own), by_name=True, flags=flags)
     child = graph.drivers.options_of(filename)
     flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
@@ -188,6 +189,23 @@ async def open_named_by(
     if driver:
         flat["driver"] = driver
     return await _open_or_probe(graph, flat, "", (parent.common, Role.COW))
+
+
+def _below_formats(
+    graph: BlockGraph, flat: Mapping[str, Any], own: dict[str, Any], keys: Iterable[str]
+) -> dict[str, Any]:
+    """What a name says of children, where the options say that a child is an image: of what that is in."""
+    for key in keys:
+        driver = flat.get(f"{key}.driver")
+        if driver is None or graph.drivers.find(driver, f"{key}.driver").protocol_name is not None:
+            continue
+        own = {
+            name.replace(f"{key}.", f"{key}.file.", 1)
+            if name.startswith(f"{key}.")
+            else name: value
+            for name, value in own.items()
+        }
+    return own
 
 
 def _merge(flat: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What the block layer has to say while an image tool runs: as QEMU's tools say it, or not at all.
 
 A record may have a text of its own for tools: `extra={"qemu_says": text}` is what QEMU prints of the same event, as it
-is; `"qemu_warns"` is a warning that begins with the program's name. Other records are for daemons, and only errors
+is, None that it prints nothing; `"qemu_warns"` is a warning that begins with the program's name, `"qemu_reports"` are
+lines that do. Other records are for daemons, and only errors
 among them are shown, unless somebody wants to see more.
 """
 
@@ -28,6 +29,8 @@ class ToolFormatter(logging.Formatter):
             return str(says)
         if warns := getattr(record, "qemu_warns", None):
             return f"{self._program}: warning: {warns}"
+        if reports := getattr(record, "qemu_reports", None):
+            return "\n".join(f"{self._program}: {line}" for line in reports)
         return super().format(record)
 
 
@@ -46,8 +49,9 @@ class ToolLog:
         self._logger = logging.getLogger("vhostblk")
 
     def _is_wanted(self, record: logging.LogRecord) -> bool:
-        if hasattr(record, "qemu_says") or hasattr(record, "qemu_warns"):
-            return True
+        for name in ("qemu_says", "qemu_warns", "qemu_reports"):
+            if hasattr(record, name):
+                return bool(getattr(record, name))
         return record.levelno >= self._level
 
     def show(self, level: str) -> None:

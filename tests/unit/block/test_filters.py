@@ -14,9 +14,11 @@ from tests.disks import read
 from tests.schedule import replay
 from tests.unit.block.fakes import ArrayNode, CowNode, NoOptions, turns
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.create import create_image
 from vhostblk.block.driver import OpenContext
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.filters.blkdebug import EVENTS, BlkdebugNode
+from vhostblk.block.flags import StatusFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.leaky_bucket import ThrottleLimits
@@ -512,5 +514,26 @@ def test_every_filter_passes_through_what_it_does_not_change() -> None:
             assert (user.length, user.node.block_sizes.logical) == (1 << 20, 512)
             await user.close()
             await graph.remove("f")
+
+    run(scenario)
+
+
+def test_compress_filter_compresses_what_is_written_and_needs_an_image_that_can(
+    tmp_path: Path,
+) -> None:
+    image = tmp_path / "image"
+
+    async def scenario(graph: BlockGraph) -> None:
+        await create_image(graph, str(image), "qcow2", size=1 << 20)
+        file = {"driver": "file", "filename": str(image)}
+        backend = await user_of(
+            graph, {"driver": "compress", "file": {"driver": "qcow2", "file": file}}
+        )
+        await backend.pwritev(70000, IoVec.of(b"x" * 200000))
+        status = await backend.node.children["file"].node.driver_block_status(65536, 65536, True)
+        assert status.flags & StatusFlag.COMPRESSED
+        await backend.close()
+        with pytest.raises(ConfigError, match="not supported for underlying format: plain"):
+            await graph.add({"driver": "compress", "file": {"driver": "plain"}})
 
     run(scenario)

@@ -147,8 +147,8 @@ def test_page_has_exactly_the_options_of_the_parser(
     ("section", "options_type", "besides"),
     [
         ("Options of every node", NodeOptions, {"driver", "snapshot"}),
-        ("file, host_device", DRIVERS["file"].options_type, set()),
-        ("file, host_device", DRIVERS["host_device"].options_type, set()),
+        ("file, host_device, host_cdrom", DRIVERS["file"].options_type, set()),
+        ("file, host_device, host_cdrom", DRIVERS["host_device"].options_type, set()),
         ("raw", DRIVERS["raw"].options_type, set(DRIVERS["raw"].child_keys)),
         ("null-co", DRIVERS["null-co"].options_type, set()),
         ("memory", DRIVERS["memory"].options_type, set()),

@@ -39,7 +39,10 @@ BLOCKDEVS = [
     ("file,node-name=d,filename=missing", "Could not open 'missing': No such file"),
     ("file,node-name=d,filename=folder", "Could not open 'folder': Is a directory"),
     ("file,node-name=d,filename=fifo", "Could not open 'fifo': neither a regular"),
-    ("host_device,node-name=d,filename=disk.img", "requires 'disk.img' to be a block device"),
+    (
+        "host_device,node-name=d,filename=disk.img",
+        "requires 'disk.img' to be either a character or block device",
+    ),
     (
         "file,node-name=d,filename=disk.img,read-only=maybe",
         "'read-only' expects 'on' or 'off', not 'maybe'",

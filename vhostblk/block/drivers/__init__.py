@@ -19,6 +19,9 @@ DRIVERS = DriverTable(
                 protocol="host_device",
                 devices=True,
             ),
+            "host_cdrom": DriverPlace(
+                "vhostblk.block.drivers.file", "HostCdromNode", protocol="host_cdrom", devices=True
+            ),
             "memory": DriverPlace("vhostblk.block.drivers.memory", "MemoryNode"),
             "null-co": DriverPlace("vhostblk.block.drivers.null", "NullNode", protocol="null-co"),
             "qcow2": DriverPlace(
@@ -32,6 +35,7 @@ DRIVERS = DriverTable(
             "blkdebug": DriverPlace(
                 "vhostblk.block.filters.blkdebug", "BlkdebugNode", protocol="blkdebug"
             ),
+            "compress": DriverPlace("vhostblk.block.filters.compress", "CompressNode"),
             "copy-before-write": DriverPlace(
                 "vhostblk.block.filters.copy_before_write", "CopyBeforeWriteNode"
             ),

@@ -18,6 +18,7 @@ from vhostblk.block.drivers.new_file import (
     remove,
 )
 from vhostblk.block.drivers.posix import PosixNode
+from vhostblk.block.extent import FlushTarget
 from vhostblk.block.filename import protocol_prefix
 from vhostblk.block.node import OpenContext
 from vhostblk.block.options import STRING, NodeOptions, choice, option
@@ -226,8 +227,9 @@ class FileNode(PosixNode):
 
 
 class HostDeviceNode(FileNode):
-    """A block device, and nothing else."""
+    """A device, and nothing else. Character devices have no bytes to show, as in QEMU."""
 
+    _is_character = False
     driver_name = "host_device"
     protocol_name = "host_device"
     create_options_type: ClassVar[type[Any] | None] = DeviceCreateOptions
@@ -246,12 +248,36 @@ class HostDeviceNode(FileNode):
             return 0
 
     def _check_kind(self, mode: int) -> None:
-        if not stat.S_ISBLK(mode):
+        if stat.S_ISDIR(mode) and not self.common.read_only:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISBLK(mode) and not stat.S_ISCHR(mode):
             raise ConfigError(
-                f"'host_device' driver requires '{self.options.filename}' to be a block device",
-                qemu_text=f"'host_device' driver requires '{self.options.filename}' to be either a character or block "
-                "device",
+                f"'{self.driver_name}' driver requires '{self.options.filename}' to be either a character or block "
+                "device"
             )
+        self._is_character = stat.S_ISCHR(mode)
+
+    async def driver_flush_to_disk(self) -> None:
+        """There is nothing of a character device to be made durable, and the kernel refuses."""
+        if not self._is_character:
+            await super().driver_flush_to_disk()
+
+    def flush_target(self) -> int | FlushTarget:
+        """The same."""
+        return FlushTarget.NOTHING if self._is_character else super().flush_target()
+
+
+class HostCdromNode(HostDeviceNode):
+    """A drive with a medium in it; it is never ejected, nor locked."""
+
+    driver_name = "host_cdrom"
+    protocol_name = "host_cdrom"
+    create_options_type: ClassVar[type[Any] | None] = None
+
+    @classmethod
+    def probe_device(cls, filename: str) -> int:
+        """Only who asks for it by name gets it."""
+        return 0
 
 
 def _reason(error: OSError, common: NodeOptions) -> str:

@@ -143,13 +143,15 @@ class BlkdebugNode(FilterNode):
 
     @classmethod
     def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:
-        """`blkdebug:FILE OF RULES:IMAGE`; there may be no rules.
+        """`blkdebug:FILE OF RULES:IMAGE`, where there may be no rules; or just the image's.
 
         Raises:
             ConfigError: it is not of that form.
         """
         config, colon, image = filename.removeprefix("blkdebug:").partition(":")
-        if not filename.startswith("blkdebug:") or not colon:
+        if not filename.startswith("blkdebug:"):
+            config, image = "", filename
+        elif not colon:
             raise ConfigError("blkdebug requires both config file and image path")
         options = {f"image.{name}": value for name, value in drivers.options_of(image).items()}
         return {**options, "config": config} if config else options

@@ -55,7 +55,8 @@ def test_what_cannot_be_opened_is_named_with_the_reason(tmp_path: Path) -> None:
 
 def test_host_device_wants_a_block_device(image: Path) -> None:
     message = refused({"driver": "host_device", "filename": str(image)})
-    assert message == f"'host_device' driver requires '{image}' to be a block device"
+    wanted = "to be either a character or block device"
+    assert message == f"'host_device' driver requires '{image}' {wanted}"
 
 
 @pytest.mark.parametrize(

@@ -360,7 +360,11 @@ class Clusters:
                 await self._metadata.sync()
             start, limit = align_down(at, self._size), align_up(stop, self._size)
             async with self.locks.held(start, limit, alone=True):
-                if not self._has_backing() and not self._metadata.l2_table(at):
+                if (
+                    not self._has_backing()
+                    and not self._metadata.l2_table(at)
+                    and self._leaves_unallocated(discard)
+                ):
                     at = stop
                     continue
                 slice_ = await self._metadata.own_slice(at)
@@ -386,6 +390,10 @@ class Clusters:
                         await self._data.pdiscard(at, stop - at)
             at = stop
 
+    def _leaves_unallocated(self, discard: bool) -> bool:
+        """Whether clusters stay unallocated where that reads as zeroes. As in QEMU, what is written to is not."""
+        return discard or self._metadata.header.version < 3
+
     def _check_clearable(self, table: Table, start: int, end: int) -> None:
         """A part of a compressed cluster cannot be cleared."""
         for at in (start, end - 1):
@@ -402,7 +410,7 @@ class Clusters:
     ) -> tuple[int, int]:
         """The entry of a cluster whose subclusters `low`..`high` read as zeroes."""
         is_allocated = bool(entry & (OFFSET_MASK | COMPRESSED | COPIED | _ZERO) or bits)
-        if not is_allocated and not self._has_backing():
+        if not is_allocated and not self._has_backing() and self._leaves_unallocated(discard):
             return entry, bits
         keep = keep and not entry & COMPRESSED and bool(entry & COPIED or (bits and not discard))
         if self._is_external and entry & COPIED and not discard:

@@ -214,6 +214,11 @@ class Metadata(ClusterMap):
         return self._refcounts is not None and self._refcounts.has_writes
 
     @property
+    def unwritten(self) -> tuple[bool, bool]:
+        """Whether there are changes of L2 tables, and of reference counts, that are not on the disk."""
+        return self.cache.is_dirty, self._has_counts
+
+    @property
     def is_full(self) -> bool:
         """Whether so much waits to be written that it is time."""
         return self.cache.is_full or self.refcounts.is_full

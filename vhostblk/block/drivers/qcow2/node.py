@@ -266,6 +266,12 @@ class Qcow2Node(AmendNode, RequestNode):
             await self._store_bitmaps_at_last()
             await self._store(self._metadata.finish())
 
+    def close_complaints(self, error: OSError) -> tuple[str, ...]:
+        """Which tables could not be written."""
+        tables, counts = self._metadata.unwritten
+        kinds = ("L2 table",) * tables + ("refcount block",) * counts
+        return tuple(f"Failed to flush the {kind} cache: {error.strerror}" for kind in kinds)
+
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """See `resize.py`."""
         resize.check_resizable(self._metadata.header, length)
