@@ -162,11 +162,9 @@ class BlkdebugNode(FilterNode):
         Raises:
             ConfigError: a limit makes no sense, or the file of rules does not.
         """
-        for name in ("align", "opt_write_zero", "opt_discard"):
-            value = getattr(self.options, name)
-            dashed = name.replace("_", "-")
-            if value & (value - 1) or value > MAX_ALIGNMENT:
-                raise ConfigError(f"Cannot meet constraints with {dashed} {value}")
+        align = self.options.align
+        if align & (align - 1) or align > MAX_ALIGNMENT:
+            raise ConfigError(f"Cannot meet constraints with align {align}")
         if self.options.config is not None:
             sections = read_config(self.options.config)
             for rule in sections.pop("inject-error", ()):
