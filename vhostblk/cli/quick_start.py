@@ -10,6 +10,7 @@ It concerns only a process that was started here. Knows nothing about what the p
 
 from __future__ import annotations
 
+import signal
 import sys
 from _thread import RLock
 from collections.abc import Sequence
@@ -127,4 +128,7 @@ def _img(argv: Sequence[str] | None = None, program: str | None = None) -> int:
 
 
 def _import_late() -> None:
+    # Whoever interrupts us before there is anything to be closed does not want to know where we were.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.meta_path.insert(0, _LateFinder)
