@@ -12,6 +12,7 @@ bytes. Knows nothing about virtio, vhost-user or the engine.
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -185,6 +186,11 @@ class Driver(ImageDriver):
         """Set `length` to what it is now; by default what the children, which look first, make of it."""
         for edge in tuple(self.children.values()):
             await edge.node.refresh_length()
+
+    @classmethod
+    def join_options(cls, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        """What a reopen begins with that keeps what it does not change; flat."""
+        return {**old, **new}
 
     async def reopen_prepare(self, reopen: Reopen) -> None:
         """Get what the new options need, beside the old; raises ConfigError, and has then changed nothing (row B34).

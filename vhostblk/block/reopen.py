@@ -118,7 +118,7 @@ def _enqueue(
     own, for_children = split_children(type(node), flat)
     _check_names(node, own)
     kept = node.given if keep_options else immutable_options(type(node).options_type, node.given)
-    given = {**kept, **own}
+    given = type(node).join_options(own, kept)
     if parent is None and node.inherits_from is not None:
         parent = (node.inherits_from.common, node.inherits_as)
     common, options = consume_options(type(node), given, "", parent)

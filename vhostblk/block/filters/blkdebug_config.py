@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ def read_config(filename: str) -> dict[str, list[dict[str, Any]]]:
     try:
         lines = Path(filename).read_text().splitlines()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"Could not read blkdebug config file '{filename}': {error}") from None
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"Could not read blkdebug config file '{filename}': {reason}",
+            getattr(error, "errno", None) or errno.EINVAL,
+            qemu_text=f"Could not read blkdebug config file: {reason}",
+        ) from None
     sections: dict[str, list[dict[str, Any]]] = {}
     settings: dict[str, Any] | None = None
     for number, line in enumerate(map(str.strip, lines), 1):

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vhostblk.block.flags import Req
@@ -35,16 +36,22 @@ def _start(
         over: called with the seconds that it took.
     """
     began = time.perf_counter()
+    is_new = True
 
     async def run() -> None:
         try:
             await request
         except BlockError as error:
-            session.out(f"{failed} failed: {os.strerror(error.errno or 0)}")
+            tell = partial(session.out, f"{failed} failed: {os.strerror(error.errno or 0)}")
         else:
-            over(time.perf_counter() - began)
+            tell = partial(over, time.perf_counter() - began)
+        if is_new:
+            session.ended.append(tell)
+        else:
+            tell()
 
     run_eagerly(run(), session.tasks)
+    is_new = False
 
 
 @dataclass
@@ -130,4 +137,5 @@ async def aio_write(session: Session, args: BackgroundWrite) -> None:
 
 async def aio_flush(session: Session, args: Arguments) -> None:
     """Wait until all of them are over."""
+    session.tell_ended()
     await finish(session.tasks)

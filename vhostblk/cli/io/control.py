@@ -75,6 +75,7 @@ async def resume(session: Session, args: Tag) -> None:
 
 async def wait_break(session: Session, args: Tag) -> None:
     """Wait until a request is suspended; not for ever, if there is none that could come."""
+    session.tell_ended()
     debugger = session.opened.debugger()
     while debugger is None or not debugger.is_suspended(args.tag):
         if debugger is None or not session.tasks:
@@ -91,6 +92,7 @@ class Sleep(Arguments):
 
 async def sleep(session: Session, args: Sleep) -> None:
     """Wait; requests in the background go on."""
+    session.tell_ended()
     await asyncio.sleep(args.milliseconds / 1000)
 
 

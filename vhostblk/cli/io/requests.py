@@ -31,8 +31,8 @@ READ_FILL = 0xAB
 WRITE_FILL = 0xCD
 
 
-async def timed(request: Awaitable[Any], what: str) -> float:
-    """Wait for a request; seconds that it took.
+async def timed(session: Session, request: Awaitable[Any], what: str) -> float:
+    """Wait for a request, and hear of those before it; seconds that it took.
 
     Raises:
         CommandError: it has failed.
@@ -40,6 +40,7 @@ async def timed(request: Awaitable[Any], what: str) -> float:
     began = time.perf_counter()
     try:
         await request
+        session.tell_ended()
     except BlockError as error:
         raise CommandError(f"{what} failed: {os.strerror(error.errno or 0)}") from None
     return time.perf_counter() - began
@@ -123,7 +124,7 @@ async def read(session: Session, args: Read) -> None:
         if args.vm_state
         else backend.preadv(args.offset, IoVec([buffer]))
     )
-    seconds = await timed(request, "read")
+    seconds = await timed(session, request, "read")
     matches = args.pattern is None or repeats(buffer[start : start + count], args.pattern)
     if not matches:
         session.out(pattern_failed(args.offset + start, count))
@@ -160,7 +161,7 @@ async def readv(session: Session, args: ReadVector) -> None:
     buffer = allocate(sum(lengths), misalign=session.misalign)
     fill(buffer, bytes([READ_FILL]))
     request = session.opened.backend.preadv(args.offset, cut(buffer, lengths))
-    seconds = await timed(request, "readv")
+    seconds = await timed(session, request, "readv")
     matches = args.pattern is None or repeats(buffer, args.pattern)
     if not matches:
         session.out(pattern_failed(args.offset, len(buffer)))
@@ -235,7 +236,7 @@ async def write(session: Session, args: Write) -> None:
         else:
             flags |= int(Req.WRITE_COMPRESSED) if args.compressed else 0
             request = backend.pwritev(offset, IoVec([buffer]), flags)
-    seconds = await timed(request, "write")
+    seconds = await timed(session, request, "write")
     if not args.quiet:
         session.out(report("wrote", offset, length, seconds, machine=args.machine))
 
@@ -259,7 +260,9 @@ async def writev(session: Session, args: WriteVector) -> None:
     fill(buffer, bytes([WRITE_FILL if args.pattern is None else args.pattern]))
     flags = int(Req.FUA) if args.durable else 0
     vector = cut(buffer, lengths)
-    seconds = await timed(session.opened.backend.pwritev(args.offset, vector, flags), "writev")
+    seconds = await timed(
+        session, session.opened.backend.pwritev(args.offset, vector, flags), "writev"
+    )
     if not args.quiet:
         session.out(report("wrote", args.offset, len(buffer), seconds, machine=args.machine))
 
@@ -280,7 +283,7 @@ class Discard(Arguments):
 async def discard(session: Session, args: Discard) -> None:
     """Give a range up."""
     length = _length(args.length_word)
-    seconds = await timed(session.opened.backend.pdiscard(args.offset, length), "discard")
+    seconds = await timed(session, session.opened.backend.pdiscard(args.offset, length), "discard")
     if not args.quiet:
         session.out(report("discard", args.offset, length, seconds, machine=args.machine))
 

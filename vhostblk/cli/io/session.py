@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
@@ -124,6 +124,7 @@ class Session:
     Attributes:
         image: None: none is open.
         tasks: requests in the background that wait for something.
+        ended: what is to be said of those that did not have to wait.
         done: no more commands.
 
     Context: the control loop.
@@ -137,10 +138,16 @@ class Session:
         self.misalign = misalign
         self.image: Image | None = None
         self.tasks: set[asyncio.Task[None]] = set()
+        self.ended: list[Callable[[], None]] = []
         self.done = False
         self._groups = {
             name: throttle_group.ThrottleGroup(name, limits) for name, limits in groups.items()
         }
+
+    def tell_ended(self) -> None:
+        """Say what came of requests in the background that ended at once: the last one first, as qemu-io does."""
+        while self.ended:
+            self.ended.pop()()
 
     def out(self, text: str) -> None:
         """Print a line."""
@@ -200,6 +207,7 @@ class Session:
 
     async def close(self) -> None:
         """Close the image, if there is one; what runs in the background comes to its end first."""
+        self.tell_ended()
         image, self.image = self.image, None
         if image is not None:
             await image.close(self.tasks)

@@ -339,12 +339,15 @@ class Clusters:
 
     # ------------------------------------------------------------------ zeroes and discards
 
-    async def clear(self, offset: int, length: int, *, keep: bool, discard: bool) -> None:
+    async def clear(
+        self, offset: int, length: int, *, keep: bool, discard: bool, unwritten: bool = False
+    ) -> None:
         """Whole clusters, or subclusters, read as zeroes.
 
         Args:
             keep: their place stays theirs.
             discard: where nothing is below it does not matter what they read as.
+            unwritten: ENOTSUP if one has data.
 
         Raises:
             BlockError: ENOTSUP: not by changing tables only; the child's errno.
@@ -370,7 +373,7 @@ class Clusters:
                 slice_ = await self._metadata.own_slice(at)
                 old: list[Old] = []
                 self.check_sound(slice_.table, at, start, align_up(stop, self._size))
-                self._check_clearable(slice_.table, at, stop)
+                self._check_clearable(slice_.table, at, stop, unwritten)
                 for cluster in range(start, stop, self._size):
                     entry, bits = self._metadata.entry(slice_, cluster)
                     low = max(at - cluster, 0) // self._sub
@@ -394,15 +397,15 @@ class Clusters:
         """Whether clusters stay unallocated where that reads as zeroes. As in QEMU, what is written to is not."""
         return discard or self._metadata.header.version < 3
 
-    def _check_clearable(self, table: Table, start: int, end: int) -> None:
-        """A part of a compressed cluster cannot be cleared."""
+    def _check_clearable(self, table: Table, start: int, end: int, unwritten: bool) -> None:
+        """A part of a compressed cluster cannot be cleared; nor what has data, if it should have none."""
         for at in (start, end - 1):
             cluster = align_down(at, self._size)
-            if start <= cluster and cluster + self._size <= end:
+            if not unwritten and start <= cluster and cluster + self._size <= end:
                 continue
             base = self._metadata.slice_start(at)
             run = self._entries.part_at(table, base, at)
-            if run.kind is Kind.COMPRESSED:
+            if run.kind is Kind.COMPRESSED or (unwritten and run.kind is Kind.NORMAL):
                 raise BlockError(errno.ENOTSUP)
 
     def _cleared(

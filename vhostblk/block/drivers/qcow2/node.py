@@ -10,8 +10,9 @@ An image is not trusted: whatever is wrong with a table is an error of the reque
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import image_info
 from vhostblk.block.driver import NodeInfo, OpenContext
@@ -34,7 +35,7 @@ from vhostblk.block.drivers.qcow2.header import (
     cluster_size_of,
 )
 from vhostblk.block.drivers.qcow2.metadata import Metadata
-from vhostblk.block.drivers.qcow2.options import Qcow2Options
+from vhostblk.block.drivers.qcow2.options import Qcow2Options, join_options
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.request_node import RequestNode
@@ -319,6 +320,11 @@ class Qcow2Node(AmendNode, RequestNode):
         self.set_length(align_down(self._header.size, SECTOR_SIZE))
         if self._bitmap_store is None:
             await self._load_bitmaps()
+
+    @classmethod
+    def join_options(cls, new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        """See `options.py`."""
+        return join_options(new, old)
 
     async def reopen_prepare(self, reopen: Reopen) -> None:
         """Read what a writer needs; not what everybody has already.

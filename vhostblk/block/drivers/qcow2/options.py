@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from vhostblk.block.drivers.qcow2.header import Compatible, Header
 from vhostblk.block.options import BOOLEAN, SIZE, OptionType, choice, option, to_integer
@@ -27,6 +29,9 @@ def _to_interval(name: str, value: object) -> int:
         )
     return seconds
 
+
+_TEMPLATES = {"overlap-check", "overlap-check.template"}
+_CACHES = {"l2-cache-size", "refcount-cache-size"}
 
 _NO_TEMPLATE = (
     "Unsupported value '{value}' for qcow2 option 'overlap-check'. "
@@ -226,3 +231,20 @@ class Qcow2Options:
         if self.refcount_cache_size is not None:
             return self.refcount_cache_size
         return max((self.cache_size or 0) - (self.l2_cache_size or 0), 0)
+
+
+def join_options(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+    """New options, and old ones that those do not replace.
+
+    A new template replaces all that was said of overlap checks, a new size of all caches what was said of each; and
+    sizes of each replace that of all.
+    """
+    left = dict(old)
+    if _TEMPLATES & new.keys():
+        left = {name: value for name, value in left.items() if not name.startswith("overlap-check")}
+    if "cache-size" in new:
+        left = {name: value for name, value in left.items() if name not in _CACHES}
+    joined = {**left, **new}
+    if joined.keys() >= _CACHES and "cache-size" not in new:
+        joined.pop("cache-size", None)
+    return joined

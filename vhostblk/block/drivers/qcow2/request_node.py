@@ -27,9 +27,10 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.iov import IoVec
+from vhostblk.block.limits import align_down, align_up
 from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
-from vhostblk.block.status import BlockStatus
+from vhostblk.block.status import BlockStatus, status_above
 from vhostblk.errors import BlockError, ImageError
 
 T = TypeVar("T")
@@ -165,19 +166,36 @@ class RequestNode(CheckNode, Qcow2Extents):
         await self._change(self._clusters.write(offset, iov))
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """By changing tables, where whole clusters or subclusters are concerned; ENOTSUP else."""
-        if not self._is_whole(offset, length, self._header.subcluster_size):
-            raise BlockError(errno.ENOTSUP)
+        """By changing tables, where whole clusters or subclusters read as zeroes then; ENOTSUP else."""
+        unit = self._header.subcluster_size
+        unwritten = not self._is_whole(offset, length, unit)
+        if unwritten:
+            start, end = align_down(offset, unit), align_up(offset + length, unit)
+            if self._raw_data is not None or not (
+                await self._is_zero(start, offset) and await self._is_zero(offset + length, end)
+            ):
+                raise BlockError(errno.ENOTSUP)
+            offset, length = start, end - start
         if self._raw_data is not None:
             await self._change(self._raw_data.pwrite_zeroes(offset, length, flags))
             return
-        keep = not flags & _MAY_UNMAP
+        keep, discard = not flags & _MAY_UNMAP, False
         if self._header.version < 3:
             # No cluster of version 2 can say that it is zeroes; one that is given up is, if nothing is below.
-            if keep and "backing" in self.children:
-                raise BlockError(errno.ENOTSUP)
-            keep = False
-        await self._change(self._clusters.clear(offset, length, keep=keep, discard=False))
+            keep, discard = False, True
+        await self._change(
+            self._clusters.clear(offset, length, keep=keep, discard=discard, unwritten=unwritten)
+        )
+
+    async def _is_zero(self, start: int, end: int) -> bool:
+        """Whether a range is known to read as zeroes; what is behind the end of the disk is."""
+        end = min(end, self.length)
+        while start < end:
+            found = await status_above(self, None, start, end - start)
+            if not found.flags & StatusFlag.ZERO or not found.length:
+                return False
+            start += found.length
+        return True
 
     async def driver_pdiscard(self, offset: int, length: int) -> None:
         """Clusters are given up; they read as zeroes then."""
