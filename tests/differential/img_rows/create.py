@@ -227,6 +227,7 @@ ROWS = (
         create -f qcow2 -b . -F qcow2 new
         create -f qcow2 -b new -F qcow2 new 1M
         create -f qcow2 -b bad-magic.qcow2 -F qcow2 new
+        create -f qcow2 -b feature.qcow2 -F qcow2 new
         create -f qcow2 -b orphan.qcow2 -F qcow2 new
         create -f qcow2 -b empty.raw -F raw new
         create -f qcow2 -b odd.raw -F raw new
@@ -294,7 +295,6 @@ ROWS = (
         create -f qcow2 -o refcount_bits=-1 new 1M
         create -f qcow2 -u -F nothing new 1M
         create -f qcow2 -u -b nowhere -F nothing new 1M
-        create -f qcow2 -b feature.qcow2 -F qcow2 new
         """,
         differs="not yet",
     ),

@@ -419,18 +419,16 @@ def _refuse_unknown_features(incompatible: int, extensions: tuple[Extension, ...
     unknown = incompatible & ~_INCOMPATIBLE
     if not unknown:
         return
-    names = {}
+    found = []
     for extension in extensions:
         if extension.type == ExtensionType.FEATURE_NAMES:
             whole = len(extension.data) // _FEATURE.size * _FEATURE.size
             for kind, bit, name in _FEATURE.iter_unpack(extension.data[:whole]):
-                if kind == 0:
-                    names[bit] = _decode(name.rstrip(b"\0"))
-    found = [
-        names.get(bit, f"unknown incompatible feature: bit {bit}")
-        for bit in range(64)
-        if unknown >> bit & 1
-    ]
+                if kind == 0 and unknown >> bit & 1:
+                    found.append(_decode(name.rstrip(b"\0")))
+                    unknown &= ~(1 << bit)
+    if unknown:
+        found.append(f"Unknown incompatible feature: {unknown:x}")
     raise ImageError(f"Unsupported qcow2 feature(s): {', '.join(found)}")
 
 

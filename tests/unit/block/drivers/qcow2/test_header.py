@@ -79,7 +79,7 @@ def test_names_are_bytes() -> None:
         ({"compression": Compression.ZSTD}, "contradict"),
         ({"incompatible": Incompatible.COMPRESSION}, "contradict"),
         ({"incompatible": Incompatible.COMPRESSION, "compression": 2}, "compression type 2"),
-        ({"incompatible": 1 << 5}, "unknown incompatible feature: bit 5"),
+        ({"incompatible": 1 << 5}, "Unknown incompatible feature: 20"),
         ({"cluster_bits": 13, "incompatible": Incompatible.EXTENDED_L2}, "16 KiB"),
         ({"autoclear": 2, "backing_name": "b"}, "backing file"),
         ({"backing_name": "b" * 1024}, "Backing file name too long"),
