@@ -78,6 +78,11 @@ class ImageDriver:
         )
 
     @classmethod
+    def measure_options_type(cls) -> type[Any] | None:
+        """Those options of new images that decide how large one gets, with checks of their own."""
+        return cls.create_options_type
+
+    @classmethod
     async def measure(cls, options: Any, source: BlockNode | None) -> Measurement:
         """What an image takes that is made with these options, to have the content of `source` (row B31.6)."""
         raise ConfigError(

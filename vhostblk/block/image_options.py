@@ -50,7 +50,7 @@ class ImageOption:
             ConfigError: it is none.
         """
         if self.kind == "size":
-            return _size(self.name, text)
+            return read_size_option(self.name, text)
         if self.kind == "num":
             return _number(self.name, text)
         if self.kind == "str":
@@ -177,7 +177,12 @@ class ImageOptions:
         return " ".join(found)
 
 
-def _size(name: str, text: str) -> int:
+def read_size_option(name: str, text: str) -> int:
+    """A size.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         return read_size(text)
     except OverflowError:

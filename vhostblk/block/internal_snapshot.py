@@ -11,6 +11,7 @@ as it is. What *copy-before-write* keeps is another thing: `snapshot.py`.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,8 +55,11 @@ class SnapshotInfo:
     icount: int | None = None
 
 
-def snapshot_node(node: BlockNode) -> BlockNode:
+def snapshot_node(node: BlockNode, qemu_text: str = "") -> BlockNode:
     """The node that has the snapshots: this one, or the one whose content it shows.
+
+    Args:
+        qemu_text: what QEMU's tools say where there is none.
 
     Raises:
         ConfigError: ENOTSUP: there is none.
@@ -68,6 +72,7 @@ def snapshot_node(node: BlockNode) -> BlockNode:
                 f"Block format '{node.driver_name}' used by node '{node.node_name}' does not support "
                 "internal snapshots",
                 errno.ENOTSUP,
+                qemu_text=qemu_text,
             )
         found = edges[0].node
     return found
@@ -141,10 +146,13 @@ async def go_to_snapshot(graph: BlockGraph, node: BlockNode, id_or_name: str) ->
             `create_snapshot`.
     """
     async with graph.changing():
-        found = _writable(node, OpType.INTERNAL_SNAPSHOT)
+        found = _writable(node, OpType.INTERNAL_SNAPSHOT, "Block driver does not support snapshots")
         if any(above.bitmaps for above in _shown_by(found)):
             raise ConfigError("Device has active dirty bitmaps", errno.EBUSY)
-        wanted = _find(await list_snapshots(found), id_or_name)
+        try:
+            wanted = _find(await list_snapshots(found), id_or_name)
+        except ConfigError as error:
+            raise _not_loaded(str(error), error.errno) from None
         if wanted.disk_size != found.length:
             for edge in found.parents:
                 if not edge.shared & Perm.RESIZE:
@@ -157,7 +165,8 @@ async def go_to_snapshot(graph: BlockGraph, node: BlockNode, id_or_name: str) ->
             try:
                 await found.driver_snapshot_goto(wanted.id)
             except BlockError as error:
-                raise _failed("Could not apply snapshot", error) from None
+                what = f"Could not apply snapshot: {error.strerror}"
+                raise _not_loaded(what, error.errno or errno.EIO) from None
 
 
 async def load_snapshot(
@@ -172,19 +181,26 @@ async def load_snapshot(
     if id_ is None and name is None:
         raise ConfigError("snapshot_id and name are both NULL")
     async with graph.changing():
-        found = snapshot_node(node)
+        found = snapshot_node(
+            node,
+            f"Block format '{node.driver_name}' used by device '' does not support temporarily loading "
+            "internal snapshots",
+        )
         if not found.read_only:
             raise ConfigError("Device is not readonly")
         async with drained(found):
             try:
                 return await found.driver_snapshot_load(id_, name)
             except BlockError as error:
-                raise _failed("Could not load snapshot", error) from None
+                failed = _failed("Could not load snapshot", error)
+                if failed.errno == errno.ENOENT:
+                    failed.qemu_text = "Can't find snapshot"
+                raise failed from None
 
 
-def _writable(node: BlockNode, operation: OpType) -> BlockNode:
+def _writable(node: BlockNode, operation: OpType, qemu_text: str = "") -> BlockNode:
     check_op(node, operation)
-    found = snapshot_node(node)
+    found = snapshot_node(node, qemu_text)
     check_op(found, operation)
     if found.read_only or found.inactive:
         why = "read-only" if found.read_only else "inactive"
@@ -211,3 +227,7 @@ def _shown_by(node: BlockNode) -> list[BlockNode]:
 
 def _failed(what: str, error: BlockError) -> ConfigError:
     return ConfigError(f"{what}: {error.strerror}", error.errno or errno.EIO)
+
+
+def _not_loaded(what: str, number: int) -> ConfigError:
+    return ConfigError(what, number, qemu_text=f"Failed to load snapshot: {os.strerror(number)}")

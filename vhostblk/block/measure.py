@@ -9,10 +9,11 @@ import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block.keyval import flatten, parse_flat
+from vhostblk.block.creation import create_options
+from vhostblk.block.image_options import ImageOptions, known_options
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_up
-from vhostblk.block.options import consume_all, to_size
+from vhostblk.block.options import consume
 from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,30 +40,53 @@ async def measure(
         ConfigError: one line; ENOTSUP: the driver cannot tell.
         BlockError: the source cannot be looked at.
     """
-    flat: dict[str, Any]
-    flat = {**(parse_flat(options) if isinstance(options, str) else flatten(options or {}))}
-    flat = {name.replace("-", "_"): value for name, value in flat.items()}
-    if driver not in drivers:
-        raise ConfigError(f"Unknown file format '{driver}'", errno.ENOENT)
-    options_type = drivers[driver].create_options_type
-    if options_type is None:
-        raise ConfigError(
-            f"Block driver '{driver}' does not support size measurement", errno.ENOTSUP
-        )
-    for key in drivers[driver].create_child_keys:
-        flat.pop(key.replace("-", "_"), None)
+    wanted = NewImageSize(drivers, driver)
+    wanted.options.say(options or {})
     if size is not None:
-        flat.setdefault("size", size)
-    if source is not None:
-        flat["size"] = source.length
-    elif "size" not in flat:
+        wanted.options.set("size", size)
+    if source is None and "size" not in wanted.options:
         raise ConfigError("Either a size or an image to measure must be given")
-    flat["size"] = align_up(to_size("size", flat["size"]), SECTOR_SIZE)
-    try:
-        return await drivers[driver].measure(consume_all(options_type, flat), source)
-    except ConfigError as error:
-        if error.errno != errno.EFBIG:
-            raise
-        raise ConfigError(
-            "The image size is too large (try using a larger cluster size)", errno.EFBIG
-        ) from None
+    return await wanted.measure(source)
+
+
+class NewImageSize:
+    """What a new image takes, in steps: say `options`, then `measure`.
+
+    Args:
+        driver: of the new image.
+
+    Attributes:
+        options: what was said; those of files are known, and make no difference.
+
+    Raises:
+        ConfigError: ENOTSUP: there are no new images of this driver.
+    """
+
+    def __init__(self, drivers: DriverRegistry, driver: str) -> None:
+        if driver not in drivers:
+            raise ConfigError(f"Unknown file format '{driver}'", errno.ENOENT)
+        self._driver = drivers[driver]
+        types = [create_options(self._driver, "Format driver")]
+        types.append(create_options(drivers["file"], "Protocol driver"))
+        self.options = ImageOptions(known_options(*types))
+
+    async def measure(self, source: BlockNode | None = None) -> Measurement:
+        """See `measure`; without a source, a size that was not said is 0.
+
+        Raises:
+            ConfigError, BlockError: as there.
+        """
+        driver = self._driver
+        options_type = driver.measure_options_type()
+        assert options_type is not None
+        try:
+            flat = self.options.values()
+            size = source.length if source is not None else flat.get("size", 0)
+            flat["size"] = align_up(size, SECTOR_SIZE)
+            return await driver.measure(consume(options_type, flat), source)
+        except ConfigError as error:
+            if error.errno != errno.EFBIG:
+                raise
+            raise ConfigError(
+                "The image size is too large (try using a larger cluster size)", errno.EFBIG
+            ) from None

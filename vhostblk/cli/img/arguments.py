@@ -124,6 +124,13 @@ class Arguments:
         """Take off words that must not be read as options; they are added to `words` as they are."""
         return words, ()
 
+    def taken(self) -> None:
+        """Look at what there is so far; called after each option.
+
+        Raises:
+            ImgError: the last one does not go with those before it.
+        """
+
     def check(self) -> None:
         """Look at everything together.
 
@@ -216,3 +223,4 @@ def _take(found: Arguments, field: dataclasses.Field[Any], text: str) -> None:
             value = (*before, value)
     setattr(found, field.name, value)
     found.order += (field.name,)
+    found.taken()

@@ -29,6 +29,8 @@ class Command:
 
 SYNOPSES: Mapping[str, str] = MappingProxyType(
     {
+        "amend": "[--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force]"
+        " -o options filename",
         "bitmap": "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)..."
         " [-b source_file [-F source_fmt]] [-g granularity] [--object objectdef]"
         " [--image-opts | -f fmt] filename bitmap",
@@ -40,10 +42,18 @@ SYNOPSES: Mapping[str, str] = MappingProxyType(
         " [-U] filename1 filename2",
         "create": "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u]"
         " [-o options] filename [size]",
+        "info": "[--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [-U]"
+        " filename",
         "map": "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset]"
         " [--max-length=len] [--output=ofmt] [-U] filename",
+        "measure": "[--output=ofmt] [-O output_fmt] [-o options] [--size N | [--object objectdef]"
+        " [--image-opts] [-f fmt] [-l snapshot_param] filename]",
         "rebase": "[--object objectdef] [--image-opts] [-U] [-q] [-f fmt] [-t cache] [-T src_cache] [-p]"
         " [-u] -b backing_file [-F backing_fmt] filename",
+        "resize": "[--object objectdef] [--image-opts] [-f fmt] [--preallocation=prealloc] [-q]"
+        " [--shrink] filename [+ | -]size",
+        "snapshot": "[--object objectdef] [--image-opts] [-U] [-q] [-l | -a snapshot | -c snapshot |"
+        " -d snapshot] filename",
     }
 )
 """Options and words of each, for `--help`; the name is that of its module (`create`: `create.py`)."""

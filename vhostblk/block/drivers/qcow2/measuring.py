@@ -8,33 +8,76 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass
 
 from vhostblk.block.dirty_bitmap import DirtyBitmap
 from vhostblk.block.drivers.qcow2.bitmaps import bytes_needed
-from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, layout_of
+from vhostblk.block.drivers.qcow2.create import (
+    check_cluster_size,
+    check_refcount_bits,
+    version_type,
+)
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_L1_BYTES, Header
+from vhostblk.block.drivers.qcow2.layout import Layout
 from vhostblk.block.drivers.qcow2.tables import Codec, read_bytes, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import align_down, align_up
 from vhostblk.block.node import BlockNode
+from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, choice, option
 from vhostblk.block.status import status_above
 from vhostblk.errors import BlockError, ConfigError
 
 _HAS_DATA = StatusFlag.DATA | StatusFlag.ALLOCATED
 
 
-async def measure(options: Qcow2CreateOptions, source: BlockNode | None) -> Measurement:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qcow2MeasureOptions:
+    """Those of new images that make a difference, in the order in which they are looked at."""
+
+    cluster_size: int = option(SIZE, 65536, name="cluster_size", about="bytes of a cluster")
+    extended_l2: bool = option(BOOLEAN, False, name="extended_l2", about="extended L2 tables")
+    compat: int = option(
+        version_type("Invalid compatibility level: '{}'"), 3, about="version of the format"
+    )
+    refcount_bits: int = option(
+        INTEGER, 16, name="refcount_bits", about="width of a reference count"
+    )
+    preallocation: str = option(
+        choice("off", "metadata", "falloc", "full"), "off", about="what gets its place at once"
+    )
+    backing_file: str | None = option(STRING, None, name="backing_file", about="what is below")
+    encrypt_format: str | None = option(STRING, None, name="encrypt.format", about="not supported")
+    size: int = option(SIZE, about="bytes of the disk")
+
+    def __post_init__(self) -> None:
+        check_cluster_size(self.cluster_size, extended_l2=self.extended_l2)
+        check_refcount_bits(self.refcount_bits)
+        if self.compat < 3 and self.refcount_bits != 16:
+            raise ConfigError(
+                "Different refcount widths than 16 bits require compatibility level 1.1 or above "
+                "(use compat=1.1 or greater)"
+            )
+        if self.encrypt_format == "luks":
+            raise ConfigError("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+
+
+async def measure(options: Qcow2MeasureOptions, source: BlockNode | None) -> Measurement:
     """What an image with these options takes.
 
     Raises:
         ConfigError: EFBIG: there is no such image.
         BlockError: the source cannot be looked at.
     """
-    layout = replace(layout_of(options), preallocated=True)
+    layout = Layout(
+        size=options.size,
+        cluster_size=options.cluster_size,
+        refcount_order=options.refcount_bits.bit_length() - 1,
+        l2_entry_size=16 if options.extended_l2 else 8,
+        preallocated=True,
+    )
     if layout.l1_entries * 8 > MAX_L1_BYTES:
         raise ConfigError("Active L1 table too large", errno.EFBIG)
     disk = layout.guest_clusters * layout.cluster_size

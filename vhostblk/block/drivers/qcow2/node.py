@@ -80,7 +80,14 @@ class Qcow2Node(AmendNode, RequestNode):
         await create(creation, options)
 
     @classmethod
-    async def measure(cls, options: Qcow2CreateOptions, source: BlockNode | None) -> Measurement:
+    def measure_options_type(cls) -> type[Any] | None:
+        """See `measuring.py`."""
+        return measuring.Qcow2MeasureOptions
+
+    @classmethod
+    async def measure(
+        cls, options: measuring.Qcow2MeasureOptions, source: BlockNode | None
+    ) -> Measurement:
         """See `measuring.py`."""
         return await measuring.measure(options, source)
 
