@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.block import opening
 from vhostblk.block.creation import Creation, Driver, NewFile, create_options
 from vhostblk.block.filename import backing_name
+from vhostblk.block.flags import OpenFlag
 from vhostblk.block.image_options import ImageOptions, describe, known_options
 from vhostblk.block.keyval import flatten, parse_options
-from vhostblk.block.limits import SECTOR_SIZE, align_up
+from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE, align_up
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import consume_all, option_names
 from vhostblk.block.registry import DriverRegistry
@@ -31,6 +32,26 @@ if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
 
 _SAME_FILE = "Error: Trying to create an image with the same filename as the backing file"
+
+# QEMU has drivers for these: an image may say that it is backed by one, which others open.
+_FOREIGN_FORMATS = frozenset(
+    {
+        *(
+            "blklogwrites",
+            "blkverify",
+            "bochs",
+            "cloop",
+            "compress",
+            "dmg",
+            "ftp",
+            "ftps",
+            "gluster",
+        ),
+        *("host_cdrom", "http", "https", "iscsi", "luks", "nbd", "nfs", "null-aio", "nvme"),
+        *("parallels", "preallocate", "qcow", "qed", "quorum", "rbd", "replication", "ssh", "vdi"),
+        *("vhdx", "vmdk", "vpc", "vvfat"),
+    }
+)
 
 
 class BackingFormatError(ConfigError):
@@ -227,6 +248,9 @@ class NewImage:
         try:
             flat = self.options.values()
             flat["size"] = align_up(flat["size"], SECTOR_SIZE)
+            if flat["size"] > MAX_LENGTH:
+                raise self._too_large()
+            self._check_backing_format(flat.get("backing_fmt"))
             children = self._children(flat)
             async with Creation(
                 self._graph, f"'{self._filename}'", children, locked=locked
@@ -238,6 +262,10 @@ class NewImage:
                 raise self._too_large() from None
             raise
         return parsed
+
+    def _check_backing_format(self, name: str | None) -> None:
+        if name is not None and name not in self._graph.drivers and name not in _FOREIGN_FORMATS:
+            raise ConfigError(f"Parameter 'backing-fmt' does not accept value '{name}'")
 
     def _children(self, flat: dict[str, Any]) -> dict[str, Any]:
         """Take what is for the files."""
@@ -282,7 +310,10 @@ class NewImage:
         async with nullcontext() if locked else self._graph.changing():
             try:
                 node = await opening.open_image(
-                    self._graph, full, {**given, "read-only": True, "force-share": True}
+                    self._graph,
+                    full,
+                    {**given, "read-only": True, "force-share": True},
+                    flags=OpenFlag.NO_IO,
                 )
             except ConfigError as error:
                 text = f"{error.qemu_text}\nCould not open backing image."

@@ -79,8 +79,8 @@ class ImageDriver:
 
     @classmethod
     def measure_options_type(cls) -> type[Any] | None:
-        """Those options of new images that decide how large one gets, with checks of their own."""
-        return cls.create_options_type
+        """Those options of new images that decide how large one gets, with checks of their own; None: nobody knows."""
+        return None
 
     @classmethod
     async def measure(cls, options: Any, source: BlockNode | None) -> Measurement:

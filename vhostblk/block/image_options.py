@@ -156,10 +156,15 @@ class ImageOptions:
         Raises:
             ConfigError: EFBIG: a size is larger than any can be.
         """
-        for name, value in self._values.items():
-            if self.known[name].kind == "size" and value >= _INT64:
+        found = dict(self._values)
+        for name, value in found.items():
+            kind = self.known[name].kind
+            if kind == "size" and value >= _INT64:
                 raise ConfigError(f"The size '{name}' is too large", errno.EFBIG)
-        return dict(self._values)
+            if kind == "num":
+                # No option takes so large a number, and each knows what it does.
+                found[name] = min(value, _INT64 - 1)
+        return found
 
     def __str__(self) -> str:
         """What was said, and defaults, in one line that can be read again."""

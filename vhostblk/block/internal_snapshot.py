@@ -91,13 +91,19 @@ async def list_snapshots(node: BlockNode) -> tuple[SnapshotInfo, ...]:
 
 
 async def create_snapshot(
-    graph: BlockGraph, node: BlockNode, name: str, id_: str = "", *, date: int | None = None
+    graph: BlockGraph,
+    node: BlockNode,
+    name: str,
+    id_: str = "",
+    *,
+    date: int | None = None,
+    icount: int | None = None,
 ) -> SnapshotInfo:
     """Keep what the disk shows now.
 
     Args:
         id_: None may have it yet; empty: one is made up.
-        date: nanoseconds since 1970; None: now.
+        date: nanoseconds since 1970; None: now. icount: what is said of the guest's instructions.
 
     Raises:
         ConfigError: EEXIST: the ID is taken; ENOTSUP, EPERM, EBUSY: not here, or not now; else what failed. Nothing has
@@ -113,7 +119,7 @@ async def create_snapshot(
         async with drained(found):
             try:
                 return await found.driver_snapshot_create(
-                    SnapshotInfo(id_, name, seconds, nanoseconds)
+                    SnapshotInfo(id_, name, seconds, nanoseconds, icount=icount)
                 )
             except BlockError as error:
                 raise _failed("Could not create snapshot", error) from None

@@ -78,7 +78,11 @@ class NewImageSize:
         """
         driver = self._driver
         options_type = driver.measure_options_type()
-        assert options_type is not None
+        if options_type is None:
+            raise ConfigError(
+                f"Block driver '{driver.driver_name}' does not support size measurement",
+                errno.ENOTSUP,
+            )
         try:
             flat = self.options.values()
             size = source.length if source is not None else flat.get("size", 0)

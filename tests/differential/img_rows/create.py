@@ -284,22 +284,33 @@ ROWS = (
         """,
         differs="there is no encryption, and so there are no secrets",
     ),
-    *rows(
-        """
-        create -f host_device new 1M
-        create -f qcow2 new 9223372036854775807
-        create new 9223372036854775807
+    *rows("""
         create -o preallocation=metadata new 1M
         create -o extent_size_hint=1M new 1M
         create -f qcow2 -o extent_size_hint=1M new 1M
         create -f qcow2 -o refcount_bits=-1 new 1M
         create -f qcow2 -u -F nothing new 1M
         create -f qcow2 -u -b nowhere -F nothing new 1M
+    """),
+    *rows(
+        """
+        create -f qcow2 new 9223372036854775807
+        create new 9223372036854775807
         """,
-        differs="not yet",
+        differs="a size that overflows when it is rounded is too large",
     ),
-    Row("create -f qcow2 disk.qcow2 2M", held="qemu-io -f qcow2 disk.qcow2", differs="not yet"),
-    Row("create -f qcow2 disk.qcow2 2M", held="qemu-io -r -f qcow2 disk.qcow2", differs="not yet"),
-    Row("create disk.raw 2M", held="qemu-io -f raw disk.raw", differs="not yet"),
-    Row("create -f qcow2 link 1M", given=["ln -s target link"], differs="not yet"),
+    Row("create -f host_device new 1M", differs="what is no device is not opened as one"),
+    *(
+        Row(command, held=held, differs="a file that another process has is left alone")
+        for command, held in (
+            ("create -f qcow2 disk.qcow2 2M", "qemu-io -f qcow2 disk.qcow2"),
+            ("create -f qcow2 disk.qcow2 2M", "qemu-io -r -f qcow2 disk.qcow2"),
+            ("create disk.raw 2M", "qemu-io -f raw disk.raw"),
+        )
+    ),
+    Row(
+        "create -f qcow2 link 1M",
+        given=["ln -s target link"],
+        differs="a link to nothing is no place for a file",
+    ),
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from tests.differential.img_matrix import rows
 
 ROWS = (
+    *rows("measure --size", differs="the help is another"),
     *rows("""
         measure
-        measure --size
         measure --size 1M
         measure --size 1000
         measure --size 0

@@ -79,8 +79,6 @@ ROWS = (
         resize -f raw --preallocation=full disk.raw 1M
         resize -f raw --preallocation=full --shrink disk.raw 512k
         resize --preallocation=metadata disk.qcow2 2M
-        resize --preallocation=falloc disk.qcow2 2M
-        resize --preallocation=full disk.qcow2 2M
         resize --preallocation=metadata top.qcow2 2M
         resize --preallocation=metadata external.qcow2 2M
         resize --image-opts driver=raw,file.filename=disk.raw 2M
@@ -89,7 +87,20 @@ ROWS = (
         resize --image-opts disk.raw 2M
         resize --image-opts driver=raw,file.filename=disk.raw,size=512k 2M
         resize --image-opts driver=raw,file.filename=disk.raw,read-only=on 2M
-        resize --image-opts driver=null-co,size=1M 2M
     """),
-    *rows("resize -f raw disk.raw 2M", held="qemu-io -f raw disk.raw"),
+    *rows(
+        """
+        resize --preallocation=falloc disk.qcow2 2M
+        resize --preallocation=full disk.qcow2 2M
+        """,
+        differs="what is allocated is in one piece",
+    ),
+    *rows(
+        "resize -f raw disk.raw 2M",
+        held="qemu-io -f raw disk.raw",
+        differs="a file that another process writes is not written",
+    ),
+    *rows(
+        "resize --image-opts driver=null-co,size=1M 2M", differs="null-co can be as long as wanted"
+    ),
 )

@@ -7,6 +7,9 @@ from tests.differential.img_matrix import rows
 _LONG = "n" * 300
 
 ROWS = (
+    *rows(
+        "snapshot -a what disk.raw", differs="the image is not opened twice, so one warning does"
+    ),
     *rows(f"""
         snapshot
         snapshot disk.qcow2
@@ -23,10 +26,10 @@ ROWS = (
         snapshot -l -c x -Z
         snapshot -a x -d y
         snapshot -c
-        snapshot -c x disk.qcow2
-        snapshot -c '' disk.qcow2
+        snapshot -c x base.qcow2
+        snapshot -c '' base.qcow2
         snapshot -c one snapshots.qcow2
-        snapshot -c {_LONG} disk.qcow2
+        snapshot -c {_LONG} base.qcow2
         snapshot -c x disk.raw
         snapshot -c x v2.qcow2
         snapshot -c x external.qcow2
@@ -39,13 +42,12 @@ ROWS = (
         snapshot -a 1 snapshots.qcow2
         snapshot -a what snapshots.qcow2
         snapshot -a what disk.qcow2
-        snapshot -a what disk.raw
         snapshot -d one snapshots.qcow2
         snapshot -d 1 snapshots.qcow2
         snapshot -d what snapshots.qcow2
         snapshot -d what disk.raw
         snapshot --image-opts -l driver=qcow2,file.filename=snapshots.qcow2
-        snapshot --image-opts -c x driver=qcow2,file.filename=disk.qcow2
+        snapshot --image-opts -c x driver=qcow2,file.filename=base.qcow2
         snapshot --image-opts -c x driver=null-co,size=1M
         snapshot --image-opts -a x driver=null-co,size=1M
         snapshot --image-opts -l driver=null-co,size=1M

@@ -83,7 +83,7 @@ def test_file_by_its_options(tmp_path: Path) -> None:
         (
             ("disk", "raw"),
             "size=1M,preallocation=metadata",
-            "Unsupported preallocation mode 'metadata'",
+            "Unsupported preallocation mode: metadata",
         ),
         (("disk", "raw"), "size=big", "Parameter 'size' expects a non-negative number"),
         (("json:{}", "raw"), "size=1M", "Unknown protocol 'json'"),

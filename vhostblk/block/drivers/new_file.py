@@ -49,7 +49,7 @@ def to_preallocation(name: str, value: object) -> str:
     if value in ("off", "falloc", "full"):
         return str(value)
     if value == "metadata":
-        raise ConfigError(f"Unsupported preallocation mode '{value}'", errno.ENOTSUP)
+        raise ConfigError(f"Unsupported preallocation mode: {value}", errno.ENOTSUP)
     raise ConfigError(
         f"Parameter '{name}' does not accept value '{value}' (allowed: off, falloc, full)",
         qemu_text=f"invalid parameter value: {value}",
@@ -225,7 +225,8 @@ def _set_extent_size(fd: int, hint: int | None) -> None:
         fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, size, *rest))
     except OSError as error:
         if hint:
-            log.warning("Failed to set extent size hint: %s", error.strerror)
+            warning = f"Failed to set extent size hint: {error.strerror}"
+            log.warning("%s", warning, extra={"qemu_warns": warning})
 
 
 def _set_nocow(fd: int) -> None:

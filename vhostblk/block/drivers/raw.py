@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.copy_range import copy_range_from, copy_range_to
 from vhostblk.block.driver import NodeInfo
@@ -76,6 +76,13 @@ class RawCreateOptions:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class RawMeasureOptions:
+    """What decides how large an image gets."""
+
+    size: int = option(SIZE, about="bytes of the disk")
+
+
 class RawNode(BlockNode):
     """A window onto its child; the whole of it makes a transparent layer (row B08.4)."""
 
@@ -115,7 +122,12 @@ class RawNode(BlockNode):
         await file.flush()
 
     @classmethod
-    async def measure(cls, options: RawCreateOptions, source: BlockNode | None) -> Measurement:
+    def measure_options_type(cls) -> type[Any] | None:
+        """How long the disk is, and nothing else."""
+        return RawMeasureOptions
+
+    @classmethod
+    async def measure(cls, options: RawMeasureOptions, source: BlockNode | None) -> Measurement:
         """All of the disk."""
         return measure_raw(options.size)
 
@@ -200,7 +212,7 @@ class RawNode(BlockNode):
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
         """The child's end moves; ENOTSUP with a fixed size."""
         if self.options.size is not None:
-            raise BlockError(errno.ENOTSUP, f"{self.node_name}: the size is fixed by an option")
+            raise BlockError(errno.ENOTSUP, "Cannot resize fixed-size raw disks")
         await self._file.truncate(length + self.options.offset, preallocation)
 
     async def driver_copy_range_from(

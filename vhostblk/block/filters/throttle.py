@@ -19,6 +19,7 @@ class ThrottleOptions:
         STRING,
         about="id of the throttle-group object",
         missing="Please specify a throttle group",
+        strong=True,
     )
 
 

@@ -76,7 +76,8 @@ async def _run(session: Session, args: Amend, progress: Progress) -> None:
         if not begun:
             progress.begin()
             begun = True
-        progress.update(done / total if total else 1.0)
+        if done:
+            progress.update(done / total)
 
     await amend(session.graph, image.node, options, show)
 

@@ -64,7 +64,7 @@ async def _look(session: Session, args: Info) -> list[ImageInfo]:
             driver,
             image_opts=image_opts,
             force_share=args.force_share,
-            flags=OpenFlag.NO_BACKING,
+            flags=OpenFlag.NO_BACKING | OpenFlag.NO_IO,
         )
         info = await query_image_info(image.node)
         await session.close(image)

@@ -52,6 +52,12 @@ class Resize(ImageArguments):
             raise UsageError("Expecting image file name and size")
 
 
+def _as_int64(value: int) -> int:
+    """As C counts: what is too large is negative."""
+    value %= 1 << 64
+    return value - (1 << 64) if value >> 63 else value
+
+
 async def run(session: Session, args: Resize) -> int:
     """Do it."""
     session.quiet = args.quiet
@@ -61,7 +67,7 @@ async def run(session: Session, args: Resize) -> int:
     image = await session.open(
         name, args.format, image_opts=args.image_opts, writable=True, resize=True
     )
-    length = image.length + sign * wanted if sign else wanted
+    length = _as_int64(image.length + sign * wanted if sign else wanted)
     if length <= 0:
         raise ImgError("New image size must be positive")
     if length <= image.length and args.preallocation is not Preallocation.OFF:

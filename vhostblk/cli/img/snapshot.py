@@ -79,12 +79,17 @@ async def _list(session: Session, image: BlockBackend) -> None:
 async def _create(session: Session, image: BlockBackend, name: str) -> None:
     cut = name.encode(errors="surrogateescape")[:MAX_NAME].decode(errors="surrogateescape")
     try:
-        await create_snapshot(session.graph, image.node, cut, date=time.time_ns() // 1000 * 1000)
+        await create_snapshot(session.graph, image.node, cut, date=_now(), icount=0)
     except (ConfigError, BlockError) as error:
         number = error.errno or 0
         raise ImgError(
             f"Could not create snapshot '{name}': {-number} ({os.strerror(number)})"
         ) from None
+
+
+def _now() -> int:
+    """In the precision that qemu-img has."""
+    return time.time_ns() // 1000 * 1000
 
 
 async def _apply(session: Session, image: BlockBackend, name: str) -> None:

@@ -83,7 +83,7 @@ class Qcow2AmendOptions(OtherEncryption):
     )
 
     def __post_init__(self) -> None:
-        self.refuse_encryption()
+        self.refuse_encryption("Can't amend encryption options - encryption not present")
 
     def check(self, header: Header) -> None:
         """Refuse what cannot be, before anything is changed.

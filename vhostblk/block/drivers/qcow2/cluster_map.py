@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Awaitable
 from dataclasses import replace
 
@@ -290,8 +291,9 @@ class ClusterMap:
             needed = self.header.l1_entries_needed(size)
             try:
                 replace(self.header, size=size, l1_entries=max(needed, len(self._l1))).check()
-            except ImageError as error:
-                raise BlockError(errno.EFBIG, str(error)) from None
+            except ImageError:
+                what = f"Failed to grow the L1 table: {os.strerror(errno.EFBIG)}"
+                raise BlockError(errno.EFBIG, what) from None
             if needed > len(self._l1):
                 await self._move_l1(needed)
 

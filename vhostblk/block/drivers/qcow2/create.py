@@ -111,7 +111,7 @@ class Qcow2CreateOptions(NewEncryption):
     )
 
     def __post_init__(self) -> None:
-        self.refuse_encryption()
+        self.refuse_encryption("Encrypted qcow2 images are not supported")
         if self.size % SECTOR_SIZE:
             raise ConfigError(f"Image size must be a multiple of {SECTOR_SIZE} bytes")
         self._refuse_in_version_2(self.extended_l2, "Extended L2 entries are only supported with")

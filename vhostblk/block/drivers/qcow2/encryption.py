@@ -14,7 +14,7 @@ from vhostblk.errors import ConfigError
 class _EncryptionOptions:
     """What both kinds of options have."""
 
-    def refuse_encryption(self) -> None:
+    def refuse_encryption(self, why: str) -> None:
         """Nothing here can be done.
 
         Raises:
@@ -22,7 +22,7 @@ class _EncryptionOptions:
         """
         for field in dataclasses.fields(self):
             if field.name.startswith("encrypt") and getattr(self, field.name) not in (None, False):
-                raise ConfigError("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+                raise ConfigError(why, errno.ENOTSUP)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

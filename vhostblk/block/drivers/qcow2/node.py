@@ -58,6 +58,9 @@ if TYPE_CHECKING:
     from vhostblk.block.reopen import Reopen
 
 
+_OLDEST_VERSION = 2  # 1 is another format
+
+
 class Qcow2Node(AmendNode, RequestNode):
     """A qcow2 image."""
 
@@ -71,8 +74,9 @@ class Qcow2Node(AmendNode, RequestNode):
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:
-        """By the magic, and a version that is known."""
-        return 100 if header[:4] == MAGIC and header[4:8] in (b"\0\0\0\2", b"\0\0\0\3") else 0
+        """By the magic, and a version that is not of another format; opening looks at it again."""
+        version = int.from_bytes(header[4:8])
+        return 100 if header[:4] == MAGIC and version >= _OLDEST_VERSION else 0
 
     @classmethod
     async def create(cls, creation: Creation, options: Qcow2CreateOptions) -> None:
