@@ -83,7 +83,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         ours("qcow2", "")
     with pytest.raises(ConfigError, match=r"too large \(try using a larger cluster size\)"):
         ours("qcow2", "cluster_size=512", 1 << 50)
-    with pytest.raises(ConfigError, match="'null-co' does not support size measurement"):
+    with pytest.raises(ConfigError, match="'null-co' does not support image creation"):
         ours("null-co", "", MIB)
     with pytest.raises(ConfigError, match="Unknown file format 'no-format'"):
         ours("no-format", "", MIB)

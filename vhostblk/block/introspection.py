@@ -61,7 +61,7 @@ def is_overridden(node: BlockNode, key: str) -> bool:
 
 def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
     """The exact filename and the full options; in one go, because each layer needs both of the one below."""
-    strong = strong_options(node.options, node.given)
+    strong = strong_options(node.options)
     options: dict[str, Any] = {"driver": node.driver_name, **strong}
     if not node.children and not node.implied:
         return node.exact_filename(), options

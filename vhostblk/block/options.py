@@ -337,15 +337,10 @@ def _no_such_option(level: str, driver: str, name: str) -> str:
     return f"Block format '{driver}' does not support the option '{name}'"
 
 
-def strong_options(options: Any, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options of a set that decide about content and are not as by default; names are QEMU's.
-
-    Args:
-        given: some of them as they were written, which is how they are told.
-    """
-    written = given or {}
+def strong_options(options: Any) -> dict[str, Any]:
+    """The options of a set that decide about content and are not as by default; names are QEMU's."""
     return {
-        option_name(field): written.get(option_name(field), value)
+        option_name(field): value
         for field in dataclasses.fields(options)
         if field.metadata["strong"] and (value := getattr(options, field.name)) != field.default
     }
