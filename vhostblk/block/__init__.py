@@ -7,9 +7,10 @@ is about images as a whole, `node.py` what every node has; `pipeline.py`, `submi
 `tracking.py` knows which waits for which, `quiesce.py` is drain. What they need: `iov.py`, `py_buffer.py`
 and `bounce.py` memory, `registered_buf.py` where it is, `limits.py` how much at once, `flags.py` QEMU's
 names, `extent.py`, `host_extent.py` and `extent_user.py` what may be done without asking, `write_log.py`,
-`dirty_map.py`, `dirty_bitmap.py` and `write_threshold.py` what was written. Bytes that move: `copy_range.py` and
-`block_copy.py`; `compare.py` looks whether they are the same, and `snapshot.py` is how old ones are
-shown; `internal_snapshot.py` is states that an image keeps, `vm_state.py` what a guest adds to them.
+`dirty_map.py`, `dirty_bitmap.py` and `write_threshold.py` what was written. Bytes that move: `copy_range.py`,
+`block_copy.py`, and `convert.py`, for which `sparse.py` looks for zeroes; `compare.py` looks whether they are
+the same, and `snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an image keeps,
+`vm_state.py` what a guest adds to them.
 
 The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and `driver_table.py`
 drivers, `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from

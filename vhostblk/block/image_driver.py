@@ -157,6 +157,10 @@ class ImageDriver:
         """Show it without changing the image, which is read-only; returns what it is."""
         raise BlockError(errno.ENOTSUP)
 
+    def keeps_bitmaps(self) -> bool:
+        """Whether this kind of image can keep dirty bitmaps."""
+        return False
+
     def driver_check_bitmap(self, name: str, granularity: int) -> None:
         """Whether the image could keep a further dirty bitmap; raises ConfigError if not."""
         raise ConfigError(

@@ -84,8 +84,8 @@ async def write_compressed(node: BlockNode, offset: int, iov: IoVec, flags: int)
     if not node.supported_write_flags & _WRITE_COMPRESSED:
         raise BlockError(errno.ENOTSUP, f"{node.node_name}: cannot compress")
     driver_flags = flags & node.supported_write_flags
-    if iov.length:
-        await node.driver_pwritev(offset, iov.length, iov, driver_flags)
+    # Also of nothing: so a driver learns that nothing more comes.
+    await node.driver_pwritev(offset, iov.length, iov, driver_flags)
     return bool(flags & ~driver_flags & _FUA)
 
 

@@ -114,14 +114,11 @@ class ImageLock:
             self._held.discard(offset)
 
     def _refuse_conflicts(self, perm: Perm, shared: Perm) -> None:
-        for index, (bit, name) in enumerate(PERM_NAMES):
-            for wanted, base, kind in (
-                (perm & bit, _UNSHARED_BASE, ""),
-                (~shared & bit, _PERM_BASE, "shared "),
-            ):
+        for asked, base, kind in ((perm, _UNSHARED_BASE, ""), (~shared, _PERM_BASE, "shared ")):
+            for index, (bit, name) in enumerate(PERM_NAMES):
                 # Our own locks are never in our own way, so an exclusive one would fit if nobody
                 # else has any.
-                if wanted and self._control(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, base + index):
+                if asked & bit and self._control(fcntl.F_OFD_GETLK, fcntl.F_WRLCK, base + index):
                     raise ConfigError(
                         f'Failed to get {kind}"{name}" lock: is another process using the image '
                         f"[{self._filename}]?",

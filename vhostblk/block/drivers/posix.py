@@ -52,6 +52,8 @@ _ALLOCATE = FALLOC_FL_KEEP_SIZE
 # A kernel, file system or device that does not have an operation says one of these.
 _MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+# Copying so many bytes takes longer than waking a thread that does it while the loop goes on.
+_LARGE = 1 << 20
 # Freeing so much memory at once is not noticed; more is given to a thread.
 _INLINE_FALLOCATE = 1 << 20
 
@@ -121,11 +123,18 @@ class PosixNode(BlockNode):
         """Read; zeroes behind the end of the content, EIO if the content ends early."""
         got = 0
         if self._at_once is not None:
+            if length >= _LARGE:
+                return self._read_large(offset, length, iov)
             try:
                 got = os.preadv(self._fd, iov.views, offset, self._at_once)
             except OSError as error:
                 self._not_at_once(error)
         return DONE if got == length else self._read_rest(offset, length, iov, got)
+
+    async def _read_large(self, offset: int, length: int, iov: IoVec) -> None:
+        got = await self._io.call(read_all, self._fd, offset, iov)
+        if got < length:
+            await self._read_rest(offset, length, iov, got)
 
     def _not_at_once(self, error: OSError) -> None:
         """It failed; or it would have to wait, or the kernel cannot tell."""
@@ -153,6 +162,8 @@ class PosixNode(BlockNode):
         """Write; FUA, where it is supported, is RWF_DSYNC."""
         if not self._inline:
             return self._write(offset, length, iov, bool(flags & _FUA and not self.no_flush))
+        if length >= _LARGE:
+            return self._write_large(offset, length, iov)
         try:
             if len(iov.views) == 1:
                 # As most have; without a vector there is less to look at, here and in the kernel.
@@ -166,6 +177,10 @@ class PosixNode(BlockNode):
         if offset + length > self._size:
             self._size = offset + length
         return DONE
+
+    async def _write_large(self, offset: int, length: int, iov: IoVec) -> None:
+        await self._io.call(write_all, self._fd, offset, iov)
+        self._size = max(self._size, offset + length)
 
     async def _write(self, offset: int, length: int, iov: IoVec, dsync: bool) -> None:
         await self._io.pwritev(self._fd, offset, iov, dsync)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from vhostblk.block.sizes import read_size
 from vhostblk.cli.img.arguments import ImgError
 
-_INT64_MAX = (1 << 63) - 1
+INT_MAX = (1 << 31) - 1
+INT64_MAX = (1 << 63) - 1
+_INTEGER = re.compile(r"[\t\n\v\f\r ]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))\Z")
+# Python refuses to read thousands of digits; these are too large anyway.
+_MOST_DIGITS = 40
 
 
-def size(what: str, text: str, least: int = 0, most: int = _INT64_MAX) -> int:
+def size(what: str, text: str, least: int = 0, most: int = INT64_MAX) -> int:
     """Bytes: `512`, `0x200`, `1.5k`.
 
     Args:
@@ -29,3 +35,23 @@ def size(what: str, text: str, least: int = 0, most: int = _INT64_MAX) -> int:
     if not least <= value <= most:
         raise ImgError(f"Invalid {what} specified. Must be between {least} and {most}.")
     return value
+
+
+def integer(text: str) -> int:
+    """A whole number as strtol(3) reads it: decimal, octal behind a 0, hexadecimal behind a 0x.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    match = _INTEGER.match(text)
+    if match is None:
+        raise ValueError(text)
+    sign, hexadecimal, octal, decimal = match.groups()
+    value = (
+        int(hexadecimal, 16)
+        if hexadecimal
+        else int(octal, 8)
+        if octal
+        else int(decimal[:_MOST_DIGITS])
+    )
+    return -value if sign == "-" else value

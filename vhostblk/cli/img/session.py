@@ -5,6 +5,8 @@ Knows nothing about single subcommands.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -109,6 +111,7 @@ class Session:
         force_share: bool = False,
         more: Mapping[str, Any] | None = None,
         flags: OpenFlag = NO_FLAGS,
+        shared: Perm = Perm.ALL,
     ) -> BlockBackend:
         """Open an image; it stays open until `close`, or the end.
 
@@ -118,6 +121,7 @@ class Session:
             driver: the image's format; found out if absent.
             more: further options of the node, dotted.
             flags: CHECK, NO_BACKING: see `BlockGraph.open_image`.
+            shared: what other users of the same node may do.
 
         Raises:
             ImgError: it cannot be opened.
@@ -147,7 +151,7 @@ class Session:
                 writable=writable,
                 resize=resize,
                 write_cache=not cache.writethrough,
-                shared=Perm.ALL,
+                shared=shared,
             )
         except (ConfigError, BlockError) as error:
             raise ImgError(f"Could not open '{name}': {reason(error)}") from None
@@ -178,6 +182,11 @@ def cache_mode(text: str, what: str = "cache") -> CacheMode:
         return parse_cache_mode(text)
     except ConfigError:
         raise ImgError(f"Invalid {what} option: {text}") from None
+
+
+def errno_text(error: BlockError) -> str:
+    """What the kernel calls this, without what else is known."""
+    return os.strerror(error.errno or errno.EIO)
 
 
 def reason(error: VhostBlkError) -> str:

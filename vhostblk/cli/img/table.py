@@ -31,6 +31,8 @@ SYNOPSES: Mapping[str, str] = MappingProxyType(
     {
         "amend": "[--object objectdef] [--image-opts] [-p] [-q] [-f fmt] [-t cache] [--force]"
         " -o options filename",
+        "bench": "[-c count] [-d depth] [-f fmt] [--flush-interval=flush_interval] [-i aio] [-n] [--no-drain]"
+        " [-o offset] [--pattern=pattern] [-q] [-s buffer_size] [-S step_size] [-t cache] [-w] [-U] filename",
         "bitmap": "(--merge SOURCE | --add | --remove | --clear | --enable | --disable)..."
         " [-b source_file [-F source_fmt]] [-g granularity] [--object objectdef]"
         " [--image-opts | -f fmt] filename bitmap",
@@ -40,8 +42,14 @@ SYNOPSES: Mapping[str, str] = MappingProxyType(
         " [-d] [-p] filename",
         "compare": "[--object objectdef] [--image-opts] [-f fmt] [-F fmt] [-T src_cache] [-p] [-q] [-s]"
         " [-U] filename1 filename2",
+        "convert": "[--object objectdef] [--image-opts] [--target-image-opts] [--target-is-zero] [--bitmaps]"
+        " [-U] [-C] [-c] [-p] [-q] [-n] [-f fmt] [-t cache] [-T src_cache] [-O output_fmt]"
+        " [-B backing_file [-F backing_fmt]] [-o options] [-l snapshot_param] [-S sparse_size]"
+        " [-r rate_limit] [-m num_coroutines] [-W] [--salvage] filename [filename2 [...]] output_filename",
         "create": "[--object objectdef] [-q] [-f fmt] [-b backing_file [-F backing_fmt]] [-u]"
         " [-o options] filename [size]",
+        "dd": "[--image-opts] [-U] [-f fmt] [-O output_fmt] [bs=block_size] [count=blocks] [skip=blocks]"
+        " if=input of=output",
         "info": "[--object objectdef] [--image-opts] [-f fmt] [--output=ofmt] [--backing-chain] [-U]"
         " filename",
         "map": "[--object objectdef] [--image-opts] [-f fmt] [--start-offset=offset]"

@@ -187,7 +187,7 @@ class Session:
                 raise ConfigError("force-share=on can only be used with read-only images")
             node = await graph.open_image(filename, options)
             if modes.aio == "native":
-                _check_direct((node.backing if modes.snapshot else None) or node)
+                check_direct((node.backing if modes.snapshot else None) or node)
             if node.read_only and not modes.read_only:
                 raise ConfigError("Block node is read-only")
             top = await _copy_on_read(graph, node) if modes.copy_on_read else node
@@ -233,7 +233,7 @@ class Session:
         image.resizes = resize
 
 
-def _check_direct(node: BlockNode) -> None:
+def check_direct(node: BlockNode) -> None:
     """What QEMU says of a file for its own asynchronous I/O.
 
     Raises:

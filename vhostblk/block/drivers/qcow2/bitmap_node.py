@@ -202,6 +202,10 @@ class BitmapNode(CheckNode):
 
     # ------------------------------------------------------------------ for users
 
+    def keeps_bitmaps(self) -> bool:
+        """Since version 3."""
+        return self._header.version >= 3
+
     def driver_check_bitmap(self, name: str, granularity: int) -> None:
         """Raises ConfigError: what the format, or the number of bitmaps, does not allow."""
         try:

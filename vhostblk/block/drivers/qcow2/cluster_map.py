@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from array import array
 from collections.abc import Awaitable
 from dataclasses import replace
 
@@ -200,6 +201,14 @@ class ClusterMap:
             slice_.table[2 * index + 1] = bitmap
         else:
             slice_.table[index] = entry
+        self.cache.changed(slice_)
+
+    def fill(self, slice_: Slice, offset: int, host: int, count: int) -> None:
+        """`change` so many clusters, which are one behind the other in the file; without subclusters."""
+        size = self.header.cluster_size
+        first = (offset - self.slice_start(offset)) >> self._cluster_bits
+        places = range(host | COPIED, (host | COPIED) + count * size, size)
+        slice_.table[first : first + count] = array("Q", places)
         self.cache.changed(slice_)
 
     def entry(self, slice_: Slice, offset: int) -> tuple[int, int]:

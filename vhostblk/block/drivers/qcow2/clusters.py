@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from vhostblk.block.drivers.qcow2.cache import Slice
 from vhostblk.block.drivers.qcow2.entries import (
     COMPRESSED,
     COPIED,
@@ -153,7 +154,10 @@ class Clusters:
         entry, bitmap = self._metadata.entry(slice_, offset)
         reuses = run.has_host and bool(entry & COPIED) and not entry & COMPRESSED
         count = 1
-        if reuses:
+        fresh = self._are_fresh(slice_, start, end)
+        if fresh:
+            host, count = await self._new_clusters(start, -(-(end - start) // self._size))
+        elif reuses:
             host = entry & OFFSET_MASK
             self._check_not_a_table(host, self._size)
         else:
@@ -175,8 +179,10 @@ class Clusters:
                 await self._metadata.refcounts.release(host, count * self._size)
             raise
         # From here on the disk shows the new clusters.
-        old = []
-        for number in range(count):
+        old: list[Old] = []
+        if fresh:
+            self._metadata.fill(slice_, start, host, count)
+        for number in range(0 if fresh else count):
             at = start + number * self._size
             was, bits = self._metadata.entry(slice_, at)
             if not reuses:
@@ -242,6 +248,12 @@ class Clusters:
             if run.has_host:
                 length = run.compressed if run.kind is Kind.COMPRESSED else self._size
                 self._check_not_a_table(run.host, length)
+
+    def _are_fresh(self, slice_: Slice, start: int, end: int) -> bool:
+        """Whether none of these clusters has a place, or ever had; not of those with subclusters."""
+        return not self._extended and not any(
+            self._metadata.entries(slice_, start, align_up(end, self._size))
+        )
 
     def _how_many(self, table: Table, offset: int, end: int) -> int:
         """Clusters from the one of `offset` on that need a place, as far as one write may go."""
