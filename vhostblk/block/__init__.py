@@ -12,11 +12,12 @@ names, `extent.py`, `host_extent.py` and `extent_user.py` what may be done witho
 the same, and `snapshot.py` is how old ones are shown; `internal_snapshot.py` is states that an image keeps,
 `vm_state.py` what a guest adds to them.
 
-The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and `driver_table.py`
-drivers, `edge.py`, `roles.py`, `permissions.py` and `op_blockers.py` who may do what, `execution.py` from
-where; `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`,
-`reopen.py`, `activation.py` and `length.py`; `creation.py`, `create.py` and `amend.py` make and change images,
-`measure.py` says how large they get, `check.py` looks whether one is whole.
+The graph: `graph.py` finding and closing, `names.py`, `opening.py` opening, `registry.py` and
+`driver_table.py` drivers, `foreign_formats.py` those there are not, `edge.py`, `roles.py`, `permissions.py`
+and `op_blockers.py` who may do what, `execution.py` from where; `transaction.py` changes that happen as a
+whole or not at all; on top of it `surgery.py`, `reopen.py`, `activation.py` and `length.py`; `creation.py`,
+`create.py` and `amend.py` make and change images, `measure.py` says how large they get, `check.py` looks
+whether one is whole.
 Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what
 is in layers, and work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users
 write and read: `options.py`, `image_options.py`, `sizes.py`, `keyval.py`, `filename.py`, `modes.py`, `json_text.py`,

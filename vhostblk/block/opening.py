@@ -18,6 +18,7 @@ from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
 from vhostblk.block.filename import is_absolute, is_json, parse_json, protocol_prefix
 from vhostblk.block.flags import OpenFlag
+from vhostblk.block.foreign_formats import foreign_format
 from vhostblk.block.introspection import directory, filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
@@ -275,8 +276,15 @@ async def _probe(graph: BlockGraph, child: BlockNode) -> str:
         raise ConfigError(
             f"Could not read image for determining its format: {error.strerror}", error.errno or 0
         ) from None
-    driver = graph.drivers.probe(header, str(child.given.get("filename", "")))
+    name = str(child.given.get("filename", ""))
+    driver = graph.drivers.probe(header, name)
     if driver is None:
+        if kind := foreign_format(bytes(header), name):
+            raise ConfigError(
+                f"Image is in {kind} format, which is not supported; qemu-img converts it, "
+                "and driver=raw takes its bytes as they are",
+                errno.ENOTSUP,
+            )
         raise ConfigError(
             "Could not determine image format: no driver knows it",
             errno.ENOENT,

@@ -9,6 +9,7 @@ import errno
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.block import foreign_formats
 from vhostblk.block.driver_table import DriverPlace, DriverTable
 from vhostblk.block.filename import protocol_prefix
 from vhostblk.errors import ConfigError
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode
 
 PROBE_SIZE = 512
+# The score of a driver that takes whatever it is given.
+_ANYTHING = 1
 
 
 class DriverRegistry(Mapping[str, "type[BlockNode]"]):
@@ -67,6 +70,12 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
             ConfigError: ENOENT; there is none.
         """
         if not isinstance(name, str) or name not in self._drivers:
+            if name in foreign_formats.NAMES:
+                raise ConfigError(
+                    f"Unknown driver '{name}': images of this format are not supported, "
+                    "qemu-img converts them",
+                    errno.ENOENT,
+                )
             known = ", ".join(sorted(self._drivers))
             raise ConfigError(
                 f"Unknown driver '{name}' for '{option}' (known: {known})",
@@ -136,14 +145,18 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
         return {"driver": protocol.driver_name, **protocol.parse_filename(filename, self)}
 
     def probe(self, header: bytes | bytearray, filename: str) -> type[BlockNode] | None:
-        """The format that content which begins like this is in: the highest score, the first of equals (row B04.9)."""
+        """The format that content which begins like this is in: the highest score, the first of equals (row B04.9).
+
+        None: no driver is sure, and it looks like a format that there is no driver for.
+        """
         begin = bytes(header)
         best, best_score = None, 0
         for driver in self._asked(lambda place: place.may_begin(begin)):
             score = driver.probe(begin, filename)
             if score > best_score:
                 best, best_score = driver, score
-        return best
+        is_sure = best_score > _ANYTHING
+        return best if is_sure or not foreign_formats.foreign_format(begin, filename) else None
 
     def _asked(self, can_tell: Callable[[DriverPlace], bool]) -> list[type[BlockNode]]:
         """The drivers, but of those that need not have been imported only some."""

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vhostblk.block.foreign_formats import foreign_format
+from vhostblk.block.registry import PROBE_SIZE
 from vhostblk.cli.run import run_daemon
 from vhostblk.daemon import DaemonConfig
 from vhostblk.errors import ConfigError
@@ -49,14 +51,7 @@ _MAX_THREADS = MAX_QUEUES
 _MAX_INT = (1 << 31) - 1
 # What is served: a file's bytes, or what is in it. Nobody guesses: a guest may write anything to its disk.
 FORMATS = ("raw", "qcow2")
-# Formats that a raw image must not be mistaken for.
-_MAGIC = {
-    b"QFI\xfb": "qcow2",
-    b"KDMV": "vmdk",
-    b"vhdxfile": "vhdx",
-    b"QED\0": "qed",
-    b"LUKS\xba\xbe": "luks",
-}
+_QCOW2 = b"QFI\xfb"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -229,21 +224,21 @@ def _refuse_other_formats(path: str) -> None:
     except OSError as exc:
         raise ConfigError(f"IMAGE '{path}': {exc.strerror}") from None
     try:
-        start = os.read(fd, 8)
+        start = os.read(fd, PROBE_SIZE)
     except OSError as exc:
         raise ConfigError(f"IMAGE '{path}': {exc.strerror}") from None
     finally:
         os.close(fd)
-    for magic, name in _MAGIC.items():
-        if start.startswith(magic):
-            if name in FORMATS:
-                advice = f"--format {name} serves the disk that is in it"
-            else:
-                advice = "which this command cannot serve"
-            raise ConfigError(
-                f"{path}: looks like a {name} image; {advice}, --format raw its bytes as they are "
-                "(a guest may have made them look like that)"
-            )
+    name = foreign_format(start)
+    advice = "which this command cannot serve"
+    if start.startswith(_QCOW2) and not name:
+        name = "qcow2"
+        advice = "--format qcow2 serves the disk that is in it"
+    if name:
+        raise ConfigError(
+            f"{path}: looks like a {name} image; {advice}, --format raw its bytes as they are "
+            "(a guest may have made them look like that)"
+        )
 
 
 def _systemd_socket() -> int:
