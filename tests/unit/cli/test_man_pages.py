@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from vhostblk import __version__
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.cli import bench, check, main, serve, stats, storage_daemon
+from vhostblk.cli.img.table import SYNOPSES, find_command
 from vhostblk.cli.io import program as io
 from vhostblk.export.options import _Options
 from vhostblk.testing.requirements import require
@@ -28,6 +30,7 @@ PAGES = sorted(FOLDER.glob("*.1"))
 NAMES = [
     "vhostblk-bench.1",
     "vhostblk-check.1",
+    "vhostblk-img.1",
     "vhostblk-io.1",
     "vhostblk-serve.1",
     "vhostblk-stats.1",
@@ -141,6 +144,24 @@ def test_page_has_exactly_the_options_of_the_parser(
         if action.default not in (None, False, argparse.SUPPRESS) and action.default != []:
             assert f"Default: {action.default}." in entry.text, name
         assert bool(action.metavar or action.choices) == (" " in entry.tag.replace(", ", "")), name
+
+
+@pytest.mark.parametrize("command", SYNOPSES)
+def test_img_page_has_exactly_the_options_of_each_subcommand(command: str) -> None:
+    found = find_command(command)
+    assert found is not None
+    declared = {}
+    for field in dataclasses.fields(found.takes):
+        if "short" in field.metadata:
+            dashed = ("-", field.metadata["short"]), ("--", field.metadata["long"])
+            words = tuple(f"{dashes}{word}" for dashes, word in dashed if word)
+            declared[words] = "read" in field.metadata
+    tags = [entry.tag for entry in entries("vhostblk-img.1") if entry.section == command]
+    documented = {
+        tuple(re.findall(r"--?[A-Za-z-]+", tag)): " " in tag.replace(", ", "") for tag in tags
+    }
+    assert documented == declared
+    assert len(tags) == len(documented)
 
 
 @pytest.mark.parametrize(
