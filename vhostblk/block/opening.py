@@ -155,7 +155,12 @@ async def open_image(
             own = driver.parse_filename(filename, graph.drivers)
             own = _below_formats(graph, flat, own, driver.child_keys)
             return await open_node(graph, _merge(flat, own), by_name=True, flags=flags)
-    child = graph.drivers.options_of(filename)
+    if "file.driver" in flat:
+        # The name is for the driver that the options have below the image.
+        driver = graph.drivers.find(flat["file.driver"], "file.driver")
+        child = driver.parse_filename(filename, graph.drivers)
+    else:
+        child = graph.drivers.options_of(filename)
     flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
     return await _open_or_probe(graph, flat, flags=flags)
 
@@ -345,7 +350,10 @@ class Opening:
         given = self._inline(key)
         if name:
             parent.implied[key] = self._implied_name(parent, name, role)
-        if not name or key in self._children or "file" in given or "file.filename" in given:
+        # Where a data file is, the image says only if nobody else says anything about it.
+        is_told = bool(given) and not role & Role.COW
+        has_file = "file" in given or "file.filename" in given
+        if not name or key in self._children or has_file or is_told:
             return await self.open_optional_child(parent, key, role)
         where = f"{self._where}{key}."
         if where.count(".") > _MAX_DEPTH:
