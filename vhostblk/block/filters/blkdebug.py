@@ -219,7 +219,8 @@ class BlkdebugNode(FilterNode):
 
     async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         """Unless a rule says otherwise; what is less than a unit has no zero-write."""
-        if (offset | length) % self.limits.zeroes_unit:
+        unit = self.limits.zeroes_unit
+        if offset % unit or length % unit:
             raise BlockError(errno.ENOTSUP)
         await self._check("write-zeroes", offset, length)
         await super().driver_pwrite_zeroes(offset, length, flags)

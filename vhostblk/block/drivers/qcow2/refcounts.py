@@ -98,10 +98,9 @@ class Refcounts:
         places.add_alone("Header", 0)
         places.add_alone("Active L1 table", header.l1_offset, header.l1_entries * 8)
         places.add_alone("Reference count table", header.refcount_table_offset, length)
-        blocks = [entry for entry in table if entry]
+        # Those that make no sense are found by who needs them.
+        blocks = [entry for entry in table if entry and _may_be_block(entry, header.cluster_size)]
         for entry in blocks:
-            if entry & (header.cluster_size - 1) or entry >= MAX_OFFSET:
-                raise ImageError(f"Reference count block offset {entry:#x} is wrong")
             places.check("Reference count block", entry)
         if len(set(blocks)) < len(blocks):
             raise ImageError("Two reference count blocks are at the same place")
@@ -318,7 +317,7 @@ class Refcounts:
         async with self._lock:
             found = []
             for index, offset in enumerate(self._table):
-                if not offset or self._moved:
+                if not offset or self._moved or not _may_be_block(offset, self._cluster_size):
                     continue
                 block = await self._blocks.get(offset)
                 used = len(block.table) - block.table.count(0)
@@ -397,6 +396,8 @@ class Refcounts:
 
     async def _existing_block(self, index: int) -> Slice | None:
         offset = self._table[index] if index < len(self._table) else 0
+        if not _may_be_block(offset, self._cluster_size):
+            raise ImageError(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
         return await self._blocks.get(offset) if offset else None
 
     async def _new_block(self, index: int) -> Slice:
@@ -443,6 +444,11 @@ class Refcounts:
         for used in range(blocks + clusters):
             made[used // self._per_block].table[used % self._per_block] = 1
         return made[0]
+
+
+def _may_be_block(entry: int, cluster_size: int) -> bool:
+    """Whether this can be a place in the file."""
+    return not entry % cluster_size and entry < MAX_OFFSET
 
 
 def _find_free(counts: Table, start: int) -> int | None:
