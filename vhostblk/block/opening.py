@@ -366,9 +366,11 @@ class Opening:
                 self._graph, {**implied, **given}, where, (parent.common, role)
             )
         except ConfigError as error:
-            if not role & Role.COW:
-                raise
-            raise error.within("Could not open backing file") from None
+            if role & Role.COW:
+                raise error.within("Could not open backing file") from None
+            raise ConfigError(
+                f"Could not open '{key}': {error}", error.errno, qemu_text=error.qemu_text
+            ) from None
         node.inherits_from, node.inherits_as = parent, role
         if not given and protocol_prefix(name) is not None:
             parent.implied[key] = filename(node)

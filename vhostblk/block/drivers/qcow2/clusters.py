@@ -273,7 +273,7 @@ class Clusters:
     async def _new_clusters(self, start: int, count: int) -> tuple[int, int]:
         if self._is_external:
             return start, count
-        return await self._metadata.refcounts.allocate(count)
+        return await self._metadata.refcounts.allocate(count, together=True)
 
     def _copied_around(self, offset: int, end: int, entry: int, bitmap: int) -> tuple[int, int]:
         """The range to write, so that no cluster or subcluster is half old: up to whole ones.

@@ -178,7 +178,7 @@ class Header:
         return self._string(ExtensionType.DATA_FILE)
 
     def _string(self, type_: ExtensionType) -> str:
-        for extension in self.extensions:
+        for extension in reversed(self.extensions):
             if extension.type == type_:
                 return _decode(extension.data)
         return ""
@@ -408,7 +408,12 @@ def _parse_extensions(data: bytes, start: int, backing_offset: int) -> Iterator[
             return
         if length > end - start:
             raise ImageError("Header extension too large")
-        if type_ in seen and type_ in tuple(ExtensionType):
+        # Of formats of the backing file the last one counts, as in QEMU.
+        if (
+            type_ in seen
+            and type_ in tuple(ExtensionType)
+            and type_ != ExtensionType.BACKING_FORMAT
+        ):
             raise ImageError(f"Header extension {type_:#x} appears twice")
         seen.add(type_)
         yield Extension(type_, data[start : start + length])

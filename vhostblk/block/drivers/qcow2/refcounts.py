@@ -132,12 +132,15 @@ class Refcounts:
         """Whether so much waits to be written that it is time."""
         return self._blocks.is_full or len(self._given_up) > 1 << 16
 
-    async def allocate(self, count: int, *, behind: int = 0) -> tuple[int, int]:
+    async def allocate(
+        self, count: int, *, behind: int = 0, together: bool = False
+    ) -> tuple[int, int]:
         """Take free clusters that are next to each other.
 
         Args:
             count: how many there should be.
             behind: none before this offset; a multiple of the cluster size.
+            together: pass over gaps that have not so many, as QEMU does.
 
         Returns: the offset of the first, and how many they are: at least one.
 
@@ -147,16 +150,19 @@ class Refcounts:
         """
         await self._file.debug_event("cluster_alloc")
         async with self._lock:
-            return await self._allocate(count, behind)
+            return await self._allocate(count, behind, least=count if together else 1)
 
-    async def _allocate(self, count: int, behind: int = 0) -> tuple[int, int]:
+    async def _allocate(self, count: int, behind: int = 0, least: int = 1) -> tuple[int, int]:
         cluster = max(self._hint, behind >> self._cluster_bits)
         while True:
             index, at = divmod(cluster, self._per_block)
             block = await self._existing_block(index)
             if block is None:
                 block = await self._new_block(index)
-            first = _find_free(block.table, at)
+            first = _find_free(block.table, at, least)
+            if first is None and least > 1 and not self._has_block(index + 1):
+                # What is free at the end is not next to anything: the new block comes first in what it is for.
+                first = _free_at_the_end(block.table, at)
             if first is not None:
                 break
             cluster = (index + 1) * self._per_block
@@ -400,6 +406,9 @@ class Refcounts:
             raise ImageError(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
         return await self._blocks.get(offset) if offset else None
 
+    def _has_block(self, index: int) -> bool:
+        return index < len(self._table) and bool(self._table[index])
+
     async def _new_block(self, index: int) -> Slice:
         """A block for clusters that none is for yet: it is in the first of them."""
         if index >= len(self._table):
@@ -451,8 +460,25 @@ def _may_be_block(entry: int, cluster_size: int) -> bool:
     return not entry % cluster_size and entry < MAX_OFFSET
 
 
-def _find_free(counts: Table, start: int) -> int | None:
+def _find_free(counts: Table, start: int, least: int) -> int | None:
+    """The first of so many clusters in a row that are free."""
     try:
-        return counts.index(0, start)
+        first = counts.index(0, start)
     except ValueError:
         return None
+    if least == 1 or not any(counts[first : first + least]):
+        return first if first + least <= len(counts) else None
+    data, size = counts.tobytes(), counts.itemsize
+    wanted, at = bytes(least * size), first * size
+    while (at := data.find(wanted, at)) >= 0:
+        if not at % size:
+            return at // size
+        at += 1
+    return None
+
+
+def _free_at_the_end(counts: Table, start: int) -> int | None:
+    """The first of the clusters at the end that are free."""
+    used = -(-len(counts.tobytes().rstrip(b"\0")) // counts.itemsize)
+    first = max(used, start)
+    return first if first < len(counts) else None

@@ -105,7 +105,7 @@ def test_encrypted_images_are_refused_by_name(method: int, name: str) -> None:
 
 
 def test_same_extension_twice_is_refused() -> None:
-    twice = (Extension(ExtensionType.BACKING_FORMAT, b"raw"),) * 2
+    twice = (Extension(ExtensionType.BITMAPS, bytes(24)),) * 2
     assert "twice" in refused(changed(extensions=twice))
 
 
@@ -139,3 +139,8 @@ def test_hostile_bytes_are_a_header_or_an_error(noise: bytes, flips: list[tuple[
         except ImageError:
             continue
         assert header.l1_entries_needed(header.size) <= header.l1_entries <= 4 << 20
+
+
+def test_of_two_formats_of_the_backing_file_the_last_one_counts() -> None:
+    formats = tuple(Extension(ExtensionType.BACKING_FORMAT, name) for name in (b"raw", b"foo"))
+    assert Header.parse(changed(extensions=formats)).backing_format == "foo"

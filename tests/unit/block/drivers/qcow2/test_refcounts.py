@@ -106,3 +106,17 @@ def test_whole_range_is_released_however_many_clusters_it_touches() -> None:
         assert [await counts.count(at * CLUSTER) for at in (4, 5, 6)] == [0, 0, 0]
 
     with_refcounts(scenario)
+
+
+def test_gaps_that_are_too_small_are_passed_over_by_who_wants_clusters_together() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        await counts.allocate(10)
+        await counts.release(5 * CLUSTER, 2 * CLUSTER)
+        await counts.release(9 * CLUSTER, 3 * CLUSTER)
+        assert await counts.allocate(3, together=True) == (9 * CLUSTER, 3)
+        assert await counts.allocate(4, together=True) == (14 * CLUSTER, 4)
+        # More than a block counts: as many as there are up to its end.
+        last = CLUSTER // 2
+        assert await counts.allocate(1 << 16, together=True) == (18 * CLUSTER, last - 18)
+
+    with_refcounts(scenario)
