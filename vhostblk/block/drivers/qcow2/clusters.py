@@ -125,7 +125,7 @@ class Clusters:
         """Write a part; returns how many bytes."""
         async with self.locks.held(offset, end, alone=False):
             run = await self.run(offset, end)
-            if _is_in_place(run):
+            if _is_in_place(run) and (run.end >= end or not await self._reusable(offset, end)):
                 count = min(run.end, end) - offset
                 host = run.host + offset - run.start
                 self._check_not_a_table(host, count)
@@ -147,7 +147,8 @@ class Clusters:
     async def _write_anew(self, offset: int, end: int, iov: IoVec) -> int:
         """Write to clusters that need a place; 0 if somebody was faster."""
         run = await self.run(offset, end)
-        if _is_in_place(run):
+        reused = await self._reusable(offset, end)
+        if _is_in_place(run) and not reused:
             return 0
         start = align_down(offset, self._size)
         slice_ = await self._metadata.own_slice(offset)
@@ -158,8 +159,8 @@ class Clusters:
         if fresh:
             host, count = await self._new_clusters(start, -(-(end - start) // self._size))
         elif reuses:
-            host = entry & OFFSET_MASK
-            self._check_not_a_table(host, self._size)
+            host, count = entry & OFFSET_MASK, max(reused, 1)
+            self._check_not_a_table(host, count * self._size)
         else:
             wanted = self._how_many(slice_.table, offset, end)
             self.check_sound(slice_.table, offset, start, start + wanted * self._size)
@@ -254,6 +255,33 @@ class Clusters:
         return not self._extended and not any(
             self._metadata.entries(slice_, start, align_up(end, self._size))
         )
+
+    async def _reusable(self, offset: int, end: int) -> int:
+        """Whole clusters from `offset` on that lie one behind the other and are this image's alone, where some of them
+        read as zeroes: one write for all of them. 0: there is nothing to be gained."""
+        if self._extended or offset % self._size or offset + 2 * self._size > end:
+            return 0
+        metadata = self._metadata
+        table = metadata.l2_table(offset)
+        if not table:
+            return 0
+        slice_ = await metadata.slice_at(table, offset)
+        if metadata.l2_table(offset) != table:
+            return 0
+        base = metadata.slice_start(offset)
+        stop = min(end - end % self._size, base + metadata.slice_covers)
+        host, kinds = None, set()
+        at = offset
+        while at < stop:
+            run = self._entries.part_at(slice_.table, base, at)
+            if not run.copied or run.kind not in (Kind.NORMAL, Kind.ZERO):
+                break
+            if host is not None and run.host != host + at - offset:
+                break
+            host = run.host if host is None else host
+            kinds.add(run.kind)
+            at += self._size
+        return (at - offset) // self._size if len(kinds) == 2 else 0
 
     def _how_many(self, table: Table, offset: int, end: int) -> int:
         """Clusters from the one of `offset` on that need a place, as far as one write may go."""
