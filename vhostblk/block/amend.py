@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.block.creation import refuse_unknown
 from vhostblk.block.image_options import ImageOptions, describe, known_options
 from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.operation import Operation
@@ -85,8 +86,7 @@ def help_on_amending(drivers: DriverRegistry, driver: str) -> str:
     Raises:
         ConfigError: there is no such format, or it cannot change anything.
     """
-    if driver not in drivers:
-        raise ConfigError(f"Unknown file format '{driver}'", errno.ENOENT)
+    refuse_unknown(drivers, driver, "option amendment")
     known = known_options(amend_options(drivers[driver]))
     return f"Amend options for '{driver}':\n{describe(known.values())}"
 

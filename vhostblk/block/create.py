@@ -17,9 +17,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening
-from vhostblk.block.creation import Creation, Driver, NewFile, create_options
+from vhostblk.block.creation import Creation, Driver, NewFile, create_options, refuse_unknown
 from vhostblk.block.filename import backing_name
 from vhostblk.block.flags import OpenFlag
+from vhostblk.block.foreign_formats import QEMU_DRIVERS
 from vhostblk.block.image_options import ImageOptions, describe, known_options
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE, align_up
@@ -32,26 +33,6 @@ if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
 
 _SAME_FILE = "Error: Trying to create an image with the same filename as the backing file"
-
-# QEMU has drivers for these: an image may say that it is backed by one, which others open.
-_FOREIGN_FORMATS = frozenset(
-    {
-        *(
-            "blklogwrites",
-            "blkverify",
-            "bochs",
-            "cloop",
-            "compress",
-            "dmg",
-            "ftp",
-            "ftps",
-            "gluster",
-        ),
-        *("host_cdrom", "http", "https", "iscsi", "luks", "nbd", "nfs", "null-aio", "nvme"),
-        *("parallels", "preallocate", "qcow", "qed", "quorum", "rbd", "replication", "ssh", "vdi"),
-        *("vhdx", "vmdk", "vpc", "vvfat"),
-    }
-)
 
 
 class BackingFormatError(ConfigError):
@@ -158,8 +139,7 @@ def _option_types(
     Args:
         protocol_first: look for the file's protocol before it is known whether the format can make images.
     """
-    if driver not in drivers:
-        raise ConfigError(f"Unknown file format '{driver}'", errno.ENOENT)
+    refuse_unknown(drivers, driver, "image creation")
     if protocol_first and filename is not None:
         drivers.protocol_of(filename)
     types = [create_options(drivers[driver], "Format driver")]
@@ -264,7 +244,7 @@ class NewImage:
         return parsed
 
     def _check_backing_format(self, name: str | None) -> None:
-        if name is not None and name not in self._graph.drivers and name not in _FOREIGN_FORMATS:
+        if name is not None and name not in self._graph.drivers and name not in QEMU_DRIVERS:
             raise ConfigError(f"Parameter 'backing-fmt' does not accept value '{name}'")
 
     def _children(self, flat: dict[str, Any]) -> dict[str, Any]:

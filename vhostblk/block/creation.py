@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.foreign_formats import QEMU_DRIVERS
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import consume_all
 from vhostblk.block.permissions import Perm
@@ -162,6 +163,22 @@ class Creation:
             return
         async with self._graph.changing():
             yield
+
+
+def refuse_unknown(drivers: DriverRegistry, name: str, what: str) -> None:
+    """Refuse a format that there is not, or that others have.
+
+    Args:
+        what: what a driver would be needed for.
+
+    Raises:
+        ConfigError: ENOENT, ENOTSUP.
+    """
+    if name in drivers:
+        return
+    if name in QEMU_DRIVERS:
+        raise ConfigError(f"Format driver '{name}' does not support {what}", errno.ENOTSUP)
+    raise ConfigError(f"Unknown file format '{name}'", errno.ENOENT)
 
 
 def create_options(driver: Driver, what: str) -> type[Any]:

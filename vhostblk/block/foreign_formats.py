@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["NAMES", "foreign_format"]
+__all__ = ["NAMES", "QEMU_DRIVERS", "foreign_format"]
 
 # Where, what, which format.
 _MAGIC = (
@@ -33,6 +33,23 @@ _VMDK_DESCRIPTOR = re.compile(rb"(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n")
 
 NAMES = frozenset({*(name for _, _, name in _MAGIC), "dmg"})
 """All of them."""
+
+QEMU_DRIVERS = NAMES | {
+    *("blklogwrites", "blkverify", "ftp", "ftps", "gluster", "http", "https", "iscsi", "iser"),
+    *(
+        "nbd",
+        "nfs",
+        "null-aio",
+        "nvme",
+        "preallocate",
+        "quorum",
+        "rbd",
+        "replication",
+        "ssh",
+        "vvfat",
+    ),
+}
+"""What QEMU has drivers for and we have not: names that make sense to others."""
 
 
 def foreign_format(header: bytes, filename: str = "") -> str:

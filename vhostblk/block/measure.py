@@ -9,7 +9,7 @@ import errno
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block.creation import create_options
+from vhostblk.block.creation import create_options, refuse_unknown
 from vhostblk.block.image_options import ImageOptions, known_options
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import SECTOR_SIZE, align_up
@@ -63,8 +63,7 @@ class NewImageSize:
     """
 
     def __init__(self, drivers: DriverRegistry, driver: str) -> None:
-        if driver not in drivers:
-            raise ConfigError(f"Unknown file format '{driver}'", errno.ENOENT)
+        refuse_unknown(drivers, driver, "image creation")
         self._driver = drivers[driver]
         types = [create_options(self._driver, "Format driver")]
         types.append(create_options(drivers["file"], "Protocol driver"))

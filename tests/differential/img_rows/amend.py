@@ -14,6 +14,7 @@ ROWS = (
         amend -f qcow2 -o help disk.qcow2
         amend -f raw -o help
         amend -f nosuch -o help
+        amend -f bochs -o help
         amend -f file -o help
         amend -p -f qcow2 -o help
         amend -o help disk.qcow2

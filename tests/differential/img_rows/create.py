@@ -132,6 +132,8 @@ ROWS = (
         create -f qcow2 -o help new 1M
         create -f qcow2 -o '?' new
         create -f nothing -o help
+        create -f bochs -o help
+        create -f bochs new 1M
         create -f null-co -o help
         create -f qcow2 -o compat=0.10 new 1M
         create -f qcow2 -o compat=1.1 new 1M

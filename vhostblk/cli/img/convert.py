@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +17,6 @@ from vhostblk.block.convert import (
 from vhostblk.block.create import NewImage, help_on_options
 from vhostblk.block.flags import Req
 from vhostblk.block.image_options import ImageOptions, wants_help
-from vhostblk.block.internal_snapshot import load_snapshot
-from vhostblk.block.keyval import parse_flat
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.modes import CacheMode
 from vhostblk.block.permissions import Perm
@@ -34,10 +31,9 @@ from vhostblk.cli.img.arguments import (
 from vhostblk.cli.img.numbers import integer, size
 from vhostblk.cli.img.progress import Progress
 from vhostblk.cli.img.session import Session, cache_mode, errno_text, reason
+from vhostblk.cli.img.snapshot_param import SnapshotParam, read_snapshot_param, show_snapshot
 from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
-
-_SNAPSHOT_PREFIX = "snapshot."
 
 
 def _sparse_size(text: str) -> int:
@@ -64,20 +60,6 @@ def _workers(text: str) -> int:
     return value
 
 
-def _snapshot(text: str) -> str | dict[str, str]:
-    """An ID or a name; or which of the two, as options."""
-    if not text.startswith(_SNAPSHOT_PREFIX):
-        return text
-    try:
-        found = parse_flat(text)
-        for name in found:
-            if name not in ("snapshot.id", "snapshot.name"):
-                raise ConfigError(f"Invalid parameter '{name}'")
-    except ConfigError as error:
-        raise ImgError(str(error), more=[f"Failed in parsing snapshot param '{text}'"]) from None
-    return found
-
-
 @dataclass
 class Convert(ImageArguments):
     """Its options."""
@@ -95,7 +77,7 @@ class Convert(ImageArguments):
     offload: bool = flag("C")
     compress: bool = flag("c")
     options: tuple[str, ...] = listed("o", read=option_list)
-    snapshot: str | dict[str, str] | None = valued("l", read=_snapshot)
+    snapshot: SnapshotParam | None = valued("l", read=read_snapshot_param)
     sparse_size: int | None = valued("S", read=_sparse_size)
     progress: bool = flag("p")
     cache: str = valued("t", default="unsafe")
@@ -222,33 +204,9 @@ class _Run:
 
     async def _load_snapshot(self, sources: list[BlockBackend]) -> None:
         wanted = self._args.snapshot
-        if wanted is None:
-            return
-        graph, node = self._session.graph, sources[0].node
-        try:
-            if isinstance(wanted, dict):
-                await load_snapshot(
-                    graph, node, wanted.get("snapshot.id"), wanted.get("snapshot.name")
-                )
-                return
-            if len(sources) > 1:
-                raise ImgError("No support for concatenating multiple snapshot")
-            try:
-                await load_snapshot(graph, node, wanted)
-            except ConfigError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                await load_snapshot(graph, node, None, wanted)
-        except ConfigError as error:
-            what = str(error)
-            if error.errno == errno.ENOENT:
-                what = "Can't find snapshot"
-            elif error.errno == errno.ENOTSUP:
-                what = (
-                    f"Block format '{node.driver_name}' used by device '' does not support "
-                    "temporarily loading internal snapshots"
-                )
-            raise ImgError(f"Failed to load snapshot: {what}") from None
+        if wanted is not None and wanted.either is not None and len(sources) > 1:
+            raise ImgError("No support for concatenating multiple snapshot")
+        await show_snapshot(self._session, sources[0].node, wanted)
 
     # ------------------------------------------------------------------ the target
 
