@@ -1,4 +1,4 @@
-"""create, info, resize, snapshot, measure and amend: what they say and leave, where there is nothing to compare with."""
+"""create, info, resize, snapshot, measure and amend: what they say and leave, with nothing to compare it with."""
 
 from __future__ import annotations
 
