@@ -228,7 +228,7 @@ class ClusterMap:
     async def _own_table(self, index: int, old: int) -> None:
         """A new L2 table, with the content of the old one if there is one."""
         size = self.header.cluster_size
-        new, _ = await self.refcounts.allocate(1)
+        new, _ = await self.refcounts.allocate(1, what="L2 table")
         try:
             if old:
                 await self.debug_event("l2_alloc_cow_read")

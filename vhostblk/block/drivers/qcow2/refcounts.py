@@ -133,7 +133,12 @@ class Refcounts:
         return self._blocks.is_full or len(self._given_up) > 1 << 16
 
     async def allocate(
-        self, count: int, *, behind: int = 0, together: bool = False
+        self,
+        count: int,
+        *,
+        behind: int = 0,
+        together: bool = False,
+        what: str = "data cluster",
     ) -> tuple[int, int]:
         """Take free clusters that are next to each other.
 
@@ -141,6 +146,7 @@ class Refcounts:
             count: how many there should be.
             behind: none before this offset; a multiple of the cluster size.
             together: pass over gaps that have not so many, as QEMU does.
+            what: they are for, for messages.
 
         Returns: the offset of the first, and how many they are: at least one.
 
@@ -150,9 +156,11 @@ class Refcounts:
         """
         await self._file.debug_event("cluster_alloc")
         async with self._lock:
-            return await self._allocate(count, behind, least=count if together else 1)
+            return await self._allocate(count, behind, count if together else 1, what)
 
-    async def _allocate(self, count: int, behind: int = 0, least: int = 1) -> tuple[int, int]:
+    async def _allocate(
+        self, count: int, behind: int = 0, least: int = 1, what: str = "data cluster"
+    ) -> tuple[int, int]:
         cluster = max(self._hint, behind >> self._cluster_bits)
         while True:
             index, at = divmod(cluster, self._per_block)
@@ -173,6 +181,8 @@ class Refcounts:
             got += 1
         offset = (index * self._per_block + first) << self._cluster_bits
         # If they are, counts are wrong.
+        if not offset and self.places.has(0):
+            raise ImageError(f"Preventing invalid allocation of {what} at offset 0")
         for places in (self.places, self.inactive):
             places.check("Preventing invalid allocation", offset, got << self._cluster_bits)
         for place in range(first, first + got):
