@@ -155,12 +155,7 @@ async def open_image(
             own = driver.parse_filename(filename, graph.drivers)
             own = _below_formats(graph, flat, own, driver.child_keys)
             return await open_node(graph, _merge(flat, own), by_name=True, flags=flags)
-    if "file.driver" in flat:
-        # The name is for the driver that the options have below the image.
-        driver = graph.drivers.find(flat["file.driver"], "file.driver")
-        child = driver.parse_filename(filename, graph.drivers)
-    else:
-        child = graph.drivers.options_of(filename)
+    child = _child_by_name(graph, flat, filename)
     flat = _merge(flat, {f"file.{name}": value for name, value in child.items()})
     return await _open_or_probe(graph, flat, flags=flags)
 
@@ -195,6 +190,23 @@ async def open_named_by(
     if driver:
         flat["driver"] = driver
     return await _open_or_probe(graph, flat, "", (parent.common, Role.COW))
+
+
+def _child_by_name(graph: BlockGraph, flat: Mapping[str, Any], filename: str) -> dict[str, Any]:
+    """What a name says of the child `file`: it is for the first protocol that the options have below."""
+    given = {
+        name.removeprefix("file."): value
+        for name, value in flat.items()
+        if name.startswith("file.")
+    }
+    if "driver" not in given:
+        return graph.drivers.options_of(filename)
+    driver = graph.drivers.find(given["driver"], "file.driver")
+    if driver.protocol_name is None:
+        below = _child_by_name(graph, given, filename)
+        return {f"file.{name}": value for name, value in below.items()}
+    own = driver.parse_filename(filename, graph.drivers)
+    return _below_formats(graph, given, own, driver.child_keys)
 
 
 def _below_formats(
