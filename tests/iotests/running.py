@@ -100,7 +100,7 @@ def run_test(tools: Tools, image_format: str, test: str, limit: float) -> Result
             return Result(EMULATOR, seconds)
     if not in_time:
         return Result(FAILED, seconds, f"no end within {limit:.0f} s")
-    return _judge(said.read_text(errors="replace"), seconds)
+    return judge(said.read_text(errors="replace"), seconds)
 
 
 def _wait(process: subprocess.Popen[bytes], calls: Path, deadline: float) -> bool:
@@ -139,7 +139,8 @@ def _children() -> list[int]:
     return [int(word) for word in Path("/proc/thread-self/children").read_text().split()]
 
 
-def _judge(said: str, seconds: float) -> Result:
+def judge(said: str, seconds: float) -> Result:
+    """What `check` says of one test."""
     skipped = re.findall(r"\[case not run\] *(.*)", said)
     remark = f"{len(skipped)} cases not run" if skipped else ""
     if re.search(r"^Passed all 1 iotests$", said, re.MULTILINE):
