@@ -11,6 +11,7 @@ Knows nothing about requests, except for reading that beginning.
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +35,13 @@ from vhostblk.errors import BlockError, ConfigError
 if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
 
+log = logging.getLogger(__name__)
+
 Parent = tuple[NodeOptions, Role]
 # Of images that name one another. Each takes some frames of Python's stack while they open.
 _MAX_DEPTH = 128
 NO_FLAGS = OpenFlag(0)
+_NO_BACKING = 'Use of "backing": "" is deprecated; use "backing": null instead'
 _NO_CHILD = 'A block device must be specified for "{}"'
 
 
@@ -418,6 +422,9 @@ class Opening:
                     qemu_text="Cannot reference an existing block device with additional options "
                     "or a new filename",
                 )
+            if reference == "" and role & Role.COW:
+                log.warning("%s", _NO_BACKING, extra={"qemu_warns": _NO_BACKING})
+                return None
             if reference is None:
                 return None
             if isinstance(reference, BlockNode):

@@ -142,8 +142,10 @@ def _enqueue(
                 f"'{node.node_name}': it is no inline child"
             )
     for key, reference in for_children.items():
-        if key in type(node).child_keys and key not in node.children:
-            _find(graph, reference, key)
+        child, dot, _ = key.partition(".")
+        if child not in node.children:
+            if not dot:
+                _find(graph, reference, key)
             raise ConfigError(f"Cannot change the option '{key}'")
     if node in queue:
         raise ConfigError(f"Node '{node.node_name}' is to be reopened twice")
