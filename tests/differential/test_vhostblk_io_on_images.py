@@ -4,22 +4,18 @@ print, and what `qemu-img map` finds afterwards.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-import io
 import json
 import os
 import struct
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.differential.tools import DEADLINE, NAME, mask
+from tests.differential.tools import Said, ask_qemu_io, ask_vhostblk_io, mask
 from tests.qcow2_images import qemu_img, qemu_io
-from vhostblk.cli.io.program import main
 from vhostblk.testing.plugin import ExpectedLog
 from vhostblk.testing.requirements import require
 
@@ -41,25 +37,16 @@ def _said(expect_log: ExpectedLog) -> None:
 
 
 def theirs(words: Sequence[str]) -> Outcome:
-    done = subprocess.run(
-        [NAME, *words],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE,
-        check=False,
-    )
-    return done.returncode, list(mask(done.stdout)), list(mask(done.stderr))
+    return masked(ask_qemu_io(words))
 
 
 def ours(words: Sequence[str]) -> Outcome:
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(words, NAME)
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-    return status, list(mask(out.getvalue())), list(mask(err.getvalue()))
+    return masked(ask_vhostblk_io(words))
+
+
+def masked(said: Said) -> Outcome:
+    status, out, err = said
+    return status, list(mask(out)), list(mask(err))
 
 
 def layout(image: str) -> Any:

@@ -98,7 +98,11 @@ def find_extents(fd: int) -> Iterator[tuple[int, int]]:
         yield start, end
 
 
-def run_qemu_io(image: Path, arguments: Sequence[str]) -> Outcome:
+Said = tuple[int, str, str]
+"""Exit status, standard output, standard error."""
+
+
+def ask_qemu_io(arguments: Sequence[str]) -> Said:
     """Run qemu-io."""
     done = subprocess.run(
         [NAME, *arguments],
@@ -108,18 +112,18 @@ def run_qemu_io(image: Path, arguments: Sequence[str]) -> Outcome:
         timeout=DEADLINE,
         check=False,
     )
-    return outcome(image, done.stdout, done.stderr, done.returncode)
+    return done.returncode, done.stdout, done.stderr
 
 
-def run_vhostblk_io(image: Path, arguments: Sequence[str]) -> Outcome:
+def ask_vhostblk_io(arguments: Sequence[str]) -> Said:
     """Run vhostblk-io, in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main(arguments, NAME)
         except SystemExit as stop:
-            status = int(str(stop.code))
-    return outcome(image, out.getvalue(), err.getvalue(), status)
+            status = int(stop.code or 0)
+    return status, out.getvalue(), err.getvalue()
 
 
 def compare(
@@ -135,12 +139,13 @@ def compare(
         what was the same.
     """
     outcomes = []
-    for run in (run_qemu_io, run_vhostblk_io):
+    for ask in (ask_qemu_io, ask_vhostblk_io):
         # The same name, because messages have it in them.
         image = folder / "image"
         image.unlink(missing_ok=True)
         make(image)
-        outcomes.append(run(image, arguments(image)))
+        status, out, err = ask(arguments(image))
+        outcomes.append(outcome(image, out, err, status))
     theirs, ours = outcomes
     if theirs.status < 0:
         reject()  # qemu-io 7.2 divides by zero for some limits
