@@ -18,7 +18,7 @@ from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vhostblk.block.drivers.qcow2.clusters import Read
+from vhostblk.block.drivers.qcow2.cluster_writes import Read
 from vhostblk.block.drivers.qcow2.entries import COPIED, EntryReader, Kind, Run
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
 from vhostblk.block.drivers.qcow2.locks import RangeLocks

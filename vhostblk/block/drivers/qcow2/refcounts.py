@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.bitmaps import add_bitmap_places
 from vhostblk.block.drivers.qcow2.cache import Slice, TableCache
+from vhostblk.block.drivers.qcow2.free_clusters import find_free, free_at_the_end
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.snapshots import inactive_tables, load_snapshots
@@ -167,10 +168,10 @@ class Refcounts:
             block = await self._existing_block(index)
             if block is None:
                 block = await self._new_block(index)
-            first = _find_free(block.table, at, least)
+            first = find_free(block.table, at, least)
             if first is None and least > 1 and not self._has_block(index + 1):
                 # What is free at the end is not next to anything: the new block comes first in what it is for.
-                first = _free_at_the_end(block.table, at)
+                first = free_at_the_end(block.table, at)
             if first is not None:
                 break
             cluster = (index + 1) * self._per_block
@@ -468,27 +469,3 @@ class Refcounts:
 def _may_be_block(entry: int, cluster_size: int) -> bool:
     """Whether this can be a place in the file."""
     return not entry % cluster_size and entry < MAX_OFFSET
-
-
-def _find_free(counts: Table, start: int, least: int) -> int | None:
-    """The first of so many clusters in a row that are free."""
-    try:
-        first = counts.index(0, start)
-    except ValueError:
-        return None
-    if least == 1 or not any(counts[first : first + least]):
-        return first if first + least <= len(counts) else None
-    data, size = counts.tobytes(), counts.itemsize
-    wanted, at = bytes(least * size), first * size
-    while (at := data.find(wanted, at)) >= 0:
-        if not at % size:
-            return at // size
-        at += 1
-    return None
-
-
-def _free_at_the_end(counts: Table, start: int) -> int | None:
-    """The first of the clusters at the end that are free."""
-    used = -(-len(counts.tobytes().rstrip(b"\0")) // counts.itemsize)
-    first = max(used, start)
-    return first if first < len(counts) else None
