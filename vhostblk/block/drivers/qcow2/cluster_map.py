@@ -282,6 +282,12 @@ class ClusterMap:
         self.refcounts.places.remove(table)
         self.refcounts.give_up(table)
 
+    def next_table(self, start: int, end: int) -> int:
+        """The first place in `start`..`end` that has a table, or `end`."""
+        covers, stop = self._l2_covers, min(-(-end // self._l2_covers), len(self._l1))
+        found = (index for index in range(start // covers, stop) if self._l1[index])
+        return min(max(start, next(found, stop) * covers), end) if start < end else end
+
     def has_table(self, offset: int, length: int) -> bool:
         """Whether a table is in this range of the file, so that it cannot be guest data; if somebody writes here."""
         refcounts = self._refcounts
@@ -309,6 +315,10 @@ class ClusterMap:
     async def _move_l1(self, entries: int) -> None:
         header = self.header
         clusters = -(-entries * 8 // header.cluster_size)
+        if clusters >= self.refcounts.per_block:
+            # A block of counts is where it counts, so no more clusters than that are next to each other.
+            what = f"Failed to grow the L1 table: {os.strerror(errno.EFBIG)}"
+            raise BlockError(errno.EFBIG, what)
         # Contiguous, wherever that is: behind everything else, in the end.
         while True:
             offset, got = await self.refcounts.allocate(clusters)

@@ -54,7 +54,8 @@ class Refcounts:
         cache_bytes: of blocks to keep in memory.
         places: of all tables but L2 tables; kept up to date for what is changed here.
 
-    Attributes: inactive: places of L2 tables that snapshots use, if somebody wants to know.
+    Attributes: per_block: clusters that a block of counts is for. inactive: places of L2 tables that snapshots use, if
+        somebody wants to know.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Refcounts:
     ) -> None:
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
-        self._per_block = header.cluster_size * 8 >> header.refcount_order
+        self.per_block = header.cluster_size * 8 >> header.refcount_order
         self._table = table
         self._table_offset = header.refcount_table_offset
         self._file = file
@@ -164,7 +165,7 @@ class Refcounts:
     ) -> tuple[int, int]:
         cluster = max(self._hint, behind >> self._cluster_bits)
         while True:
-            index, at = divmod(cluster, self._per_block)
+            index, at = divmod(cluster, self.per_block)
             block = await self._existing_block(index)
             if block is None:
                 block = await self._new_block(index)
@@ -174,13 +175,13 @@ class Refcounts:
                 first = free_at_the_end(block.table, at)
             if first is not None:
                 break
-            cluster = (index + 1) * self._per_block
+            cluster = (index + 1) * self.per_block
         got = 0
-        for place in range(first, min(first + count, self._per_block)):
+        for place in range(first, min(first + count, self.per_block)):
             if block.table[place]:
                 break
             got += 1
-        offset = (index * self._per_block + first) << self._cluster_bits
+        offset = (index * self.per_block + first) << self._cluster_bits
         # If they are, counts are wrong.
         if not offset and self.places.has(0):
             raise ImageError(f"Preventing invalid allocation of {what} at offset 0")
@@ -190,7 +191,7 @@ class Refcounts:
             block.table[place] = 1
         self._blocks.changed(block)
         if not behind:
-            self._hint = index * self._per_block + first + got
+            self._hint = index * self.per_block + first + got
         return offset, got
 
     async def allocate_bytes(self, length: int) -> int:
@@ -211,7 +212,7 @@ class Refcounts:
             place = self._free_byte
             room = -place % self._cluster_size
             if room and (new is None or new == place + room):
-                index, at = divmod(place >> self._cluster_bits, self._per_block)
+                index, at = divmod(place >> self._cluster_bits, self.per_block)
                 block = await self._existing_block(index)
                 # It may have been given up while we waited.
                 is_ours = block is not None and self._free_byte == place
@@ -236,7 +237,7 @@ class Refcounts:
             BlockError: the child's errno.
         """
         async with self._lock:
-            index, at = divmod(offset >> self._cluster_bits, self._per_block)
+            index, at = divmod(offset >> self._cluster_bits, self.per_block)
             block = await self._existing_block(index)
             return block.table[at] if block is not None else 0
 
@@ -249,9 +250,9 @@ class Refcounts:
         found: list[int] = []
         async with self._lock:
             while len(found) < count:
-                index, at = divmod(first + len(found), self._per_block)
+                index, at = divmod(first + len(found), self.per_block)
                 block = await self._existing_block(index)
-                length = min(count - len(found), self._per_block - at)
+                length = min(count - len(found), self.per_block - at)
                 found += block.table[at : at + length] if block is not None else [0] * length
         return found
 
@@ -302,7 +303,7 @@ class Refcounts:
             await self._file.debug_event("cluster_free")
         async with self._lock:
             for done, cluster in enumerate(clusters):
-                index, at = divmod(cluster, self._per_block)
+                index, at = divmod(cluster, self.per_block)
                 try:
                     block = await self._existing_block(index)
                 except BaseException:
@@ -338,8 +339,8 @@ class Refcounts:
                     continue
                 block = await self._blocks.get(offset)
                 used = len(block.table) - block.table.count(0)
-                here = (offset >> self._cluster_bits) - index * self._per_block
-                in_itself = 0 <= here < self._per_block
+                here = (offset >> self._cluster_bits) - index * self.per_block
+                in_itself = 0 <= here < self.per_block
                 if used == in_itself and (not in_itself or block.table[here] == 1):
                     found.append((index, offset, in_itself))
             try:
@@ -372,7 +373,7 @@ class Refcounts:
                 if block is not None:
                     used = -(-len(block.table.tobytes().rstrip(b"\0")) // block.table.itemsize)
                     if used:
-                        yield (index * self._per_block + used) << self._cluster_bits
+                        yield (index * self.per_block + used) << self._cluster_bits
                         return
             yield 0
 
@@ -424,7 +425,7 @@ class Refcounts:
         """A block for clusters that none is for yet: it is in the first of them."""
         if index >= len(self._table):
             return self._grow_table(index)
-        block = self._make_block(index, index * self._per_block)
+        block = self._make_block(index, index * self.per_block)
         block.table[0] = 1
         return block
 
@@ -442,14 +443,14 @@ class Refcounts:
         """A larger table, in clusters that the new blocks are for, with these blocks before it."""
         clusters = -(-(index + 1) * 12 // self._cluster_size) + 1  # half as large again
         blocks = 1
-        while blocks * self._per_block < blocks + clusters:
+        while blocks * self.per_block < blocks + clusters:
             blocks += 1
         clusters = max(clusters, -(-(index + blocks) * 8 // self._cluster_size))
-        while blocks * self._per_block < blocks + clusters:
+        while blocks * self.per_block < blocks + clusters:
             blocks += 1
         if clusters * self._cluster_size > MAX_REFCOUNT_TABLE_BYTES:
             raise BlockError(errno.EFBIG, "the reference count table cannot grow any more")
-        first = index * self._per_block
+        first = index * self.per_block
         place, size = first << self._cluster_bits, (blocks + clusters) << self._cluster_bits
         if place + size > MAX_OFFSET:
             raise BlockError(errno.EFBIG, "the image file cannot grow any more")
@@ -462,7 +463,7 @@ class Refcounts:
         self.places.add_alone("Reference count table", self._table_offset, len(self._table) * 8)
         self._moved = True
         for used in range(blocks + clusters):
-            made[used // self._per_block].table[used % self._per_block] = 1
+            made[used // self.per_block].table[used % self.per_block] = 1
         return made[0]
 
 

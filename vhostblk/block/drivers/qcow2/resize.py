@@ -94,7 +94,8 @@ class Resize:
             ImageError: an entry is wrong.
         """
         metadata, covers = self._metadata, self._metadata.table_covers
-        at = start
+        # Most of a large disk has no tables.
+        at = metadata.next_table(start, end)
         while at < end:
             table_start = align_down(at, covers)
             stop = min(table_start + covers, end)
@@ -106,7 +107,7 @@ class Resize:
                         await self._cut_table(at, stop)
                     else:
                         await self.forget(at, stop)
-            at = stop
+            at = metadata.next_table(stop, end)
 
     async def _cut_table(self, start: int, end: int) -> None:
         """All that an L2 table refers to, and itself."""
