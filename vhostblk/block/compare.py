@@ -139,7 +139,7 @@ class _Work:
     def __init__(self, images: tuple[BlockBackend, BlockBackend], strict: bool) -> None:
         self._images = images
         self._strict = strict
-        self._buffers: list[bytearray] = []
+        self._buffers: list[bytearray] = []  # of one length
 
     async def parts(self) -> AsyncGenerator[_Part, None]:
         """What is where, from the beginning; ends when there is no more, or with what ends it all."""
@@ -197,11 +197,16 @@ class _Work:
         if len(other) != len(one):
             other = other[: len(one)]
         at = first_difference(one, other)
-        self._buffers += [content for content in contents if len(content) == PIECE]
+        if not self._buffers or len(self._buffers[0]) != part.length:
+            self._buffers = []
+        self._buffers += contents
         return Comparison(Outcome.CONTENT, part.offset + at) if at is not None else None
 
     def _take(self, length: int) -> bytearray:
-        return self._buffers.pop() if length == PIECE and self._buffers else bytearray(length)
+        # Whole objects compare as fast as memory is read; parts of them would have to be copied.
+        if self._buffers and len(self._buffers[0]) == length:
+            return self._buffers.pop()
+        return bytearray(length)
 
 
 def _has_data(status: BlockStatus) -> bool:
