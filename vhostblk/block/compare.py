@@ -18,16 +18,18 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.bounce import aligned_bytes
 from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE
-from vhostblk.block.status import BlockStatus, status_above
+from vhostblk.block.status import statuses_above
 from vhostblk.errors import BlockError
 
 PIECE = 2 << 20
 """Bytes that are read at a time, from each image."""
 _AT_ONCE = 4
 _ZEROES = bytes(PIECE)
+_ALLOCATED, _ZERO = int(StatusFlag.ALLOCATED), int(StatusFlag.ZERO)
 
 
 class Outcome(enum.Enum):
@@ -140,6 +142,8 @@ class _Work:
         self._images = images
         self._strict = strict
         self._buffers: list[bytearray] = []  # of one length
+        # Of each image: what is known from here on, as flags and the end of the range.
+        self._known: tuple[deque[tuple[int, int]], ...] = (deque(), deque())
 
     async def parts(self) -> AsyncGenerator[_Part, None]:
         """What is where, from the beginning; ends when there is no more, or with what ends it all."""
@@ -149,39 +153,43 @@ class _Work:
         offset = 0
         try:
             while offset < common:
-                one = await self._status(0, offset, lengths[0])
-                other = await self._status(1, offset, lengths[1])
+                one, other = [await self._status(image, offset) for image in (0, 1)]
                 part = self._part(offset, one, other)
                 yield part
                 offset += part.length
             while offset < end:
-                status = await self._status(longer, offset, end)
-                length = status.length
+                flags, length = await self._status(longer, offset)
                 reads: tuple[int, ...] = ()
-                if _has_data(status):
+                if flags & (_ALLOCATED | _ZERO) == _ALLOCATED:
                     length, reads = min(length, PIECE), (longer,)
                 yield _Part(offset, length, reads)
                 offset += length
         except CompareError as error:
             yield _Part(offset, 0, (), error)
 
-    async def _status(self, image: int, offset: int, end: int) -> BlockStatus:
-        try:
-            return await status_above(self._images[image].node, None, offset, end - offset)
-        except BlockError as error:
-            raise CompareError(error, image, offset, in_read=False) from None
+    async def _status(self, image: int, offset: int) -> tuple[int, int]:
+        """What an image has there: flags, and for how many bytes."""
+        known = self._known[image]
+        while known and known[0][1] <= offset:
+            known.popleft()
+        if not known:
+            node, at = self._images[image].node, offset
+            try:
+                for status in await statuses_above(node, offset, node.length - offset):
+                    known.append((status.flags, at + status.length))
+                    at += status.length
+            except BlockError as error:
+                raise CompareError(error, image, offset, in_read=False) from None
+        flags, end = known[0]
+        return flags, end - offset
 
-    def _part(self, offset: int, one: BlockStatus, other: BlockStatus) -> _Part:
-        length = min(one.length, other.length)
-        if self._strict and one.flags != other.flags:
+    def _part(self, offset: int, one: tuple[int, int], other: tuple[int, int]) -> _Part:
+        length = min(one[1], other[1])
+        if self._strict and one[0] != other[0]:
             return _Part(offset, length, (), Comparison(Outcome.STATUS, offset))
-        if one.flags & other.flags & StatusFlag.ZERO:
+        if one[0] & other[0] & _ZERO:
             return _Part(offset, length)
-        reads = tuple(
-            image
-            for image, status in enumerate((one, other))
-            if status.flags & StatusFlag.ALLOCATED
-        )
+        reads = tuple(image for image, (flags, _) in enumerate((one, other)) if flags & _ALLOCATED)
         return _Part(offset, min(length, PIECE) if reads else length, reads)
 
     async def look(self, part: _Part) -> Comparison | None:
@@ -206,11 +214,7 @@ class _Work:
         # Whole objects compare as fast as memory is read; parts of them would have to be copied.
         if self._buffers and len(self._buffers[0]) == length:
             return self._buffers.pop()
-        return bytearray(length)
-
-
-def _has_data(status: BlockStatus) -> bool:
-    return status.flags & (StatusFlag.ALLOCATED | StatusFlag.ZERO) == StatusFlag.ALLOCATED
+        return aligned_bytes(length)
 
 
 def first_difference(one: bytearray, other: bytes | bytearray) -> int | None:

@@ -45,6 +45,7 @@ class BlockGraph:
     Args:
         drivers: name to node class.
         aio: how files do their I/O if their options do not say ("io_uring", "threads"); None: the fastest that works.
+        may_block: the loop has nothing else to do: small calls that seldom wait are made at once, without threads.
 
     Attributes:
         nodes: by name, in the order in which they were opened.
@@ -55,7 +56,11 @@ class BlockGraph:
     """
 
     def __init__(
-        self, drivers: Mapping[str, type[BlockNode]] = DRIVERS, *, aio: str | None = None
+        self,
+        drivers: Mapping[str, type[BlockNode]] = DRIVERS,
+        *,
+        aio: str | None = None,
+        may_block: bool = False,
     ) -> None:
         self.drivers = drivers if isinstance(drivers, DriverRegistry) else DriverRegistry(drivers)
         self.names = Names()
@@ -67,6 +72,7 @@ class BlockGraph:
         self._added: set[BlockNode] = set()  # from add(): the user's
         self._change = asyncio.Lock()
         self.aio = aio
+        self._may_block = may_block
         self._host_io: dict[str | None, HostIO] = {}
         self.throttle_groups: dict[str, ThrottleGroup] = {}
         self._flush_failed = False  # of a node at its end
@@ -233,6 +239,7 @@ class BlockGraph:
         aio = aio or self.aio
         if aio not in self._host_io:
             self._host_io[aio] = create_host_io(aio)
+            self._host_io[aio].may_block = self._may_block
         return self._host_io[aio]
 
     def throttle_group(self, name: str) -> ThrottleGroup:

@@ -59,6 +59,8 @@ class HostIO(ABC):
     """
 
     kind: str  # "io_uring" or "threads"
+    # There is nobody else on the loop who would have to go on meanwhile: `call` runs at once, without a thread.
+    may_block = False
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -95,6 +97,8 @@ class HostIO(ABC):
         Args:
             undo: called with the result if who waits for it was cancelled and will never see it.
         """
+        if self.may_block:
+            return function(*arguments)
         completion = self._start(function, *arguments)
         try:
             result: T = await completion

@@ -9,21 +9,24 @@ Context: the control loop. Knows nothing about formats.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeAlias
 
 from vhostblk.block.chain import skip_filters
 from vhostblk.block.flags import StatusFlag
 from vhostblk.block.introspection import filename
 from vhostblk.block.node import BlockNode
 from vhostblk.block.roles import cow_child
-from vhostblk.block.status import BlockStatus, block_status
+from vhostblk.block.status import BlockStatus, block_statuses
 
-_CONTENT = StatusFlag.DATA | StatusFlag.ZERO
-_KIND = _CONTENT | StatusFlag.ALLOCATED | StatusFlag.OFFSET_VALID
+_DATA, _ZERO, _ALLOCATED = map(int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.ALLOCATED))
+_OFFSET_VALID = int(StatusFlag.OFFSET_VALID)
+_CONTENT = _DATA | _ZERO
+_KIND = _CONTENT | _ALLOCATED | _OFFSET_VALID
+# Flags, the layer, and the node whose file has it.
+_Kind: TypeAlias = tuple[int, int, BlockNode | None]
 
 
-@dataclass(frozen=True, slots=True)
-class MapEntry:
+class MapEntry(NamedTuple):
     """A range of the disk.
 
     Attributes:
@@ -56,49 +59,63 @@ async def map_entries(node: BlockNode, start: int, end: int) -> AsyncIterator[Ma
         BlockError: a driver's errno.
     """
     names: dict[BlockNode, str] = {}
-    last: MapEntry | None = None
-    kind: tuple[object, ...] = ()
+    begin = length = 0
+    kind: _Kind | None = None
+    next_place = 0
     while start < end:
-        status, depth = await _status(node, start, end - start)
-        place = status.map if status.flags & StatusFlag.OFFSET_VALID else None
-        file = status.file if place is not None else None
-        goes_on = (int(status.flags & _KIND), depth, file)
-        if (
-            last is not None
-            and goes_on == kind
-            and (place is None or last.offset is None or last.offset + last.length == place)
-        ):
-            last = replace(last, length=last.length + status.length)
-        else:
-            if last is not None:
-                yield last
-            if file is not None and file not in names:
-                names[file] = filename(file)
-            flags = status.flags
-            last = MapEntry(
-                start,
-                status.length,
-                depth,
-                bool(flags & StatusFlag.ALLOCATED),
-                bool(flags & StatusFlag.ZERO),
-                bool(flags & StatusFlag.DATA),
-                place,
-                names[file] if file is not None else "",
-            )
-            kind = goes_on
-        start += status.length
-    if last is not None:
-        yield last
+        for (flags, count, file, place), depth in await _statuses(node, start, end - start, 0):
+            flags &= _KIND
+            if not flags & _OFFSET_VALID:
+                file, place = None, next_place
+            if kind == (flags, depth, file) and place == next_place:
+                length += count
+            else:
+                if kind is not None:
+                    yield _entry(begin, length, kind, next_place, names)
+                begin, length, kind = start, count, (flags, depth, file)
+            start += count
+            next_place = place + count if file is not None else 0
+    if kind is not None:
+        yield _entry(begin, length, kind, next_place, names)
 
 
-async def _status(node: BlockNode, offset: int, length: int) -> tuple[BlockStatus, int]:
-    """The status of the layer that the bytes come from, and which one that is."""
-    layer, depth = skip_filters(node), 0
-    while True:
-        status = await block_status(layer, offset, length)
-        assert status.length
-        edge = cow_child(layer)
+def _entry(
+    start: int, length: int, kind: _Kind, next_place: int, names: dict[BlockNode, str]
+) -> MapEntry:
+    flags, depth, file = kind
+    name = ""
+    if file is not None:
+        if file not in names:
+            names[file] = filename(file)
+        name = names[file]
+    return MapEntry(
+        start,
+        length,
+        depth,
+        bool(flags & _ALLOCATED),
+        bool(flags & _ZERO),
+        bool(flags & _DATA),
+        next_place - length if file is not None else None,
+        name,
+    )
+
+
+async def _statuses(
+    node: BlockNode, start: int, length: int, depth: int
+) -> list[tuple[BlockStatus, int]]:
+    """What the disk has from `start` on, each with the number of the layer that it comes from; not all of the range."""
+    layer = skip_filters(node)
+    edge = cow_child(layer)
+    found: list[tuple[BlockStatus, int]] = []
+    for status in await block_statuses(layer, start, min(length, layer.length - start)):
         if status.flags & _CONTENT or edge is None:
-            return status, depth
-        layer, length = skip_filters(edge.node), status.length
-        depth += 1
+            found.append((status, depth))
+            start += status.length
+            continue
+        below = await _statuses(edge.node, start, status.length, depth + 1)
+        found += below
+        covered = sum(one.length for one, _ in below)
+        start += covered
+        if covered < status.length:
+            break
+    return found

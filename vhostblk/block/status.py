@@ -17,8 +17,7 @@ without a backing node reads as zeroes, a `RAW` answer is asked again of the chi
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.limits import align_down, align_up
@@ -29,24 +28,28 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode
 
 
-@dataclass(frozen=True, slots=True)
-class BlockStatus:
+class BlockStatus(NamedTuple):
     """What is so for `length` bytes from the offset that was asked.
 
     Attributes:
+        flags: of `StatusFlag`. A plain number, as those are slow, and images may have millions of ranges.
         length: bytes; 0 only at the end of the node.
         file, map: the node, and the offset in it, where the data is; valid with OFFSET_VALID. A driver that names no
             node means its own.
     """
 
-    flags: StatusFlag
+    flags: int
     length: int
     file: BlockNode | None = None
     map: int = 0
 
 
-_NOTHING = StatusFlag(0)
-_RECURSE = StatusFlag.RECURSE | StatusFlag.DATA | StatusFlag.OFFSET_VALID
+_DATA, _ZERO, _OFFSET_VALID = map(int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.OFFSET_VALID))
+_ALLOCATED, _EOF, _RAW = map(int, (StatusFlag.ALLOCATED, StatusFlag.EOF, StatusFlag.RAW))
+_CONTENT = _DATA | _ZERO
+_ASKED_BELOW = int(StatusFlag.RECURSE) | _DATA | _OFFSET_VALID
+_ASKS = int(StatusFlag.RECURSE) | _RAW  # the answer depends on the file
+_NOT_RECURSE = ~int(StatusFlag.RECURSE)
 
 
 async def block_status(
@@ -60,48 +63,103 @@ async def block_status(
     Raises:
         BlockError: the driver's errno.
     """
-    if offset >= node.length:
-        return BlockStatus(StatusFlag.EOF, 0)
+    end = node.length
+    if offset >= end:
+        return BlockStatus(_EOF, 0)
     if not length:
-        return BlockStatus(_NOTHING, 0)
-    length = min(length, node.length - offset)
+        return BlockStatus(0, 0)
     node.in_flight += 1
     try:
-        found = await _own_status(node, offset, length, precise)
+        found = await _own_status(node, offset, min(length, end - offset), precise)
     finally:
         node.leave()
-    flags = found.flags & ~StatusFlag.EOF
-    if offset + found.length == node.length:
-        flags |= StatusFlag.EOF
-    return replace(found, flags=flags)
+    return _with_end(found, offset, end)
+
+
+async def block_statuses(node: BlockNode, offset: int, length: int) -> list[BlockStatus]:
+    """The same for ranges one behind the other, from `offset` on: as many as the driver knows at once, at least one.
+
+    Args:
+        offset, length: inside the node; not 0 bytes.
+
+    Raises:
+        BlockError: the driver's errno.
+    """
+    align = node.limits.request_alignment
+    if offset % align or length % align:
+        return [await block_status(node, offset, length)]
+    node.in_flight += 1
+    try:
+        many = await node.driver_block_statuses(offset, length)
+        if not many:
+            found = await _own_status(node, offset, length, precise=True)
+            return [_with_end(found, offset, node.length)]
+        backing = node.backing
+        backed = backing.length if backing is not None else 0
+        completed = []
+        for found in many:
+            if found.flags & _ASKS:
+                completed.append(await _complete(node, offset, found, precise=True))
+                offset += completed[-1].length
+                if completed[-1].length != found.length:
+                    break
+                continue
+            flags, count, file, place = found
+            if flags & _CONTENT:
+                flags |= _ALLOCATED
+            elif offset >= backed:
+                flags |= _ZERO
+            completed.append(BlockStatus(flags, count, file, place))
+            offset += count
+    finally:
+        node.leave()
+    completed[-1] = _with_end(completed[-1], offset - completed[-1].length, node.length)
+    return completed
+
+
+def _with_end(found: BlockStatus, offset: int, end: int) -> BlockStatus:
+    flags, length, file, place = found
+    flags &= ~_EOF
+    if offset + length == end:
+        flags |= _EOF
+    return BlockStatus(flags, length, file, place)
 
 
 async def _own_status(node: BlockNode, offset: int, length: int, precise: bool) -> BlockStatus:
     """Ask the driver for whole blocks, cut what it says, follow it to its file."""
     align = node.limits.request_alignment
     start, end = align_down(offset, align), align_up(offset + length, align)
-    found = await node.driver_block_status(start, end - start, precise)
-    assert found.length > 0, f"{node.node_name}: no progress at {offset}"
-    assert not found.length % align, f"{node.node_name}: {found.length} bytes at {offset}"
-    if found.flags & StatusFlag.OFFSET_VALID and found.file is None:
-        found = replace(found, file=node)
+    flags, count, file, place = await node.driver_block_status(start, end - start, precise)
+    assert count > 0, f"{node.node_name}: no progress at {offset}"
+    assert not count % align, f"{node.node_name}: {count} bytes at {offset}"
     skip = offset - start
-    found = replace(found, length=min(found.length - skip, length), map=found.map + skip)
-    if found.flags & StatusFlag.RAW:
-        assert found.flags & StatusFlag.OFFSET_VALID
-        assert found.file is not None
-        below = await block_status(found.file, found.map, found.length, precise)
+    found = BlockStatus(int(flags), min(count - skip, length), file, place + skip)
+    return await _complete(node, offset, found, precise=precise)
+
+
+async def _complete(
+    node: BlockNode, offset: int, found: BlockStatus, *, precise: bool
+) -> BlockStatus:
+    """What a driver says, and what follows from it."""
+    flags, length, file, place = found
+    if flags & _OFFSET_VALID and file is None:
+        file = node
+    if flags & _RAW:
+        assert flags & _OFFSET_VALID
+        assert file is not None
+        below = await block_status(file, place, length, precise)
         # Behind the end of the file are zeroes.
-        return below if below.length else BlockStatus(StatusFlag.ZERO, found.length)
-    flags = found.flags
-    if flags & (StatusFlag.DATA | StatusFlag.ZERO):
-        flags |= StatusFlag.ALLOCATED
-    elif node.backing is None or offset >= node.backing.length:
-        flags |= StatusFlag.ZERO
-    found = replace(found, flags=flags & ~StatusFlag.RECURSE)
-    recurse = flags & _RECURSE == _RECURSE and not flags & StatusFlag.ZERO
-    if precise and recurse and found.file is not None and found.file is not node:
-        return await _refine(found, found.file)
+        return below if below.length else BlockStatus(_ZERO, length)
+    if flags & _CONTENT:
+        flags |= _ALLOCATED
+    else:
+        backing = node.backing
+        if backing is None or offset >= backing.length:
+            flags |= _ZERO
+    recurses = precise and flags & (_ASKED_BELOW | _ZERO) == _ASKED_BELOW
+    found = BlockStatus(flags & _NOT_RECURSE, length, file, place)
+    if recurses and file is not None and file is not node:
+        return await _refine(found, file)
     return found
 
 
@@ -111,11 +169,11 @@ async def _refine(found: BlockStatus, file: BlockNode) -> BlockStatus:
         below = await block_status(file, found.map, found.length)
     except BlockError:
         return found
-    if below.flags & StatusFlag.EOF and (not below.length or below.flags & StatusFlag.ZERO):
+    flags, length, _, place = found
+    if below.flags & _EOF and (not below.length or below.flags & _ZERO):
         # Formats may read past the end of their file.
-        return replace(found, flags=found.flags | StatusFlag.ZERO)
-    zero = below.flags & StatusFlag.ZERO
-    return replace(found, flags=found.flags | zero, length=min(found.length, below.length))
+        return BlockStatus(flags | _ZERO, length, file, place)
+    return BlockStatus(flags | below.flags & _ZERO, min(length, below.length), file, place)
 
 
 async def status_above(
@@ -131,20 +189,40 @@ async def status_above(
     """
     top = status = await block_status(node, offset, length, precise)
     layer = _next_layer(node)
-    while status.length and not status.flags & StatusFlag.ALLOCATED and layer not in (base, None):
+    while status.length and not status.flags & _ALLOCATED and layer not in (base, None):
         assert layer is not None
         below = await block_status(layer, offset, status.length, precise)
-        ends_in_zeroes = below.flags & StatusFlag.ZERO and below.flags & StatusFlag.EOF
-        if not below.length or (below.flags & StatusFlag.ALLOCATED and ends_in_zeroes):
+        ends_in_zeroes = below.flags & _ZERO and below.flags & _EOF
+        if not below.length or (below.flags & _ALLOCATED and ends_in_zeroes):
             # A layer that is shorter: zeroes behind its end, for as long as those above have nothing.
-            zero = StatusFlag.ZERO | StatusFlag.ALLOCATED
-            below = BlockStatus(below.flags | zero, status.length, layer, below.map)
+            flags = below.flags | _ZERO | _ALLOCATED
+            below = BlockStatus(flags, status.length, layer, below.map)
         status = below
         layer = _next_layer(layer)
-    is_end = top.flags & StatusFlag.EOF and status.length == top.length
-    return replace(
-        status, flags=status.flags & ~StatusFlag.EOF | (StatusFlag.EOF if is_end else _NOTHING)
-    )
+    is_end = top.flags & _EOF and status.length == top.length
+    flags, length, file, place = status
+    return BlockStatus(flags & ~_EOF | (_EOF if is_end else 0), length, file, place)
+
+
+async def statuses_above(node: BlockNode, offset: int, length: int) -> list[BlockStatus]:
+    """`status_above` of the whole chain, for ranges one behind the other from `offset` on: at least one.
+
+    Args:
+        offset, length: inside the node; not 0 bytes.
+
+    Raises:
+        BlockError: a driver's errno.
+    """
+    found = await block_statuses(node, offset, length)
+    if _next_layer(node) is None:
+        return found
+    for number, status in enumerate(found):
+        if not status.flags & _ALLOCATED:
+            found[number] = await status_above(node, None, offset, status.length)
+            if found[number].length < status.length:
+                return found[: number + 1]
+        offset += status.length
+    return found
 
 
 async def is_allocated(node: BlockNode, offset: int, length: int) -> tuple[bool, int]:
@@ -154,7 +232,7 @@ async def is_allocated(node: BlockNode, offset: int, length: int) -> tuple[bool,
         BlockError: the driver's errno.
     """
     status = await block_status(node, offset, length, precise=False)
-    return bool(status.flags & StatusFlag.ALLOCATED), status.length
+    return bool(status.flags & _ALLOCATED), status.length
 
 
 async def is_allocated_above(

@@ -42,8 +42,8 @@ from vhostblk.errors import BlockError
 _FUA = int(Req.FUA)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 
-_IS_DATA = StatusFlag.DATA | StatusFlag.OFFSET_VALID
-_IS_ZERO = StatusFlag.ZERO | StatusFlag.OFFSET_VALID
+_IS_DATA = int(StatusFlag.DATA | StatusFlag.OFFSET_VALID)
+_IS_ZERO = int(StatusFlag.ZERO | StatusFlag.OFFSET_VALID)
 
 _PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE

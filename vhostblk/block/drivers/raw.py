@@ -83,6 +83,9 @@ class RawMeasureOptions:
     size: int = option(SIZE, about="bytes of the disk")
 
 
+_ASK_CHILD = int(StatusFlag.RAW | StatusFlag.OFFSET_VALID)
+
+
 class RawNode(BlockNode):
     """A window onto its child; the whole of it makes a transparent layer (row B08.4)."""
 
@@ -234,8 +237,7 @@ class RawNode(BlockNode):
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         """What the child says (row B21.19)."""
-        flags = StatusFlag.RAW | StatusFlag.OFFSET_VALID
-        return BlockStatus(flags, length, self._file.node, offset + self.options.offset)
+        return BlockStatus(_ASK_CHILD, length, self._file.node, offset + self.options.offset)
 
     def has_zero_init(self) -> bool:
         """As the child."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from vhostblk.block.image_map import MapEntry, map_entries
 from vhostblk.cli.img.arguments import (
@@ -83,17 +84,16 @@ def _hex(number: int) -> str:
     return f"{number:#x}" if number else "0"
 
 
+_WORDS = MappingProxyType({False: "false", True: "true"})
+
+
 def _json(entry: MapEntry) -> str:
-    offset = f', "offset": {entry.offset}' if entry.offset is not None else ""
+    start, length, depth, present, zero, data, place, _ = entry
+    offset = f', "offset": {place}' if place is not None else ""
     return (
-        f'{{ "start": {entry.start}, "length": {entry.length}, "depth": {entry.depth},'
-        f' "present": {_bool(entry.present)}, "zero": {_bool(entry.zero)},'
-        f' "data": {_bool(entry.data)}{offset}}}'
+        f'{{ "start": {start}, "length": {length}, "depth": {depth}, "present": {_WORDS[present]},'
+        f' "zero": {_WORDS[zero]}, "data": {_WORDS[data]}{offset}}}'
     )
-
-
-def _bool(value: bool) -> str:
-    return "true" if value else "false"
 
 
 COMMAND = Command(Map, run)

@@ -42,7 +42,7 @@ class Session:
 
     def __init__(self, program: str) -> None:
         self.program = program
-        self.graph = BlockGraph()
+        self.graph = BlockGraph(may_block=True)
         self.quiet = False
         self.unfinished: list[str] = []
         self._backends: list[BlockBackend] = []

@@ -92,18 +92,40 @@ class ClusterWrites:
             BlockError: the child's errno.
             ImageError: an entry is wrong.
         """
-        metadata = self._metadata
-        while table := metadata.l2_table(offset):
-            slice_ = await metadata.slice_at(table, offset)
-            if metadata.l2_table(offset) == table:
-                break
-        else:
-            return Run(Kind.UNALLOCATED, *metadata.without_table(offset, limit))
-        base, since = metadata.slice_start(offset), offset if since is None else since
+        table, slice_ = await self._find_slice(offset)
+        if slice_ is None:
+            return Run(Kind.UNALLOCATED, *self._metadata.without_table(offset, limit))
+        base, since = self._metadata.slice_start(offset), offset if since is None else since
         try:
             return self._entries.run_at(slice_.table, base, offset, limit, since)
         except EntryError as error:
             raise error.in_table(table, (error.guest_offset - base) // self._size) from None
+
+    async def statuses(self, offset: int, limit: int) -> list[tuple[int, int, int]]:
+        """Block status from `offset` on, as far as one slice knows: flags, bytes, place; not if there are subclusters.
+
+        Raises:
+            BlockError: the child's errno.
+            ImageError: the first entry is wrong.
+        """
+        table, slice_ = await self._find_slice(offset)
+        if slice_ is None:
+            _, end = self._metadata.without_table(offset, limit)
+            return [(0, min(end, limit) - offset, 0)]
+        base = self._metadata.slice_start(offset)
+        try:
+            return self._entries.statuses(slice_.table, base, offset, limit)
+        except EntryError as error:
+            raise error.in_table(table, (error.guest_offset - base) // self._size) from None
+
+    async def _find_slice(self, offset: int) -> tuple[int, Slice | None]:
+        """The table for these bytes of the disk, and the slice of it; 0 and none if there is no table."""
+        metadata = self._metadata
+        while table := metadata.l2_table(offset):
+            slice_ = await metadata.slice_at(table, offset)
+            if metadata.l2_table(offset) == table:
+                return table, slice_
+        return 0, None
 
     # ------------------------------------------------------------------ writing
 

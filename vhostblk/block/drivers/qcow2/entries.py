@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
+from vhostblk.block.flags import StatusFlag
 from vhostblk.errors import BlockError, ImageError
 
 COPIED = 1 << 63
@@ -22,6 +23,10 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 L1_RESERVED = 0x7F00_0000_0000_01FF
 _SECTOR = 512
 _ALL = (1 << SUBCLUSTERS) - 1
+_IS_DATA, _IS_ZERO, _HAS_PLACE = map(
+    int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.OFFSET_VALID)
+)
+_IS_COMPRESSED = int(StatusFlag.DATA | StatusFlag.COMPRESSED)
 # Clusters that are compared at first, to see whether a run goes on.
 _FIRST_PIECE = 16
 
@@ -257,6 +262,57 @@ class EntryReader:
             host + skip if has_host else 0,
             has_host,
         )
+
+    def statuses(
+        self, table: Table, base: int, offset: int, limit: int
+    ) -> list[tuple[int, int, int]]:
+        """Block status of runs from `offset` on, within what the table covers: flags, bytes, place in the file.
+
+        Not of images with subclusters or an external data file. It is by far the fastest way to see all of a table.
+
+        Args:
+            table, base: as for `run_at`.
+            limit: nothing behind this is told of.
+
+        Raises:
+            EntryError: the first entry is wrong; the list ends before any other that is.
+        """
+        size, bits = self._cluster_size, self._cluster_bits
+        index = offset - base >> bits
+        stop = min(-(-(limit - base) // size), len(table))
+        zero = _ZERO if self._has_zeroes else 0
+        runs: list[
+            tuple[int, int, int]
+        ] = []  # number of the first cluster, flags, place: 0 where there is none
+        run_flags, next_place = -1, 0
+        for number in range(index, stop):
+            entry = table[number]
+            if entry & COMPRESSED:
+                flags, place = _IS_COMPRESSED, ~number  # each for itself
+            elif entry:
+                place = entry & OFFSET_MASK
+                flags = _IS_ZERO if entry & zero else _IS_DATA if place else 0
+                if place & size - 1 or entry & _ZERO & ~zero:
+                    stop = number
+                    break
+                if place:
+                    flags |= _HAS_PLACE
+            else:
+                flags = place = 0
+            if flags != run_flags or place != next_place:
+                runs.append((number, flags, place))
+                run_flags = flags
+            next_place = place + size if place else 0
+        if stop == index:
+            self.part_at(table, base, offset)
+        found = []
+        for (number, flags, place), end in zip(
+            runs, [*[run[0] for run in runs[1:]], stop], strict=True
+        ):
+            begin, at = base + (number << bits), max(base + (number << bits), offset)
+            count = min(base + (end << bits), limit) - at
+            found.append((flags, count, place + at - begin if flags & _HAS_PLACE else 0))
+        return found
 
     def compressed_place(self, entry: int) -> tuple[int, int]:
         """Where the data of a compressed cluster are, and how many bytes they are at most."""

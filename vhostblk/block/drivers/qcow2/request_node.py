@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Coroutine
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from vhostblk.block.drivers.qcow2 import measuring
@@ -40,6 +41,12 @@ _READ_EVENTS = {
     Kind.COMPRESSED: "read_compressed",
     Kind.UNALLOCATED: "read_backing_aio",
 }
+_DATA, _OFFSET_VALID = int(StatusFlag.DATA), int(StatusFlag.OFFSET_VALID)
+_RECURSE = int(StatusFlag.RECURSE)
+_COMPRESSED = int(StatusFlag.DATA | StatusFlag.COMPRESSED)
+_FLAGS = MappingProxyType(
+    {Kind.NORMAL: _DATA, Kind.ZERO: int(StatusFlag.ZERO), Kind.UNALLOCATED: 0}
+)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
@@ -231,18 +238,31 @@ class RequestNode(CheckNode, Qcow2Extents):
         run = await self._run(offset, offset + length)
         count = min(run.end, offset + length) - offset
         if run.kind is Kind.COMPRESSED:
-            return BlockStatus(StatusFlag.DATA | StatusFlag.COMPRESSED, count)
-        flags = StatusFlag(0)
-        if run.kind is Kind.NORMAL:
-            flags |= StatusFlag.DATA
-        elif run.kind is Kind.ZERO:
-            flags |= StatusFlag.ZERO
+            return BlockStatus(_COMPRESSED, count)
+        flags = _FLAGS[run.kind]
         if not run.has_host:
             return BlockStatus(flags, count)
         if precise and run.kind is Kind.NORMAL and await self._has_unwritten():
-            flags |= StatusFlag.RECURSE
+            flags |= _RECURSE
         place = run.host + offset - run.start
-        return BlockStatus(flags | StatusFlag.OFFSET_VALID, count, self._data.node, place)
+        return BlockStatus(flags | _OFFSET_VALID, count, self._data.node, place)
+
+    async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
+        """All that one slice of a table says."""
+        if self._header.has_subclusters or self._header.has_data_file:
+            return []
+        recurse = _RECURSE if await self._has_unwritten() else 0
+        try:
+            found = await self._clusters.statuses(offset, offset + length)
+        except ImageError as error:
+            raise await self._corrupt(error) from None
+        node = self._data.node
+        return [
+            BlockStatus(flags | recurse if flags & _DATA else flags, count, node, place)
+            if flags & _OFFSET_VALID
+            else BlockStatus(flags, count)
+            for flags, count, place in found
+        ]
 
     async def _has_unwritten(self) -> bool:
         """Whether clusters have a place in the file that were never written, as far as one can see from its size."""
