@@ -247,6 +247,8 @@ class _Repair:
     async def _check_l2_flags(self, table: L2Table, counts: Tally, *, repair: bool) -> int:
         """The same in one L2 table. Returns how many are repaired."""
         survey, size = self._survey, self._header.cluster_size
+        if survey.is_scattered(table) and self._flags_are_right(table, counts):
+            return 0
         wrong: list[tuple[int, int]] = []
         for index, count, entry, _ in survey.runs(table):
             if entry & COMPRESSED or not survey.has_place(entry):
@@ -282,6 +284,23 @@ class _Repair:
             self._places.check("Preventing invalid write", at, len(entries))
             await self._write(at, entries)
         return len(wrong)
+
+    def _flags_are_right(self, table: L2Table, counts: Tally) -> bool:
+        """Whether that is so for certain: each cluster is the active table's alone, and says so."""
+        survey, bits = self._survey, self._header.cluster_bits
+        entries = [
+            entry for entry in table.entries if entry & OFFSET_MASK and not entry & COMPRESSED
+        ]
+        clusters = [(entry & OFFSET_MASK) >> bits for entry in entries]
+        return (
+            all(entry & COPIED for entry in entries)
+            and max(clusters, default=-1) < survey.clusters
+            and all(
+                survey.recorded_is_known(block * survey.per_block)
+                for block in {cluster // survey.per_block for cluster in clusters}
+            )
+            and counts.each_is_one(clusters)
+        )
 
     def _all_are_one(self, counts: Tally, cluster: int, count: int) -> bool:
         survey = self._survey

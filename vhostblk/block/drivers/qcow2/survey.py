@@ -54,6 +54,8 @@ _MOST_MISALIGNED = 1 << 16
 # All tables together have that many bytes more than the file at most, if they are no trick.
 _SLACK = 64 << 20
 _OFTEN = 16
+# Neighbours that are looked at to see how long runs are.
+_SAMPLES = 64
 # Lines about a table that are said again.
 _MOST_HEARD = 1 << 14
 
@@ -118,6 +120,7 @@ class Survey:
         self.misaligned: list[tuple[int, int, int]] = []
         self._fixes = fixes
         self._entries = EntryReader(header)
+        self._extended, self._has_data_file = header.has_subclusters, header.has_data_file
         self._size = header.cluster_size
         self._bits = header.cluster_bits
         self._length = file.node.length
@@ -292,6 +295,8 @@ class Survey:
         return OFFSETS.decode(data) if data.count(0) < length else array("Q")
 
     def _count_l2(self, table: L2Table) -> None:
+        if self.is_scattered(table) and self._count_scattered(table):
+            return
         expected = 0
         for index, count, entry, bitmap in self.runs(table):
             if entry & COMPRESSED:
@@ -303,7 +308,7 @@ class Survey:
                     "ERROR found l2 entry with reserved bits set: ", entry, count, table.times
                 )
             if not self.has_place(entry):
-                if self.header.has_subclusters and bitmap & _ALL:
+                if self._extended and bitmap & _ALL:
                     for _ in range(count):
                         self.wrong(
                             "ERROR: Unallocated cluster has non-zero subcluster allocation map",
@@ -324,13 +329,42 @@ class Survey:
             if expected and offset != expected:
                 result.fragmented_clusters += table.active
             expected = offset + count * self._size
-            if self.header.has_data_file:
+            if self._has_data_file:
                 continue
             if offset + count * self._size <= self._length:
                 self._refer(offset, count * self._size, table.times)
             else:
                 for at in range(count):
                     self._refer(offset + at * self._size, self._size, table.times)
+
+    def is_scattered(self, table: L2Table) -> bool:
+        """Whether runs of clusters are so short that it is faster to look at each; a guess."""
+        if self._extended or self._has_data_file:
+            return False
+        entries, size = table.entries, self._size
+        step = max(len(entries) // _SAMPLES, 1)
+        breaks = sum(
+            entries[at + 1] - entries[at] not in (0, size)
+            for at in range(0, len(entries) - 1, step)
+        )
+        return breaks > _SAMPLES // 8
+
+    def _count_scattered(self, table: L2Table) -> bool:
+        """Count each cluster; False, and nothing is counted: something may be wrong with one."""
+        entries, size = table.entries, self._size
+        odd = _L2_RESERVED | COMPRESSED | OFFSET_MASK & size - 1
+        if any(entry & odd for entry in entries):
+            return False
+        clusters = [(entry & OFFSET_MASK) >> self._bits for entry in entries if entry & OFFSET_MASK]
+        if not clusters:
+            return True
+        if max(clusters) >= self._length // size or not self.used.add_each(clusters, table.times):
+            return False
+        self.result.allocated_clusters += len(clusters) * table.active
+        following = clusters[1:]
+        jumps = sum([after - one != 1 for one, after in zip(clusters, following, strict=False)])
+        self.result.fragmented_clusters += jumps * table.active
+        return True
 
     def _wrong_run(self, message: str, entry: int, count: int, times: int) -> None:
         step = self._size if entry & OFFSET_MASK else 0
@@ -380,8 +414,10 @@ class Survey:
         """Whether an entry, not of a compressed cluster, names a place of a cluster."""
         if entry & OFFSET_MASK:
             return True
-        is_zero = entry & _ZERO and not self.header.has_subclusters
-        return self.header.has_data_file and bool(entry & COPIED) and not is_zero
+        if not self._has_data_file:
+            return False
+        is_zero = entry & _ZERO and not self._extended
+        return bool(entry & COPIED) and not is_zero
 
     def runs(self, table: L2Table) -> Iterator[tuple[int, int, int, int]]:
         """Entries that can be looked at together: index, how many, the first, its bitmap.
@@ -396,7 +432,9 @@ class Survey:
             step = self._size if entry & OFFSET_MASK else 0
             count = 1
             is_plain = not entry & COMPRESSED and not entry & OFFSET_MASK & (self._size - 1)
-            if is_plain and (entry & OFFSET_MASK) + (end - at) * step <= OFFSET_MASK:
+            if at + 1 < end and entries[at + 1] != entry + step:
+                pass  # most runs of one are seen at once
+            elif is_plain and (entry & OFFSET_MASK) + (end - at) * step <= OFFSET_MASK:
                 count = _alike(entries, at, entry, step)
                 if bitmaps is not None:
                     count = min(count, _alike(bitmaps, at, bitmap, 0))

@@ -96,6 +96,28 @@ class Tally:
             first, clusters = first + end - start, clusters - (end - start)
         return lost
 
+    def add_each(self, clusters: list[int], times: int) -> bool:
+        """So many more uses of each of these; False, and nothing is counted: a count could get too large.
+
+        Raises:
+            BlockError: EFBIG: no room for more counts.
+        """
+        pieces = {number: self._own(number) for number in {one // PIECE for one in clusters}}
+        most = self.largest - times * len(clusters)
+        if any(max(piece) > most for piece in pieces.values()):
+            return False
+        for cluster in clusters:
+            pieces[cluster // PIECE][cluster % PIECE] += times
+        return True
+
+    def each_is_one(self, clusters: list[int]) -> bool:
+        """Whether each of these counts 1."""
+        pieces = {
+            number: self._pieces.get(number, self._empty)
+            for number in {one // PIECE for one in clusters}
+        }
+        return all(pieces[one // PIECE][one % PIECE] == 1 for one in clusters)
+
     def all_are_one(self, first: int, clusters: int) -> bool:
         """Whether each of these, which are in the same piece, counts 1."""
         at = first % PIECE
