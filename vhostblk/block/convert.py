@@ -280,7 +280,7 @@ class Conversion:
             kind = _Kind.BACKING
         return count + kind
 
-    async def _status(self, which: int, offset: int, count: int) -> tuple[StatusFlag, int]:
+    async def _status(self, which: int, offset: int, count: int) -> tuple[int, int]:
         node = self._sources[which].node
         edge = cow_child(skip_filters(node)) if self._options.has_backing else None
         base = edge.node if edge is not None else None

@@ -64,4 +64,34 @@ ROWS = (
     Row("map -U disk.qcow2", held="qemu-io disk.qcow2"),
     Row("map disk.qcow2", held="qemu-io disk.qcow2"),
     Row("map --output=json top.qcow2", process=True),
+    *rows(
+        """
+        map --output=json one.qcow2
+        map one.qcow2
+        """,
+        given=["qemu-img create -f qcow2 -b short.raw -F raw one.qcow2 1M"],
+    ),
+    *rows(
+        """
+        map --output=json full.qcow2
+        map full.qcow2
+        """,
+        given=[
+            "qemu-img create -f qcow2 -o preallocation=metadata full.qcow2 1M",
+            "qemu-io full.qcow2 -c 'write 100k 100k'",
+        ],
+    ),
+    *rows(
+        """
+        map --output=json many.qcow2
+        map many.qcow2
+        compare many.qcow2 new.qcow2
+        check many.qcow2
+        """,
+        given=[
+            "qemu-img create -f qcow2 -o cluster_size=512 many.qcow2 1M",
+            "qemu-io many.qcow2 -c 'write -z 9k 1k' -c 'write 700k 512' -c 'write 300k 512' -c 'write 3k 2k'"
+            " -c 'write -z 700k 1k' -c 'write 701k 1k' -c 'discard 300k 512' -c 'write 2k 1k'",
+        ],
+    ),
 )
