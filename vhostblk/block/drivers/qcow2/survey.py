@@ -30,7 +30,14 @@ from vhostblk.block.drivers.qcow2.entries import (
 )
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
 from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
-from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, Table, read_bytes, read_table
+from vhostblk.block.drivers.qcow2.tables import (
+    OFFSETS,
+    Codec,
+    Table,
+    count_alike,
+    read_bytes,
+    read_table,
+)
 from vhostblk.block.drivers.qcow2.tally import PIECE, Tally, differences
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
@@ -435,9 +442,9 @@ class Survey:
             if at + 1 < end and entries[at + 1] != entry + step:
                 pass  # most runs of one are seen at once
             elif is_plain and (entry & OFFSET_MASK) + (end - at) * step <= OFFSET_MASK:
-                count = _alike(entries, at, entry, step)
+                count = count_alike(entries, at, entry, step)
                 if bitmaps is not None:
-                    count = min(count, _alike(bitmaps, at, bitmap, 0))
+                    count = min(count, count_alike(bitmaps, at, bitmap, 0))
             yield at, count, entry, bitmap
             at += count
 
@@ -584,24 +591,3 @@ class Survey:
 def difference(word: str, cluster: int, count: int, uses: int) -> str:
     """The line about a cluster whose recorded count is not how often it is used."""
     return f"{word} cluster {cluster} refcount={count} reference={uses}"
-
-
-def _alike(table: Table, at: int, first: int, step: int) -> int:
-    """How many numbers from `at` on are `first`, `first + step`, and so on: at least one."""
-    count, size, grows = 1, 1, True
-    end = len(table) - at
-    while count < end and size:
-        size = min(size, end - count)
-        start = first + count * step
-        wanted = (
-            array("Q", range(start, start + size * step, step))
-            if step
-            else array("Q", [first]) * size
-        )
-        if table[at + count : at + count + size] == wanted:
-            count += size
-            size = size * 2 if grows else size
-        else:
-            grows = False
-            size //= 2
-    return count

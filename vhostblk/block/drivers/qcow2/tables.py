@@ -92,3 +92,24 @@ async def read_table(file: Edge, offset: int, entries: int) -> Table:
 def entry_writes(offset: int, table: Table, indices: Iterable[int]) -> list[tuple[int, bytes]]:
     """These entries of the table of offsets at `offset`: where to write which bytes."""
     return [(offset + 8 * index, table[index].to_bytes(8)) for index in sorted(indices)]
+
+
+def count_alike(table: Table, at: int, first: int, step: int) -> int:
+    """How many numbers from `at` on are `first`, `first + step`, and so on: at least one."""
+    count, size, grows = 1, 1, True
+    end = len(table) - at
+    while count < end and size:
+        size = min(size, end - count)
+        start = first + count * step
+        wanted = (
+            array("Q", range(start, start + size * step, step))
+            if step
+            else array("Q", [first]) * size
+        )
+        if table[at + count : at + count + size] == wanted:
+            count += size
+            size = size * 2 if grows else size
+        else:
+            grows = False
+            size //= 2
+    return count
