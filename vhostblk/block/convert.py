@@ -224,6 +224,12 @@ class Conversion:
     def _is_copied(self, kind: _Kind) -> bool:
         return kind is _Kind.DATA or (kind is _Kind.ZERO and not self._options.min_sparse)
 
+    def _needs_nothing(self, kind: _Kind) -> bool:
+        """Whether the target is right already."""
+        return kind is _Kind.BACKING or (
+            kind is _Kind.ZERO and self._is_zero and not self._is_copied(kind)
+        )
+
     async def _next(self, offset: int) -> int:
         """Bytes of the next chunk; what it is is `_kind` then.
 
@@ -313,6 +319,11 @@ class Conversion:
                 offset = self._offset
                 try:
                     count = await self._next(offset)
+                    while self._needs_nothing(self._kind):
+                        self._offset = offset = offset + count
+                        if offset >= self.total:
+                            return
+                        count = await self._next(offset)
                 except BlockError as error:
                     self._error = self._error or error
                     return

@@ -53,7 +53,7 @@ _ALLOCATE = FALLOC_FL_KEEP_SIZE
 _MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 # Copying so many bytes takes longer than waking a thread that does it while the loop goes on.
-_LARGE = 1 << 20
+_LARGE = 2 << 20
 # Freeing so much memory at once is not noticed; more is given to a thread.
 _INLINE_FALLOCATE = 1 << 20
 
@@ -132,6 +132,7 @@ class PosixNode(BlockNode):
         return DONE if got == length else self._read_rest(offset, length, iov, got)
 
     async def _read_large(self, offset: int, length: int, iov: IoVec) -> None:
+        # Not by io_uring, which would copy what is in the page cache before it returns to us.
         got = await self._io.call(read_all, self._fd, offset, iov)
         if got < length:
             await self._read_rest(offset, length, iov, got)
