@@ -50,6 +50,10 @@ JOBS = (
     Job("map", "map {striped}", 1.5),
     Job("map-json", "map --output=json {striped}", 1.5),
     Job("map-scattered", "map --output=json {scattered}", 1.5),
+    Job("convert-to-raw", "convert -O raw {striped} {target}", 1.2, ("target",)),
+    Job("convert-to-qcow2", "convert -O qcow2 {raw} {target}", 1.2, ("target",)),
+    Job("convert-compressed", "convert -c -O qcow2 {raw} {target}", 1.3, ("target",)),
+    Job("convert-scattered", "convert -O raw {scattered} {target}", 1.2, ("target",)),
 )
 
 
