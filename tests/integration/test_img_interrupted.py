@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO
@@ -177,3 +178,36 @@ def test_image_does_not_become_standard_output_where_that_is_closed(tmp_path: Pa
     assert closed.end() == (0, "")
     assert contents(tmp_path / "mid", tmp_path) == before
     assert contents(tmp_path / "top", tmp_path) == before
+
+
+_STUBBORN = """
+import sys
+from vhostblk.cli.interruption import run_interruptible
+async def work():
+    print("begun", flush=True)
+    while True:
+        try:
+            {step}
+        except BaseException:
+            pass
+run_interruptible(work(), lambda: print("ended"))
+"""
+
+
+@pytest.mark.parametrize("step", ["pass", "await __import__('asyncio').sleep(0)"])
+def test_work_that_does_not_listen_is_ended_all_the_same(step: str) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _STUBBORN.format(step=step)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + DEADLINE
+        while step != "pass" and process.poll() is None and time.monotonic() < deadline:
+            # It lets others have a turn, so it may be closing something: the second signal ends it, and what comes
+            # before the first was seen is no second one.
+            process.send_signal(signal.SIGTERM)
+        status = process.wait(DEADLINE)
+        said = process.stdout.read()
+        assert status == -signal.SIGTERM
+        assert said == (b"ended\n" if step == "pass" else b"")

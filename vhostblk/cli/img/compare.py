@@ -56,7 +56,7 @@ class Compare(ImageArguments):
 async def run(session: Session, args: Compare) -> int:
     """Compare them."""
     session.quiet = args.quiet
-    progress = Progress(args.progress and not args.quiet)
+    progress = Progress(args.progress and not args.quiet, step=2.0)
     try:
         return await _compare(session, args, progress)
     finally:

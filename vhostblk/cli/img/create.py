@@ -72,7 +72,9 @@ async def run(session: Session, args: Create) -> int:
         )
         await image.prepare(check_backing=not args.unsafe)
         session.print(f"Formatting '{name}', fmt={args.format} {image.options}")
+        session.unfinished.append(name)
         await image.create()
+        session.unfinished.remove(name)
     except (ConfigError, BlockError) as error:
         raise ImgError(f"{name}: {reason(error)}", hint=_hint(error)) from None
     return 0
