@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,18 +19,24 @@ class Kept:
     def __init__(self, side: str, image_format: str, version: str) -> None:
         self._path: Path = BUILD / f"{side}-{image_format}.json"
         self._version = version
-        self.results: dict[str, Result] = {}
-        if self._path.exists():
-            kept = json.loads(self._path.read_text())
-            if kept["version"] == version:
-                self.results = {test: Result(**fields) for test, fields in kept["tests"].items()}
+        self.results = self._read()
+
+    def _read(self) -> dict[str, Result]:
+        if not self._path.exists():
+            return {}
+        kept = json.loads(self._path.read_text())
+        if kept["version"] != self._version:
+            return {}
+        return {test: Result(**fields) for test, fields in kept["tests"].items()}
 
     def put(self, test: str, result: Result) -> None:
-        """Keep it."""
+        """Keep it, and what other runs have kept meanwhile."""
         self.results[test] = result
-        tests = {test: asdict(result) for test, result in sorted(self.results.items())}
+        tests = {name: asdict(one) for name, one in sorted((self._read() | {test: result}).items())}
         text = json.dumps({"version": self._version, "tests": tests}, indent=1)
-        self._path.write_text(text)
+        new = self._path.with_suffix(f".{os.getpid()}")
+        new.write_text(text)
+        new.replace(self._path)
 
 
 def known_failures(text: str) -> dict[tuple[str, str], str]:
