@@ -32,6 +32,8 @@ MAX_BACKING_NAME = 1023
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
+# What QEMU counts entries with.
+_INT_MAX = (1 << 31) - 1
 _MAX_REFCOUNT_ORDER = 6
 _V2_REFCOUNT_ORDER = 4
 SUBCLUSTERS = 32
@@ -323,6 +325,8 @@ class Header:
         if self.snapshots_offset % self.cluster_size or self.snapshots_offset > MAX_OFFSET:
             raise ImageError("Snapshot table offset invalid")
         self._check_offset("Active L1 table", self.l1_offset, self.l1_entries * 8)
+        if self.l1_entries_needed(self.size) > _INT_MAX:
+            raise ImageError("Image is too big")
         if self.l1_entries < self.l1_entries_needed(self.size):
             raise ImageError("L1 table is too small")
 

@@ -68,6 +68,7 @@ def test_names_are_bytes() -> None:
         ({"l1_offset": 0x30200}, "L1 table offset"),
         ({"l1_offset": 0}, "L1 table offset"),
         ({"l1_entries": 1}, "L1 table is too small"),
+        ({"size": 1 << 60}, "Image is too big"),
         ({"l1_entries": (32 << 20) // 8 + 1}, "L1 table too large"),
         ({"refcount_table_clusters": 0}, "reference count table"),
         ({"refcount_table_clusters": 129}, "Reference count table too large"),
