@@ -70,4 +70,77 @@ ROWS = (
         differs="what another process writes is not read without being asked to (-U)",
     ),
     Row("bench -U -c 10 disk.raw", held="qemu-io -f raw disk.raw"),
+    # Option by option, as the manual has them.
+    *rows("""
+        bench -c 8 disk.raw
+        bench -c 8 -f raw disk.raw
+        bench -c 8 disk.qcow2
+        bench -c 8 -q disk.qcow2
+        bench -c 8 -w -f raw disk.raw
+        bench -c 8 -w disk.qcow2
+        bench -c 8 -w --pattern=7 disk.qcow2
+        bench -c 8 -w --pattern=255 -s 64k -S 128k -f raw disk.raw
+        bench -c 8 -w --pattern=256 disk.qcow2
+        bench -c 8 -w --pattern=-1 disk.qcow2
+        bench -c 8 -w --pattern=x disk.qcow2
+        bench -c 8 --pattern=7 disk.qcow2
+        bench -c 8 -d 1 disk.qcow2
+        bench -c 8 -d -1 disk.qcow2
+        bench -c 8 -d x disk.qcow2
+        bench -c 0 disk.qcow2
+        bench -c -1 disk.qcow2
+        bench -c x disk.qcow2
+        bench -c '' disk.qcow2
+        bench -c 99999999999 disk.qcow2
+        bench -c 8 -s 4k disk.qcow2
+        bench -c 8 -s 0 disk.qcow2
+        bench -c 8 -s 1 disk.qcow2
+        bench -c 8 -s 1000 disk.qcow2
+        bench -c 2 -s 1M disk.qcow2
+        bench -c 2 -s 2M disk.qcow2
+        bench -c 2 -s 8E disk.qcow2
+        bench -c 2 -s x disk.qcow2
+        bench -c 8 -S 4k disk.qcow2
+        bench -c 8 -S 0 disk.qcow2
+        bench -c 8 -S x disk.qcow2
+        bench -c 8 -S 8k -s 4k disk.qcow2
+        bench -c 8 -o 64k disk.qcow2
+        bench -c 8 -o 1000 disk.qcow2
+        bench -c 8 -o 1M disk.qcow2
+        bench -c 8 -o x disk.qcow2
+        bench -c 8 -o -1 disk.qcow2
+        bench -c 8 --flush-interval=2 -w -d 2 disk.qcow2
+        bench -c 8 --flush-interval=2 -w -d 4 disk.qcow2
+        bench -c 8 --flush-interval=4 -w -d 2 disk.qcow2
+        bench -c 8 --flush-interval=2 disk.qcow2
+        bench -c 8 --flush-interval=x -w disk.qcow2
+        bench -c 8 --flush-interval=-1 -w disk.qcow2
+        bench -c 8 --flush-interval=4 --no-drain -w -d 2 disk.qcow2
+        bench -c 8 --no-drain -w disk.qcow2
+        bench -c 8 --no-drain disk.qcow2
+        bench -c 8 -n disk.qcow2
+        bench -c 8 -i threads disk.qcow2
+        bench -c 8 -i native disk.qcow2
+        bench -c 8 -i nonsense disk.qcow2
+        bench -c 8 -t writeback disk.qcow2
+        bench -c 8 -t nonsense disk.qcow2
+        bench -c 8 -U disk.qcow2
+        bench -c 8 -f nothing disk.qcow2
+        bench -c 8 -f qcow2 disk.raw
+        bench -c 8 nowhere
+        bench -c 8 disk.qcow2 disk.raw
+        bench -c 8 bad-magic.qcow2
+        bench -c 8 odd.raw
+        bench -c 8 -w odd.raw
+        bench -c 8 --image-opts driver=qcow2,file.filename=disk.qcow2
+        bench -c 8 --image-opts driver=null-co,size=1M
+        bench -c 8 --image-opts -f raw driver=null-co,size=1M
+        bench -c 8 --nonsense disk.qcow2
+        bench -c
+    """),
+    Row("bench -c 8 disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("bench -c 8 -U disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("bench -c 8 -w disk.qcow2", held="qemu-io -r disk.qcow2"),
+    Row("bench -c 8 -w -n disk.qcow2", on_disk=True),
+    Row("bench -c 8 -w -t none -i native disk.qcow2", on_disk=True),
 )

@@ -76,4 +76,74 @@ ROWS = (
     Row("dd -U if=disk.raw of=out", held="qemu-io -f raw disk.raw"),
     Row("dd if=disk.raw of=zeroes.raw", held="qemu-io -f raw zeroes.raw", differs=_USED),
     Row("dd if=disk.raw of=disk.raw", differs=_OWN),
+    # Option by option, as the manual has them.
+    *rows("""
+        dd -f raw if=disk.raw of=out
+        dd -f raw -O raw if=disk.raw of=out
+        dd -O qcow2 if=disk.qcow2 of=out
+        dd -O null-co if=disk.raw of=out
+        dd if=. of=out
+        dd if=disk.raw of=disk.qcow2
+        dd if=disk.raw of=out bs=1M
+        dd if=disk.raw of=out bs=64k
+        dd if=disk.raw of=out bs=1000
+        dd if=text.raw of=out bs=1
+        dd if=disk.raw of=out bs=0
+        dd if=disk.raw of=out bs=-1
+        dd if=disk.raw of=out bs=x
+        dd if=disk.raw of=out bs=
+        dd if=disk.raw of=out bs=2G
+        dd if=disk.raw of=out bs=4G
+        dd if=disk.raw of=out bs=64k count=2
+        dd if=disk.raw of=out bs=64k count=0
+        dd if=disk.raw of=out bs=64k count=100
+        dd if=disk.raw of=out bs=64k count=x
+        dd if=disk.raw of=out bs=64k count=-1
+        dd if=disk.raw of=out bs=64k skip=1
+        dd if=disk.raw of=out bs=64k skip=15
+        dd if=disk.raw of=out bs=64k skip=16
+        dd if=disk.raw of=out bs=64k skip=17
+        dd if=disk.raw of=out bs=64k skip=1 count=2
+        dd if=disk.raw of=out bs=64k skip=15 count=5
+        dd if=disk.raw of=out bs=64k skip=x
+        dd if=disk.raw of=out bs=64k skip=-1
+        dd if=disk.raw of=out bs=64k skip=8E
+        dd if=disk.raw of=out bs=64k count=8E
+        dd if=odd.raw of=out bs=512
+        dd if=odd.raw of=out bs=300 skip=1
+        dd if=odd.raw of=out -O qcow2
+        dd if=empty.raw of=out -O qcow2
+        dd if=zeroes.raw of=out
+        dd if=subclusters.qcow2 of=out bs=4k
+        dd if=compressed.qcow2 of=out -O qcow2
+        dd if=cut-data.qcow2 of=out bs=64k
+        dd if=orphan.qcow2 of=out
+        dd if=bad-magic.qcow2 of=out
+        dd if=l2-reserved.qcow2 of=out bs=64k
+        dd seek=1 if=disk.raw of=out
+        dd conv=notrunc if=disk.raw of=out
+        dd iflag=direct if=disk.raw of=out
+        dd nonsense if=disk.raw of=out
+        dd if=disk.raw if=odd.raw of=out
+        dd bs=1k bs=64k if=disk.raw of=out
+        dd if=disk.raw of=out of=out2
+        dd -q if=disk.raw of=out
+        dd -p if=disk.raw of=out
+        dd -U if=disk.qcow2 of=out
+        dd --image-opts if=driver=qcow2,file.filename=disk.qcow2 of=out
+        dd --image-opts if=disk.qcow2 of=out
+        dd --image-opts -f qcow2 if=driver=qcow2,file.filename=disk.qcow2 of=out
+        dd --image-opts if=driver=qcow2,file.filename=disk.qcow2 of=driver=raw,file.filename=zeroes.raw
+        dd --nonsense if=disk.raw of=out
+        dd -f
+        dd if=disk.raw of=out bs=64k -O qcow2
+        dd if='with space.raw' of='the out'
+        dd if=a,b.raw of=c,d
+    """),
+    Row("dd if=disk.qcow2 of=out", held="qemu-io disk.qcow2"),
+    Row("dd -U if=disk.qcow2 of=out", held="qemu-io disk.qcow2"),
+    Row("dd if=disk.raw of=disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("dd if=disk.raw of=out bs=64k", given=["truncate -s 5M out", "poke out 0 ff"]),
+    Row("dd if=disk.raw of=out bs=64k", process=True),
+    Row("dd if=disk.raw of=out bs=64k -O qcow2", on_disk=True),
 )
