@@ -329,4 +329,262 @@ ROWS = (
         "convert --bitmaps -n -O qcow2 bitmaps.qcow2 terabyte.qcow2",
         differs="the first of several bitmaps is blamed, not the last",
     ),
+    # Option by option, as the manual has them.
+    *rows("""
+        convert -O raw empty.raw out
+        convert -O raw zeroes.raw out
+        convert -O raw odd.raw out
+        convert -O raw text.raw out
+        convert -O raw 'with space.raw' out
+        convert -O raw ünïcode.raw out
+        convert -O raw new.qcow2 out
+        convert -O raw v2.qcow2 out
+        convert -O raw disk.qcow2 out
+        convert -O raw top.qcow2 out
+        convert -O raw over-raw.qcow2 out
+        convert -O raw small-clusters.qcow2 out
+        convert -O raw subclusters.qcow2 out
+        convert -O raw compressed.qcow2 out
+        convert -O raw zstd.qcow2 out
+        convert -O raw lazy.qcow2 out
+        convert -O raw external.qcow2 out
+        convert -O raw snapshots.qcow2 out
+        convert -O raw bitmaps.qcow2 out
+        convert -O raw unlabelled.qcow2 out
+        convert -O raw mislabelled.qcow2 out
+        convert -O raw orphan.qcow2 out
+        convert -O raw bad-magic.qcow2 out
+        convert -O raw cut.qcow2 out
+        convert -O raw cut-data.qcow2 out
+        convert -O raw feature.qcow2 out
+        convert -O raw corrupt.qcow2 out
+        convert -O raw dirty.qcow2 out
+        convert -O raw leak.qcow2 out
+        convert -O raw l2-misplaced.qcow2 out
+        convert -O raw l2-reserved.qcow2 out
+        convert -O raw l2-beyond.qcow2 out
+        convert -O raw nowhere out
+        convert -O raw . out
+        convert -O raw '' out
+        convert -O qcow2 text.raw out
+        convert -O qcow2 'with space.raw' out
+        convert -O qcow2 ünïcode.raw out
+        convert -O qcow2 new.qcow2 out
+        convert -O qcow2 v2.qcow2 out
+        convert -O qcow2 over-raw.qcow2 out
+        convert -O qcow2 small-clusters.qcow2 out
+        convert -O qcow2 subclusters.qcow2 out
+        convert -O qcow2 compressed.qcow2 out
+        convert -O qcow2 zstd.qcow2 out
+        convert -O qcow2 lazy.qcow2 out
+        convert -O qcow2 snapshots.qcow2 out
+        convert -O qcow2 unlabelled.qcow2 out
+        convert -O qcow2 mislabelled.qcow2 out
+        convert -O qcow2 orphan.qcow2 out
+        convert -O qcow2 bad-magic.qcow2 out
+        convert -O qcow2 cut.qcow2 out
+        convert -O qcow2 cut-data.qcow2 out
+        convert -O qcow2 feature.qcow2 out
+        convert -O qcow2 corrupt.qcow2 out
+        convert -O qcow2 dirty.qcow2 out
+        convert -O qcow2 leak.qcow2 out
+        convert -O qcow2 l2-misplaced.qcow2 out
+        convert -O qcow2 l2-reserved.qcow2 out
+        convert -O qcow2 nowhere out
+        convert -O qcow2 . out
+        convert -O qcow2 '' out
+        convert disk.qcow2 out
+        convert -f raw disk.raw out
+        convert -f raw disk.qcow2 out
+        convert -O null-co disk.raw out
+        convert -O file disk.raw out
+        convert -O vmdk disk.raw out -x
+        convert -O '' disk.raw out
+        convert -f raw -O qcow2 disk.raw short.raw out
+        convert -O raw disk.qcow2 disk.raw odd.raw out
+        convert -O qcow2 odd.raw odd.raw out
+        convert -O raw nowhere disk.raw out
+        convert -O raw disk.raw nowhere out
+        convert -O raw disk.raw .
+        convert -O raw disk.raw nowhere/out
+        convert -O qcow2 disk.raw nowhere/out
+        convert -O qcow2 disk.raw ''
+        convert -q -O qcow2 disk.raw out
+        convert -p -O qcow2 zeroes.raw out
+        convert -pq -O qcow2 disk.raw out
+        convert -c -O qcow2 -o compression_type=zstd disk.raw out
+        convert -c -O qcow2 disk.raw disk.raw out
+        convert -c -O qcow2 -o extended_l2=on disk.raw out
+        convert -c -O qcow2 odd.raw out
+        convert -c -O qcow2 -o data_file=data disk.raw out
+        convert -C -O raw disk.raw out
+        convert -C -S 4k -O raw disk.raw out
+        convert -n -O raw disk.raw out
+        convert -n -O raw disk.raw zeroes.raw
+        convert -n -O raw disk.raw short.raw
+        convert -n -O raw disk.raw disk.qcow2
+        convert -n -O qcow2 disk.raw disk.qcow2
+        convert -n -O qcow2 disk.raw terabyte.qcow2
+        convert -n -O qcow2 disk.raw small-clusters.qcow2
+        convert -n -O qcow2 -o cluster_size=4k disk.raw new.qcow2
+        convert -n -O qcow2 -B base.qcow2 disk.raw new.qcow2
+        convert -n -O qcow2 disk.qcow2 top.qcow2
+        convert -n --target-is-zero -O raw disk.raw zeroes.raw
+        convert --target-is-zero -O raw disk.raw out
+        convert -S 0 -O raw disk.raw out
+        convert -S 4k -O qcow2 disk.raw out
+        convert -S 64k -O raw disk.raw out
+        convert -S 1M -O raw disk.raw out
+        convert -S 1 -O raw disk.raw out
+        convert -S 1000 -O raw disk.raw out
+        convert -S -1 -O raw disk.raw out
+        convert -S x -O raw disk.raw out
+        convert -S 8E -O raw disk.raw out
+        convert -m 1 -O qcow2 disk.raw out
+        convert -m 16 -O qcow2 disk.raw out
+        convert -m 0 -O qcow2 disk.raw out
+        convert -m 17 -O qcow2 disk.raw out
+        convert -m x -O qcow2 disk.raw out
+        convert -m '' -O qcow2 disk.raw out
+        convert -W -m 16 -O qcow2 disk.raw out
+        convert -W -c -O qcow2 disk.raw out
+        convert -W -O raw disk.raw out
+        convert -r 1M -O raw disk.raw out
+        convert -r x -O raw disk.raw out
+        convert -r 0 -O raw disk.raw out
+        convert -r -1 -O raw disk.raw out
+        convert -o cluster_size=4k -O qcow2 disk.raw out
+        convert -o cluster_size=3 -O qcow2 disk.raw out
+        convert -o size=2M -O qcow2 disk.raw out
+        convert -o size=512k -O qcow2 disk.raw out
+        convert -o size=2M -O raw disk.raw out
+        convert -o preallocation=full -O raw disk.raw out
+        convert -o preallocation=metadata -O qcow2 disk.raw out
+        convert -o preallocation=falloc -O qcow2 disk.raw out
+        convert -c -o preallocation=metadata -O qcow2 disk.raw out
+        convert -o compat=0.10 -O qcow2 disk.qcow2 out
+        convert -o compat=0.10 -O qcow2 zeroes.raw out
+        convert -o extended_l2=on -O qcow2 disk.raw out
+        convert -o data_file=data -O qcow2 disk.raw out
+        convert -o data_file=data,data_file_raw=on -O qcow2 disk.raw out
+        convert -o lazy_refcounts=on -O qcow2 disk.raw out
+        convert -o refcount_bits=1 -O qcow2 disk.raw out
+        convert -o nonsense=1 -O qcow2 disk.raw out
+        convert -o help -O qcow2
+        convert -o help -O raw
+        convert -o help -O qcow2 disk.raw out
+        convert -o help -O nothing
+        convert -o cluster_size=4k -o compat=0.10 -O qcow2 disk.raw out
+        convert -B base.qcow2 -O qcow2 top.qcow2 out
+        convert -B base.qcow2 -F qcow2 -O qcow2 top.qcow2 out
+        convert -B base.qcow2 -F qcow2 -O qcow2 mid.qcow2 out
+        convert -B mid.qcow2 -F qcow2 -O qcow2 top.qcow2 out
+        convert -B disk.raw -F raw -O qcow2 over-raw.qcow2 out
+        convert -B base.qcow2 -F raw -O qcow2 top.qcow2 out
+        convert -B base.qcow2 -F nothing -O qcow2 top.qcow2 out
+        convert -B nowhere -F qcow2 -O qcow2 top.qcow2 out
+        convert -B base.qcow2 -F qcow2 -O raw top.qcow2 out
+        convert -B base.qcow2 -F qcow2 -c -O qcow2 top.qcow2 out
+        convert -B base.qcow2 -F qcow2 -S 0 -O qcow2 top.qcow2 out
+        convert -B short.raw -F raw -O qcow2 disk.raw out
+        convert -B large.raw -F raw -O qcow2 disk.raw out
+        convert -B base.qcow2 -F qcow2 -O qcow2 top.qcow2 top.qcow2 out
+        convert -F qcow2 -O qcow2 top.qcow2 out
+        convert -o backing_file=base.qcow2 -O qcow2 top.qcow2 out
+        convert -o backing_file=base.qcow2,backing_fmt=qcow2 -O qcow2 top.qcow2 out
+        convert -B base.qcow2 -o backing_file=base.qcow2,backing_fmt=qcow2 -O qcow2 top.qcow2 out
+        convert -o backing_fmt=qcow2 -O qcow2 top.qcow2 out
+        convert -l one -O raw snapshots.qcow2 out
+        convert -l 1 -O raw snapshots.qcow2 out
+        convert -l two -O qcow2 snapshots.qcow2 out
+        convert -l snapshot.name=one -O raw snapshots.qcow2 out
+        convert -l snapshot.id=2 -O raw snapshots.qcow2 out
+        convert -l snapshot.id=2,snapshot.name=two -O raw snapshots.qcow2 out
+        convert -l snapshot.id=2,snapshot.name=one -O raw snapshots.qcow2 out
+        convert -l snapshot.nonsense=1 -O raw snapshots.qcow2 out
+        convert -l three -O raw snapshots.qcow2 out
+        convert -l '' -O raw snapshots.qcow2 out
+        convert -l one -O raw disk.raw out
+        convert -l one -O raw snapshots.qcow2 disk.raw out
+        convert -s one -O raw snapshots.qcow2 out
+        convert -t none -O raw disk.raw out
+        convert -t writeback -O qcow2 disk.raw out
+        convert -t writethrough -O qcow2 disk.raw out
+        convert -t unsafe -O qcow2 disk.raw out
+        convert -t nonsense -O qcow2 disk.raw out
+        convert -T writethrough -O qcow2 disk.raw out
+        convert -T nonsense -O qcow2 disk.raw out
+        convert -U -O raw disk.qcow2 out
+        convert --skip-broken-bitmaps -O qcow2 bitmaps.qcow2 out
+        convert --bitmaps -O qcow2 bitmaps.qcow2 bitmaps.qcow2 out
+        convert --salvage -O raw cut-data.qcow2 out
+        convert --salvage -O raw l2-beyond.qcow2 out
+        convert --salvage -O raw l2-reserved.qcow2 out
+        convert --salvage -q -O raw l2-reserved.qcow2 out
+        convert --salvage -C -O raw disk.raw out
+        convert --image-opts -O raw driver=qcow2,file.filename=disk.qcow2 out
+        convert --image-opts -f qcow2 -O raw driver=qcow2,file.filename=disk.qcow2 out
+        convert --image-opts -O raw disk.qcow2 out
+        convert --image-opts -O raw driver=null-co,size=1M,read-zeroes=on out
+        convert --image-opts -O qcow2 driver=raw,file.filename=disk.raw,offset=64k,size=64k out
+        convert --target-image-opts -n disk.raw driver=qcow2,file.filename=new.qcow2
+        convert --target-image-opts -n -O qcow2 disk.raw driver=qcow2,file.filename=new.qcow2
+        convert --target-image-opts disk.raw driver=qcow2,file.filename=new.qcow2
+        convert --target-image-opts -O qcow2 disk.raw driver=qcow2,file.filename=new.qcow2
+        convert --target-image-opts -n disk.raw new.qcow2
+        convert --target-image-opts -n disk.raw driver=raw,file.filename=zeroes.raw
+        convert --target-image-opts -n disk.raw driver=null-co,size=1M
+        convert -O raw 'json:{"driver":"qcow2","file":{"driver":"file","filename":"disk.qcow2"}}' out
+        convert -n -O qcow2 disk.raw 'json:{"driver":"qcow2","file":{"driver":"file","filename":"new.qcow2"}}'
+        convert -O raw file:disk.raw file:out
+        convert -O qcow2 disk.raw disk.raw
+        convert -O raw disk.qcow2 disk.qcow2
+        convert -O qcow2 base.qcow2 top.qcow2
+        convert -O qcow2 disk.raw disk.qcow2
+        convert -O raw disk.raw short.raw
+        convert -O raw large.raw out
+        convert -O qcow2 large.raw out
+        convert -O qcow2 terabyte.qcow2 out
+        convert -e -O qcow2 disk.raw out
+        convert -6 -O qcow2 disk.raw out
+        convert --object nothing,id=x -O raw disk.raw out
+        convert --nonsense disk.raw out
+        convert -x disk.raw out
+    """),
+    *rows(
+        """
+        convert -O raw disk.raw /dev/null
+        """,
+        differs="a character device is no image",
+    ),
+    *rows(
+        """
+        convert -n --target-is-zero -B base.qcow2 -O qcow2 disk.raw out
+        """,
+        differs="qemu-img says that it cannot, and succeeds",
+    ),
+    *rows(
+        """
+        convert -O host_device disk.raw out
+        """,
+        differs="the message is another one",
+    ),
+    *rows(
+        """
+        convert -o encryption=on -O qcow2 disk.raw out
+        """,
+        differs="there is no encryption, and so there are no secrets",
+    ),
+    Row("convert -O raw disk.qcow2 out", held="qemu-io disk.qcow2"),
+    Row("convert -U -O raw disk.qcow2 out", held="qemu-io disk.qcow2"),
+    Row("convert -O qcow2 disk.raw disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("convert -n -O qcow2 disk.raw disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("convert -O raw disk.qcow2 out", held="qemu-io -r disk.qcow2"),
+    Row("convert -n -O qcow2 disk.raw disk.qcow2", held="qemu-io -r disk.qcow2"),
+    Row("convert -O raw top.qcow2 out", held="qemu-io base.qcow2"),
+    Row("convert -p -O raw zeroes.raw out", process=True),
+    Row("convert -O qcow2 disk.raw out", on_disk=True),
+    Row("convert -t none -T none -O qcow2 disk.raw out", on_disk=True),
+    Row("convert -O raw disk.qcow2 out", on_disk=True),
+    Row("convert -O raw disk.raw link", given=["ln -s out link", "truncate -s 5M out"]),
 )

@@ -271,7 +271,9 @@ def test_overlays_record_what_they_are_backed_by_when_a_layer_has_left(tmp_path:
         assert recorded.pop() == ("o", str(tmp_path / "base"), "raw")
         second = await graph.add("overlay,node-name=second")
         await surgery.append(graph, second, overlay)
-        with pytest.raises(BlockError, match="Could not change the backing file to .*: Operation not supported"):
+        with pytest.raises(
+            BlockError, match=r"Could not change the backing file to .*: Operation not supported"
+        ):
             await surgery.record_backing(overlay)
 
     with_graph(scenario)
