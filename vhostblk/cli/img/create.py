@@ -72,6 +72,7 @@ async def run(session: Session, args: Create) -> int:
         )
         await image.prepare(check_backing=not args.unsafe)
         session.print(f"Formatting '{name}', fmt={args.format} {image.options}")
+        sys.stdout.flush()
         session.unfinished.append(name)
         await image.create()
         session.unfinished.remove(name)

@@ -75,7 +75,6 @@ def _end(program: str, words: list[str]) -> int:
         sys.stdout.write(_help(program))
         return 0
     except ImgError as error:
-        sys.stdout.flush()
         for line in (str(error), *error.more):
             if line:
                 sys.stderr.write(f"{program}: {line}\n")

@@ -69,8 +69,7 @@ class Session:
 
     def complain(self, text: str) -> None:
         """Print a line to standard error, with the program's name."""
-        # In the order in which both were written, also where both go to one file.
-        sys.stdout.flush()
+        # As in QEMU, what was printed to a file or a pipe before comes later.
         sys.stderr.write(f"{self.program}: {text}\n")
 
     def name_unfinished(self) -> None:
