@@ -20,6 +20,7 @@ from vhostblk.block.drivers.new_file import (
 from vhostblk.block.drivers.posix import PosixNode
 from vhostblk.block.extent import FlushTarget
 from vhostblk.block.filename import protocol_prefix
+from vhostblk.block.flags import Preallocation
 from vhostblk.block.node import OpenContext
 from vhostblk.block.options import STRING, NodeOptions, choice, option
 from vhostblk.block.permissions import Perm
@@ -154,6 +155,13 @@ class FileNode(PosixNode):
                 "device",
                 qemu_text=f"'{self.driver_name}' driver requires '{self.options.filename}' to be a regular file",
             )
+
+    async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
+        """Change the size; a file that was empty has its first block then."""
+        was_empty = not self._size
+        await super().driver_truncate(length, preallocation)
+        if was_empty and preallocation is Preallocation.OFF:
+            await self._io.call(host_file.allocate_first_block, self._fd, length)
 
     def exact_filename(self) -> str:
         """The path; written so that nobody takes a part of it for a protocol."""

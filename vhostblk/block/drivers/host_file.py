@@ -7,6 +7,7 @@ nodes.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -45,6 +46,7 @@ _FAR = 1 << 62  # behind any file's end
 
 _PROBED = (1, 512, 1024, 2048, 4096)
 _FALLBACK_ALIGNMENT = 4096
+_FIRST_BLOCK = 4096
 _ZEROES = 1 << 20
 
 
@@ -187,6 +189,12 @@ def write_zeroes(fd: int, start: int, end: int, direct: bool) -> None:
     finally:
         if direct:
             fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+
+
+def allocate_first_block(fd: int, size: int) -> None:
+    """As QEMU does with a file that was empty: who looks for its alignment by reading there finds a block."""
+    with contextlib.suppress(OSError):
+        os.pwrite(fd, bytes(_FIRST_BLOCK if size >= _FIRST_BLOCK else min(size, SECTOR_SIZE)), 0)
 
 
 def device_range(fd: int, request: int, offset: int, length: int) -> None:

@@ -137,6 +137,7 @@ def _fill(fd: int, options: FileCreateOptions) -> None:
             host_file.write_zeroes(fd, 0, options.size, direct=False)
         else:
             os.ftruncate(fd, options.size)
+            host_file.allocate_first_block(fd, options.size)
     except OSError as error:
         what = f"Could not resize file: {error.strerror}"
         raise BlockError(error.errno or errno.EIO, what) from None
