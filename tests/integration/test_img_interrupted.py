@@ -50,6 +50,9 @@ class Run:
         before: Callable[[], object] = lambda: None,
     ) -> None:
         def prepare() -> None:
+            # Whoever runs us in the background may ignore some.
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             # Until there is somebody for it, it would end the process.
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
             before()

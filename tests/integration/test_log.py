@@ -47,7 +47,8 @@ def test_the_first_line_tells_how_data_is_moved(
         require("engine")
     process, sock = serve(*options)
     line = f"export disk: node 'disk', 65536 bytes, writable, {expected}, listening on {sock}"
-    assert re.search(f"INFO: {line}\n", process.output)
+    # It listens a moment before it says so.
+    eventually(lambda: bool(re.search(f"INFO: {line}\n", process.output)), "the line")
 
 
 @PATHS

@@ -16,7 +16,7 @@ from vhostblk.cli.program import Parser, add_common_options, build_program, run_
 COMMANDS = {
     "serve": "serve one disk image or block device",
     "storage-daemon": "serve block nodes, with qemu-storage-daemon's options",
-    "img": "make, look at, convert and repair disk images, with qemu-img's commands",
+    "img": "make, convert and repair images, as qemu-img does",
     "io": "try the block layer by hand, with qemu-io's commands",
     "bench": "measure a vhost-user-blk back-end",
     "check": "check that a back-end keeps to the specifications",
