@@ -11,6 +11,7 @@ import pytest
 
 from tests.qcow2_images import MIB, create, qemu_img, qemu_io, scribble
 from vhostblk.block.create import create_image
+from vhostblk.block.flags import StatusFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.length import Measurement
 from vhostblk.block.measure import measure
@@ -121,7 +122,7 @@ def test_preallocated_clusters_that_were_never_written_read_as_zeroes_and_say_so
             at = 0
             while at < node.length:
                 status = await block_status(node, at, node.length - at)
-                is_zero = bool(status.flags & status.flags.ZERO)
+                is_zero = bool(status.flags & StatusFlag.ZERO)
                 if found and found[-1][2] == is_zero:
                     found[-1] = (found[-1][0], found[-1][1] + status.length, is_zero)
                 else:

@@ -137,7 +137,12 @@ def test_watch_ends_with_its_reader_and_with_ctrl_c(
         assert json.loads(gone.stdout.readline())["interval"] == 0.02
         gone.stdout.close()
         assert (gone.stderr.read(), gone.wait(10)) == (b"", 0)
-    with subprocess.Popen(words, stdout=pipe, stderr=pipe) as interrupted:
+
+    def hear() -> None:
+        # Whoever runs us in the background may ignore it.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(words, stdout=pipe, stderr=pipe, preexec_fn=hear) as interrupted:
         assert interrupted.stdout is not None
         interrupted.stdout.readline()
         interrupted.send_signal(signal.SIGINT)

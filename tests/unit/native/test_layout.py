@@ -69,7 +69,7 @@ def test_flush_targets_are_those_of_the_header() -> None:
 def test_packed_completion_is_a_message_with_these_fields() -> None:
     cookie, status, written = 2**63 + 5, 1, 2**33 + 7
     complete = int(native.MessageType.COMPLETE)
-    assert native.packed_completion(cookie, status, written) == native.packed(
+    assert native.packed_completion(cookie, written, status) == native.packed(
         (complete, 0, 0, cookie, 0, 0, written, 0, 0, status, 0)
     )
 
