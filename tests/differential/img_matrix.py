@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+from tests.differential.tools import find_extents
 from vhostblk.cli.img.program import main
 
 __all__ = ["Row", "Templates", "compare", "rows"]
@@ -132,22 +133,11 @@ def _copy(source: Path, target: Path) -> None:
     """Copy a file with its holes."""
     with source.open("rb") as old, target.open("wb") as new:
         size = os.fstat(old.fileno()).st_size
-        for start, end in _extents(old.fileno()):
+        for start, end in find_extents(old.fileno()):
             old.seek(start)
             new.seek(start)
             new.write(old.read(end - start))
         new.truncate(size)
-
-
-def _extents(fd: int) -> Iterator[tuple[int, int]]:
-    end = 0
-    while True:
-        try:
-            start = os.lseek(fd, end, os.SEEK_DATA)
-        except OSError:
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        yield start, end
 
 
 def prepare(command: str, folder: Path) -> None:
@@ -317,7 +307,7 @@ def _is_same(old: Path, new: Path) -> bool:
     if old.stat().st_size != new.stat().st_size:
         return False
     with old.open("rb") as first, new.open("rb") as second:
-        ranges = sorted([*_extents(first.fileno()), *_extents(second.fileno())])
+        ranges = sorted([*find_extents(first.fileno()), *find_extents(second.fileno())])
         at = 0
         for start, end in ranges:
             if end > (start := max(start, at)):

@@ -54,12 +54,6 @@ def flag(short: str = "", long: str = "") -> Any:
     return dataclasses.field(default=False, metadata={"short": short, "long": long})
 
 
-def counted(short: str = "", long: str = "") -> Any:
-    """An option without a value that may be given several times: how often."""
-    metadata = {"short": short, "long": long, "counted": True}
-    return dataclasses.field(default=0, metadata=metadata)
-
-
 def valued(
     short: str = "", long: str = "", read: Callable[[str], Any] = str, default: Any = None
 ) -> Any:
@@ -138,6 +132,15 @@ class Arguments:
             ImgError: it does not go together, or something is missing.
         """
 
+    def check_one_image(self) -> None:
+        """For those that have just one image.
+
+        Raises:
+            UsageError: there are more words, or none.
+        """
+        if len(self.words) != 1:
+            raise UsageError("Expecting one image file name")
+
 
 @dataclasses.dataclass
 class ImageArguments(Arguments):
@@ -213,9 +216,7 @@ def refusal(error: OptionError) -> UsageError:
 def _take(found: Arguments, field: dataclasses.Field[Any], text: str) -> None:
     before = getattr(found, field.name)
     value: Any
-    if field.metadata.get("counted"):
-        value = before + 1
-    elif "read" not in field.metadata:
+    if "read" not in field.metadata:
         value = True
     else:
         value = field.metadata["read"](text)

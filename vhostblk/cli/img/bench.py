@@ -11,7 +11,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.modes import CACHE_MODES, CacheMode
-from vhostblk.cli.img.arguments import Arguments, ImgError, UsageError, flag, valued
+from vhostblk.cli.img.arguments import Arguments, ImgError, flag, valued
 from vhostblk.cli.img.numbers import INT_MAX, integer, size
 from vhostblk.cli.img.session import Session, errno_text
 from vhostblk.cli.img.table import Command
@@ -72,8 +72,7 @@ class Bench(Arguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
         if self.flush_interval and not self.write:
             raise ImgError("--flush-interval is only available in write tests")
         if self.flush_interval and self.flush_interval < self.depth:

@@ -51,8 +51,7 @@ class Check(ImageArguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
 
 
 async def run(session: Session, args: Check) -> int:

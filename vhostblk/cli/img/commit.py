@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vhostblk.block.chain import find_backing_image, next_layer
 from vhostblk.block.commit import commit
-from vhostblk.cli.img.arguments import ImageArguments, ImgError, UsageError, flag, valued
+from vhostblk.cli.img.arguments import ImageArguments, ImgError, flag, valued
 from vhostblk.cli.img.numbers import size
 from vhostblk.cli.img.progress import Progress
 from vhostblk.cli.img.session import Session, cache_mode, reason
@@ -28,8 +28,7 @@ class Commit(ImageArguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
 
 
 async def run(session: Session, args: Commit) -> int:

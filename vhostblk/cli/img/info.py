@@ -12,7 +12,6 @@ from vhostblk.cli.image_info_text import image_info_text
 from vhostblk.cli.img.arguments import (
     ImageArguments,
     ImgError,
-    UsageError,
     flag,
     valued,
     wants_json,
@@ -32,8 +31,7 @@ class Info(ImageArguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
 
 
 async def run(session: Session, args: Info) -> int:

@@ -11,7 +11,6 @@ from vhostblk.block.image_map import MapEntry, map_entries
 from vhostblk.cli.img.arguments import (
     ImageArguments,
     ImgError,
-    UsageError,
     flag,
     valued,
     wants_json,
@@ -34,8 +33,7 @@ class Map(ImageArguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
 
 
 async def run(session: Session, args: Map) -> int:

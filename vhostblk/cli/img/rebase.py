@@ -31,8 +31,7 @@ class Rebase(ImageArguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
         if not self.unsafe and self.backing_file is None:
             raise UsageError("Must specify backing file (-b) or use unsafe mode (-u)")
 

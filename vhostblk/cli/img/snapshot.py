@@ -40,8 +40,7 @@ class Snapshot(ImageArguments):
 
     def check(self) -> None:
         """See `Arguments.check`."""
-        if len(self.words) != 1:
-            raise UsageError("Expecting one image file name")
+        self.check_one_image()
 
 
 async def run(session: Session, args: Snapshot) -> int:
