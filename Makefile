@@ -1,13 +1,17 @@
 # vhostblk: everything a developer does, each with its own set-up.
 #
 #   make demo        serve a fresh disk to a small Linux guest and check what it wrote
-#   make test        all tests, real QEMU guests included (make test ARGS="-k session -x")
+#   make test        all tests, real QEMU guests included (make test ARGS="-k session -x"; JOBS=2: two at a time)
+#   make test-sandbox  the tests that start daemons, with all of these in a sandbox that ends them if they do what it forbids
 #   make test-quick  without guests, sanitizers and fuzzers
 #   make lint        ruff, ruff format, mypy --strict, clang-format
 #   make format      ruff format, ruff --fix, clang-format -i
 #   make sanitize    the engine's C tests under AddressSanitizer, UBSan and ThreadSanitizer
 #   make verify      every byte verified while extents come and go, for VERIFY_SECONDS (default 300), and a busy
-#                    export moved between threads a thousand times
+#                    export moved between threads a thousand times, daemons that end HUNT times as often as usual,
+#                    a guest that moves ten times, and all tests of guests with packed rings, with 1 and with 4 queues
+#   make soak        guests, hostile connections, kills, resizes, memory that comes and goes, all at once, for
+#                    SOAK_SECONDS (default 3600); ends with a table of figures
 #   make hunt        other random requests and schedules, HUNT (default 20) times as many as usual
 #   make fuzz        the fuzzers, of damaged images too, FUZZ_SECONDS each (default 60)
 #   make bench       speed against qemu-storage-daemon and fio, with ratios (QUICK=1: shorter; tests/bench/README.md)
@@ -21,18 +25,21 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?=
 FUZZ_SECONDS ?= 60
 VERIFY_SECONDS ?= 300
+SOAK_SECONDS ?= 3600
 HUNT ?= 20
 QUICK ?=
 
 python := $(VENV)/bin/python
+packed := -global vhost-user-blk-pci.packed=on
 stamps := build/stamps
 native := $(wildcard vhostblk/native/src/*.[ch]) vhostblk/native/engine.h vhostblk/native/build.py \
 	vhostblk/native/load.h $(wildcard vhostblk/native/load_src/*.[ch])
-c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c)
+c_files := $(wildcard vhostblk/native/*.h vhostblk/native/src/*.[ch] vhostblk/native/load_src/*.[ch] tests/native/*.[ch] tests/fuzz/*.c tests/qemu/*.c)
 
-.PHONY: all setup build test test-quick lint format demo fuzz hunt verify sanitize qtest iotests bench bench-scaling bench-python clean
+.PHONY: all setup build test test-sandbox test-quick lint format demo fuzz hunt verify soak sanitize qtest iotests bench bench-scaling bench-python clean
 .DEFAULT_GOAL := all
 all: build
 
@@ -58,7 +65,10 @@ $(stamps)/engine: $(native) setup.py $(stamps)/venv
 	@touch $@
 
 test: $(stamps)/system-test build
-	$(python) -m pytest $(ARGS)
+	$(python) -m pytest $(if $(JOBS),-n $(JOBS) --dist worksteal) $(ARGS)
+
+test-sandbox: $(stamps)/system-test build
+	VHOSTBLK_SANDBOX=kill $(python) -m pytest tests/contract tests/integration tests/qemu $(if $(JOBS),-n $(JOBS) --dist worksteal) $(ARGS)
 
 test-quick: build
 	$(python) -m pytest tests/unit tests/contract $(ARGS)
@@ -87,6 +97,13 @@ fuzz: $(stamps)/system-test build
 verify: $(stamps)/system-test build
 	VHOSTBLK_LONG=$(VERIFY_SECONDS) $(python) -m pytest tests/integration/test_verified_run.py \
 		tests/integration/test_moves_between_threads.py -s $(ARGS)
+	VHOSTBLK_HUNT=$(HUNT) $(python) -m pytest tests/integration/test_restart_under_load.py tests/qemu/test_restarts.py -s $(ARGS)
+	VHOSTBLK_HUNT=5 $(python) -m pytest tests/qemu/test_migration.py -s $(ARGS)
+	VHOSTBLK_GUEST="$(packed)" $(python) -m pytest tests/qemu $(ARGS)
+	VHOSTBLK_GUEST="$(packed)" VHOSTBLK_CPUS=4 $(python) -m pytest tests/qemu $(ARGS)
+
+soak: $(stamps)/system-test build
+	@$(python) -m tests.soak --seconds $(SOAK_SECONDS) $(ARGS)
 
 hunt: $(stamps)/system-test build
 	VHOSTBLK_HUNT=$(HUNT) $(python) -m pytest tests/unit tests/contract/test_node_contract.py -o timeout=0 $(ARGS)

@@ -15,7 +15,7 @@ export DEBIAN_FRONTEND=noninteractive
 
 build="gcc libc6-dev python3-dev python3-venv pkg-config liburing-dev"
 demo="$build qemu-system-x86 busybox-static e2fsprogs kmod linux-image-cloud-amd64"
-test="$demo qemu-utils qemu-block-extra cpio strace fio nbdkit nbdkit-plugin-python clang clang-format libclang-rt-14-dev groff-base systemd mount procps"
+test="$demo qemu-utils qemu-block-extra cpio strace fio nbdkit nbdkit-plugin-python clang clang-format libclang-rt-14-dev groff-base systemd mount procps util-linux libseccomp2"
 
 say() { echo "set-up: $*" >&2; }
 

@@ -42,7 +42,7 @@ def held_by_qemu(image: Path, *options: str) -> Iterator[None]:
         assert process.stdout is not None
         process.stdin.write("length\n")
         process.stdin.flush()
-        while "64 KiB" not in process.stdout.readline():
+        while "iB" not in process.stdout.readline():
             assert process.poll() is None
         yield
         process.stdin.close()

@@ -5,6 +5,7 @@ strace does not see what goes through io_uring, a loop device's counter sees eve
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -74,13 +75,24 @@ def mounted(device: str, folder: Path, *options: str) -> Iterator[Path]:
 class LoopDevice:
     """A block device whose bytes are in a file."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, image: Path) -> None:
         self.path = path
+        self.image = image
+        self.sysfs = Path(f"/sys/block/{Path(path).name}")
+
+    def resize(self, size: int) -> None:
+        """Change its size; the kernel tells whoever listens."""
+        os.truncate(self.image, size)
+        subprocess.run(["losetup", "--set-capacity", self.path], check=True)
+
+    def announce(self, action: str) -> None:
+        """Have the kernel send a uevent ("change", "remove", ...) for no reason."""
+        (self.sysfs / "uevent").write_text(action)
 
     @property
     def flushes(self) -> int:
         """Cache flushes that it has completed (Linux, Documentation/block/stat.rst)."""
-        stat = Path(f"/sys/block/{Path(self.path).name}/stat").read_text().split()
+        stat = (self.sysfs / "stat").read_text().split()
         return int(stat[15])
 
 
@@ -95,8 +107,19 @@ def loop_device(image: Path, *options: str) -> Iterator[LoopDevice]:
     )
     if done.returncode:
         pytest.skip(f"no loop device: {done.stderr.strip()}")
-    device = LoopDevice(done.stdout.strip())
+    device = LoopDevice(done.stdout.strip(), image)
     try:
         yield device
     finally:
         subprocess.run(["losetup", "--detach", device.path], check=True)
+
+
+@contextmanager
+def watched_device(folder: Path, size: int) -> Iterator[LoopDevice]:
+    """A block device full of "d" whose changes a daemon hears of."""
+    require("engine")
+    pytest.importorskip("pyroute2")
+    image = folder / "device.img"
+    image.write_bytes(b"d" * size)
+    with loop_device(image) as found:
+        yield found

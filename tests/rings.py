@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from vhostblk.virtio.driver import Buffer, DriverQueue
 from vhostblk.virtio.memory import FlatMemory
+from vhostblk.virtio.packed import PackedVirtqueue
+from vhostblk.virtio.packed_driver import PackedDriverQueue
 from vhostblk.virtio.split import SplitVirtqueue
 
 __all__ = ["BASE", "RingPair"]
@@ -13,12 +15,12 @@ BASE = 0x4000_0000
 
 
 class RingPair:
-    """A driver and a device that share `data_size` bytes of buffers and one split virtqueue.
+    """A driver and a device that share `data_size` bytes of buffers and one virtqueue.
 
     Args:
         size: entries of the queue.
         data_size: bytes the driver can place buffers in, starting at `data_gpa`.
-        start: both free-running indices at the beginning.
+        start: both free-running indices at the beginning; packed: both places.
     """
 
     def __init__(
@@ -30,28 +32,34 @@ class RingPair:
         indirect: bool = False,
         indirect_entries: int = 0,
         start: int = 0,
+        packed: bool = False,
     ) -> None:
-        rings = -(-DriverQueue.area_size(size, indirect_entries) // 4096) * 4096
+        driver = PackedDriverQueue if packed else DriverQueue
+        rings = -(-driver.area_size(size, indirect_entries) // 4096) * 4096
         self.buffer = memoryview(bytearray(rings + data_size))
         self.memory = FlatMemory(BASE, self.buffer)
         self.data_gpa = BASE + rings
         self.end = BASE + len(self.buffer)
-        self.driver = DriverQueue(
+        self.driver = driver(
             self.buffer[:rings],
             BASE,
             size,
             event_idx=event_idx,
             indirect_entries=indirect_entries,
         )
-        self.driver.set_indices(start)
+        if packed:
+            self.driver.set_place(start)
+        else:
+            self.driver.set_indices(start)
         self.event_idx = event_idx
         self.indirect = indirect
-        self.device = self.start_device(start)
+        self.device = self.start_device(self.driver.base)
 
-    def start_device(self, base: int) -> SplitVirtqueue:
+    def start_device(self, base: int) -> SplitVirtqueue | PackedVirtqueue:
         """Make a device half that continues at `base`, as a restart of the ring does."""
         driver = self.driver
-        self.device = SplitVirtqueue(
+        packed = isinstance(driver, PackedDriverQueue)
+        self.device = (PackedVirtqueue if packed else SplitVirtqueue)(
             self.memory,
             driver.size,
             BASE + driver.desc_offset,
@@ -73,6 +81,6 @@ class RingPair:
 
     def offer(self, head: int) -> None:
         """Publish `head` behind the driver's back: one raw entry, one more in avail.idx."""
-        position = self.device.next_avail
+        position = self.device.base
         self.driver.write_avail(position, head)
         self.driver.write_avail_idx(position + 1)

@@ -1,9 +1,13 @@
 """The daemon: owns the block graph, the engine threads and the exports; starts and stops them in order.
 
-Start: block nodes, engine threads, exports, the pid file's lock, all sockets, then "ready". Stop, at `stop()`: exports
-stop taking requests, drain and flush; then nodes are closed, which releases their locks. Whatever fails at the start
-undoes what was done, and no socket exists before all options were found right. A last flush that fails makes the end a
-failure, once everything has been put away: whoever stops the daemon takes a good end to mean that all is on the disk.
+Start: block nodes, engine threads, exports, the pid file's lock, all sockets, then "ready"; with a sandbox the pid
+file's lock comes first, because later it could not be made. Stop, at `stop()`: exports stop taking requests, drain and
+flush; then nodes are closed, which releases their locks. Whatever fails at the start undoes what was done, and no
+socket exists before all options were found right. A last flush that fails makes the end a failure, once everything has
+been put away: whoever stops the daemon takes a good end to mean that all is on the disk.
+
+Exports end side by side, so that one whose disk hangs keeps no other from its end. It is waited for, but not for ever:
+after `shutdown_timeout` what hangs is named in the log and left to the kernel (docs/stalls.md).
 
 Context: `run()` is the whole life, on one asyncio loop, in any thread. Two daemons in one process do not know of each
 other; signals belong to the process, hence to whoever made the daemons (`cli.run`).
@@ -13,30 +17,35 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import logging
-import os
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vhostblk import native
+from vhostblk.block import activation
+from vhostblk.block.crypto.secret import SecretConfig
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.leaky_bucket import ThrottleLimits
+from vhostblk.block.lock_wait import LockWait, StoppedError
 from vhostblk.block.node import BlockNode
 from vhostblk.block.reopen import acquire_write
 from vhostblk.block.throttle_group import ThrottleGroup
-from vhostblk.errors import BlockError, ConfigError, StateError
+from vhostblk.errors import BlockError, ConfigError, HangError, StateError
+from vhostblk.export.device_watch import DeviceWatch
 from vhostblk.export.events import OnEvent
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.options import ExportConfig
 from vhostblk.export.stats_page import StatsPages
 from vhostblk.export.vq_mapping import VqMapping, assign
+from vhostblk.pid_file import PidFile
+from vhostblk.sandbox.files import Places
+from vhostblk.sandbox.sandbox import Sandbox
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +80,12 @@ class DaemonConfig:
     blockdevs: Sequence[dict[str, Any]] = ()
     io_threads: Sequence[IOThreadConfig] = ()
     throttle_groups: Sequence[ThrottleGroupConfig] = ()
+    secrets: Sequence[SecretConfig] = ()
     exports: Sequence[ExportConfig] = ()
     pid_file: Path | None = None
     data_path: str = "auto"  # auto, native or python
+    lock_timeout: float = 0.0  # seconds to wait for images that other processes have
+    shutdown_timeout: float = 0.0  # seconds that the end may take; 0: as long as it takes
     drivers: Mapping[str, type[BlockNode]] = field(default_factory=lambda: DRIVERS)
     # What the user calls these, for messages; empty where the message says enough.
     blockdev_option: str = ""
@@ -88,6 +100,7 @@ class Daemon:
         config: what to serve.
         on_ready: called once when every export listens.
         on_event: hears of what happens to the disks of exports; called from the loop, must not raise.
+        sandbox: of this process; whoever gives one has made the process for this daemon alone.
     """
 
     def __init__(
@@ -95,8 +108,10 @@ class Daemon:
         config: DaemonConfig,
         on_ready: Callable[[], None] | None = None,
         on_event: OnEvent = lambda _event: None,
+        sandbox: Sandbox | None = None,
     ) -> None:
         self._config = config
+        self._sandbox = sandbox
         self._on_ready = on_ready
         self._on_event = on_event
         self._stop = asyncio.Event()
@@ -107,9 +122,13 @@ class Daemon:
         self._use_native = False
         self._pages = StatsPages()
         self._is_durable = True
+        self._ended: set[str] = set()  # exports that are being closed, or are closed
+        self._pid_file: PidFile | None = None
         self.graph = BlockGraph(config.drivers)
+        self.graph.serves_guests = True
         self.exports: dict[str, Export] = {}
         """By id."""
+        self._devices = DeviceWatch(self.graph, self.exports)
 
     def stop(self) -> None:
         """Make `run()` come to its orderly end."""
@@ -122,41 +141,94 @@ class Daemon:
             ConfigError: an option is wrong; nothing is left behind.
             BlockError: a disk cannot be opened, or, after an orderly end, a last flush failed.
             OSError: a socket or the pid file cannot be made.
+            HangError: something did not end in `shutdown_timeout`. It is still being waited for, in this loop: end the
+                process without that.
         """
         self._use_native = self._choose_data_path()
+        life = asyncio.create_task(self._live())
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            await asyncio.wait({life, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({life}, timeout=self._config.shutdown_timeout or None)
+        except asyncio.CancelledError:
+            life.cancel()
+            await asyncio.wait({life})
+            raise
+        finally:
+            stopping.cancel()
+        if not life.done():
+            await self._give_up()
+        with suppress(StoppedError):
+            life.result()
+        if not self._is_durable:
+            raise BlockError(errno.EIO, "what was written last may be lost: a flush failed")
+
+    async def _live(self) -> None:
+        locks = LockWait(self._config.lock_timeout, self._stop)
+        if self._sandbox is not None:
+            self._sandbox.enter()
         async with AsyncExitStack() as stack:
+            stack.callback(self._pages.close)
             stack.push_async_callback(self._close_nodes)
             for group in self._config.throttle_groups:
                 self.graph.throttle_groups[group.name] = ThrottleGroup(group.name, group.limits)
+            for secret in self._config.secrets:
+                with _told_by(f"--object secret,id={secret.name}"):
+                    self.graph.secrets.add(secret)
             for options in self._config.blockdevs:
-                await self._open_node(options)
+                with _told_by(self._config.blockdev_option):
+                    await locks.attempt(partial(self.graph.add, options))
+            pid_file = None
+            stack.push_async_callback(self._devices.close)
+            self._devices.nodes_came()
+            if self._sandbox is not None:
+                pid_file = self._take_pid_file(stack)
+                await self._restrict_files(self._sandbox)
             if self._use_native:
                 stack.push_async_callback(self._close_threads)
             for config in self._config.exports:
                 with _told_by(self._export_option(config)):
-                    await self._open_export(config, stack)
-            pid_file = None
-            if self._config.pid_file is not None:
-                pid_file = _PidFile(self._config.pid_file)
-                stack.callback(pid_file.close)
+                    await locks.attempt(partial(self._open_export, config, stack))
+            if self._sandbox is None:
+                pid_file = self._take_pid_file(stack)
             for export in self.exports.values():
                 with _told_by(self._config.listen_option or self._export_option(export.config)):
                     export.listen()
+            self._devices.start()
             for export in self.exports.values():
                 export.start()
             if pid_file is not None:
                 pid_file.write()
+            if self._sandbox is not None:
+                self._sandbox.restrict_system_calls()
             if self._on_ready is not None:
                 self._on_ready()
             await self._stop.wait()
             log.info("stopping")
-            await asyncio.gather(*(export.stop() for export in self.exports.values()))
-        if not self._is_durable:
-            raise BlockError(errno.EIO, "what was written last may be lost: a flush failed")
+            await self._devices.close()
+            await self._close_exports()
 
-    async def _open_node(self, options: dict[str, Any]) -> None:
-        with _told_by(self._config.blockdev_option):
-            await self.graph.add(options)
+    def _take_pid_file(self, stack: AsyncExitStack) -> PidFile | None:
+        if self._config.pid_file is None:
+            return None
+        pid_file = self._pid_file = PidFile(self._config.pid_file)
+        stack.callback(pid_file.close)
+        return pid_file
+
+    async def _restrict_files(self, sandbox: Sandbox) -> None:
+        """The images are open, and there are no engine threads yet, which have what this one has."""
+        exports, pid_file = self._config.exports, self._config.pid_file
+        for config in exports:
+            self._pages.prepare(config.id, config.num_queues, is_native=self._use_native)
+        await self.graph.end_threads()
+        sandbox.restrict_files(
+            self.graph.host_needs(),
+            Places(
+                tuple(config.socket_path for config in exports if config.socket_path is not None),
+                pid_file.absolute() if pid_file is not None else None,
+            ),
+            gives_away=any(config.socket_access.gives_away for config in exports),
+        )
 
     def _export_option(self, config: ExportConfig) -> str:
         option = self._config.export_option
@@ -176,8 +248,7 @@ class Daemon:
     def look_again(self) -> None:
         """Look at the disks again: guests are told of sizes that changed; what has paused on an error is resumed."""
         for export in self.exports.values():
-            export.refresh_size()
-            export.resume()
+            export.look_again()
 
     async def remove_medium(self, export: str, *, force: bool = False) -> None:
         """Take the disk out of an export; `force`: also while its guest uses it.
@@ -194,6 +265,7 @@ class Daemon:
             ConfigError: see `Medium.insert`; or there is no such export or node.
         """
         await self._find_export(export).medium.insert(self.graph, self.graph.find(node_name))
+        self._devices.nodes_came()
 
     async def change_medium(self, export: str, node_name: str, *, force: bool = False) -> None:
         """Exchange what an export shows; `force`: also while its guest uses it.
@@ -203,6 +275,7 @@ class Daemon:
         """
         medium = self._find_export(export).medium
         await medium.change(self.graph, self.graph.find(node_name), force=force)
+        self._devices.nodes_came()
 
     async def inactivate(self, export: str) -> None:
         """Give the image of an export up to another process; the next queue that starts takes it back.
@@ -252,7 +325,14 @@ class Daemon:
         node = self.graph.find(config.node_name)
         if config.writable:
             await acquire_write(self.graph, node)
-        export = await Export.open(config, node, threads, self._pages, self._on_event)
+        if node.inactive and not config.allow_inactive:
+            # As QEMU: whoever does not say otherwise has the image from the beginning.
+            await activation.activate(self.graph, [node])
+        export = await Export.open(
+            *(config, node, threads, self._pages, self._on_event),
+            graph=self.graph if config.allow_inactive else None,
+            lock_timeout=self._config.lock_timeout,
+        )
         stack.push_async_callback(self._close_export, export)
         self.exports[config.id] = export
 
@@ -293,11 +373,40 @@ class Daemon:
             )
         return self._threads[config.name]
 
+    async def _close_exports(self) -> None:
+        ends = [self._close_export(export) for export in self.exports.values()]
+        for problem in await asyncio.gather(*ends, return_exceptions=True):
+            if problem is not None:
+                raise problem
+
     async def _close_export(self, export: Export) -> None:
-        self._is_durable &= await export.close()
+        if export.config.id not in self._ended:
+            self._ended.add(export.config.id)
+            is_durable = await export.close()
+            self._is_durable &= is_durable
 
     async def _close_nodes(self) -> None:
-        self._is_durable &= await self.graph.close_all()
+        is_durable = await self.graph.close_all()
+        self._is_durable &= is_durable
+
+    async def _give_up(self) -> NoReturn:
+        """Name what hangs, and end what does not, which may take as long again."""
+        left = [export for export in self.exports.values() if not export.is_closed]
+        for export in left:
+            export.abandon()
+        if left:
+            # Those of the others are closed; then it finds that the rest is in use.
+            closing = asyncio.create_task(self._close_nodes())
+            await asyncio.wait({closing}, timeout=self._config.shutdown_timeout)
+            if closing.done() and not closing.cancelled():
+                closing.exception()
+        if self._pid_file is not None:
+            self._pid_file.close()
+        what = f"export {left[0].config.id}" if left else "an image"
+        raise HangError(
+            f"given up after {self._config.shutdown_timeout:g} s: {what} does not end; "
+            "the kernel has what was in flight, and the image's lock until that is over"
+        )
 
     async def _close_threads(self) -> None:
         # Side by side: the kernel makes each wait for a while, and could do so for all of them together.
@@ -323,63 +432,3 @@ def _told_by(option: str) -> Iterator[None]:
         if not option or exc.errno is None:
             raise
         raise BlockError(exc.errno, f"{option}: {exc.strerror}") from None
-
-
-class _PidFile:
-    """The file that says which process the daemon is.
-
-    Made, and locked against other daemons, before anything listens; written when everything does. One that a killed
-    daemon left behind has no lock, and is used again.
-
-    Raises:
-        ConfigError: it cannot be written, is no regular file, or belongs to a daemon that runs.
-
-    Owns: the file, until `close()` removes it.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._name = str(path)
-        self._path = path.absolute()  # going to the background changes the directory
-        self._fd = -1
-        while self._fd < 0:
-            self._take()
-
-    def _take(self) -> None:
-        try:
-            # Never wait for a FIFO's other end.
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-            fd = os.open(self._path, flags, 0o644)
-        except OSError as exc:
-            raise ConfigError(f"--pidfile {self._name}: {exc.strerror}") from None
-        try:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise ConfigError(f"--pidfile {self._name}: not a regular file")
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), os.stat(self._path)):
-                    self._fd = fd
-        except BlockingIOError:
-            raise ConfigError(f"--pidfile {self._name}: belongs to a daemon that runs") from None
-        finally:
-            # Its former owner may have removed it just now: then the path needs a new file.
-            if self._fd < 0:
-                os.close(fd)
-
-    def write(self) -> None:
-        """Say who we are.
-
-        Raises:
-            ConfigError: the disk is full.
-        """
-        try:
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
-        except OSError as exc:
-            raise ConfigError(f"--pidfile {self._name}: {exc.strerror}") from None
-
-    def close(self) -> None:
-        """Remove it, unless somebody else has put another one there."""
-        with suppress(OSError):
-            if os.path.samestat(os.fstat(self._fd), os.stat(self._path)):
-                self._path.unlink()
-        os.close(self._fd)

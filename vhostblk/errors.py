@@ -10,10 +10,12 @@
      +-- GuestError         the driver in the guest broke VIRTIO: its queue is broken
      +-- ImageError         what is in an image file is wrong
      +-- BlockError         a block-layer request failed; also an OSError, errno always set
+     +-- HangError          an orderly end was given up, because something does not end
 
 Who recovers: a `ConfigError` ends the command, with one line. A `PeerError` is answered through
 REPLY_ACK where that was negotiated, a `SessionError` ends the session, a `GuestError` ends one
-queue, a `BlockError` ends one request. Nothing else is caught, because nothing else is expected.
+queue, a `BlockError` ends one request, a `HangError` the process, at once. Nothing else is
+caught, because nothing else is expected.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ __all__ = [
     "GuestError",
     "ImageError",
     "BlockError",
+    "HangError",
 ]
 
 
@@ -83,6 +86,10 @@ class GuestError(VhostBlkError):
 
 class ImageError(VhostBlkError):
     """An image file's own structure is wrong."""
+
+
+class HangError(VhostBlkError):
+    """What hangs was left to the kernel: nothing of it may be waited for, so the process has to end without."""
 
 
 class BlockError(VhostBlkError, OSError):

@@ -47,6 +47,7 @@ class Engine:
         self.requests: list[Message] = []
         self._left = iter(self.requests)
         self.answers = 0
+        self.are_alike = True
 
     def refill(self) -> None:
         """The same requests again."""
@@ -72,6 +73,9 @@ class NoEvents:
         """Never."""
 
     def memory_faulted(self) -> None:
+        """Never."""
+
+    def log_lost(self) -> None:
         """Never."""
 
 
@@ -135,8 +139,8 @@ async def main() -> None:
             all_of(lambda place, iov: leaf.driver_pwritev(place, _BLOCK, iov, 0)),
         ),
         "one node": (
-            all_of(lambda place, iov: pipeline.preadv(leaf, place, iov)),
-            all_of(lambda place, iov: pipeline.pwritev(leaf, place, iov)),
+            all_of(lambda place, iov: pipeline.preadv(leaf.lane, place, iov)),
+            all_of(lambda place, iov: pipeline.pwritev(leaf.lane, place, iov)),
         ),
         "two nodes": (all_of(backend.preadv), all_of(backend.pwritev)),
         "all": (everything(RequestType.IN), everything(RequestType.OUT)),

@@ -209,7 +209,10 @@ def test_idle_guests_cost_our_daemon_nothing(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     idle = re.findall(r"idle-clients-\S+: ours (\d+), ours-2 (\d+)", done.stdout)
-    assert idle == [("0", "0")] * 6
+    assert idle[:4] == [("0", "0")] * 4  # null-co, tmpfs
+    # Where a read had to wait for extents, io_uring has made a worker, which looks around every five seconds.
+    assert len(idle) == 6
+    assert all(int(ns) < 50_000 for spent in idle[4:] for ns in spent)
     lines = (tmp_path / "x.csv").read_text().splitlines()
     assert {line.split(",")[0] for line in lines if line.startswith("depth")} == {
         f"depth-null-{depth}" for depth in DEPTHS

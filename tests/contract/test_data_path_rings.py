@@ -72,6 +72,23 @@ def quiet(client: Client) -> None:
 # ---------------------------------------------------------------- the ring goes round
 
 
+def go_round(client: Client, depth: int, rounds: int) -> None:
+    """So many writes at a time, so many times; the last one is read back."""
+    offset = 0
+    for _ in range(rounds):
+        batch = []
+        for _ in range(depth):
+            data = offset.to_bytes(8, "little") * 64
+            batch.append(client.submit(RequestType.OUT, offset, out=data, framing=whole))
+            offset = (offset + SECTOR) % (1 << 20)
+        client.wait(batch)
+        assert all(p.result() == b"" and p.written == 1 for p in batch)
+    last = (offset - SECTOR) % (1 << 20)
+    read = client.submit(RequestType.IN, last, room=SECTOR, framing=whole)
+    client.wait([read])
+    assert read.result() == last.to_bytes(8, "little") * 64
+
+
 @pytest.mark.parametrize("size", [1, 2, 4, 64, 1024, 32768])
 @pytest.mark.parametrize("event_idx", [True, False], ids=["event_idx", "flags"])
 def test_rings_of_every_size_go_round_and_their_counters_wrap(
@@ -85,19 +102,7 @@ def test_rings_of_every_size_go_round_and_their_counters_wrap(
         client.queues[0].driver.set_indices(65530)
         client.start_queue(0)
         depth = max(1, min(size // 2, 500))
-        offset = 0
-        for _ in range(max(3, 40 // depth)):
-            batch = []
-            for _ in range(depth):
-                data = offset.to_bytes(8, "little") * 64
-                batch.append(client.submit(RequestType.OUT, offset, out=data, framing=whole))
-                offset = (offset + SECTOR) % (1 << 20)
-            client.wait(batch)
-            assert all(p.result() == b"" and p.written == 1 for p in batch)
-        last = (offset - SECTOR) % (1 << 20)
-        read = client.submit(RequestType.IN, last, room=SECTOR, framing=whole)
-        client.wait([read])
-        assert read.result() == last.to_bytes(8, "little") * 64
+        go_round(client, depth, max(3, 40 // depth))
         assert client.queues[0].driver.used_idx < 65530
         assert client.stop_queue(0) == client.queues[0].driver.avail_idx
 
@@ -414,8 +419,8 @@ def test_a_device_can_be_reset_with_requests_in_flight(disks: Disks) -> None:
             submit_reads(client, 20, queue=1)
             client.reset_device()
             client.make_queues(2, 128)
-            client.start_queue(0, 0)
-            client.start_queue(1, 0)
+            client.start_queue(0)
+            client.start_queue(1)
             client.read(0, 512, queue=1)
 
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.disks import read
+from tests.nbd_server import Server
 from tests.schedule import HUNT
 from vhostblk import native
 from vhostblk.block import host_io
@@ -43,6 +44,8 @@ class Case:
 
 FILE = {"driver": "file", "filename": "{file}", "discard": "unmap"}
 DIRECT = {**FILE, "cache": {"direct": True}}
+# An NBD server in the test's own loop: `run` starts it.
+NBD = {"driver": "nbd", "path": "{file}.nbd", "discard": "unmap"}
 CASES = (
     Case("file", {**FILE}),
     Case("file-tmpfs", {**FILE}, folder="memory"),
@@ -79,6 +82,11 @@ CASES += (
             "target": {"driver": "memory", "size": SIZE + 8192},
         },
     ),
+)
+# Names of sockets are short, and those of folders on the disk are not.
+CASES += (
+    Case("nbd", {**NBD}, folder="memory"),
+    Case("nbd-raw", {"driver": "raw", "discard": "unmap", "file": NBD}, folder="memory"),
 )
 KEEPING = tuple(case for case in CASES if case.keeps_data)
 KINDS = ("python", "threads", "io_uring")
@@ -136,6 +144,14 @@ def run(
 
     async def everything() -> None:
         before = set(os.listdir("/proc/self/fd"))
+        if case.name.startswith("nbd"):
+            async with Server(size=path.stat().st_size).serving(Path(f"{path}.nbd")):
+                await use()
+        else:
+            await use()
+        assert set(os.listdir("/proc/self/fd")) == before
+
+    async def use() -> None:
         graph = BlockGraph()
         try:
             node = await graph.add(place(case.options, str(path)) | options)
@@ -150,7 +166,6 @@ def run(
         finally:
             await backend.close()
             await graph.close_all()
-        assert set(os.listdir("/proc/self/fd")) == before
 
     asyncio.run(everything())
 
@@ -307,6 +322,8 @@ def test_flush_target_is_a_file_or_a_reason(
             os.fdatasync(target)
         expected = {
             "null-latency": FlushTarget.ASK,
+            "nbd": FlushTarget.ASK,
+            "nbd-raw": FlushTarget.ASK,
             "null": FlushTarget.NOTHING,
             "null-zeroes": FlushTarget.NOTHING,
             "memory": FlushTarget.NOTHING,

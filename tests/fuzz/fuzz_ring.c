@@ -1,13 +1,16 @@
 /*
  * Invariant: whatever is in guest memory, the engine gives back each chain it has popped once, and comes to rest.
  *
- * A libFuzzer target. The input is that of test_fuzz_split_ring.py, whose corpus is its seed:
+ * A libFuzzer target. The input is that of test_fuzz_split_ring.py and test_fuzz_packed_ring.py, whose corpora are its
+ * seed:
  *
- *     byte 0      log2 of the queue size, modulo 8
- *     byte 1      1: EVENT_IDX, 2: INDIRECT_DESC, 4: no extent, control completes, 8: no extent, control retries once
- *     bytes 2-3   base, little-endian
- *     the rest    guest memory from BASE on, up to MEMORY bytes: descriptors at BASE, the available ring at AVAIL, the
- *                 used ring at USED; what is left after that is what the memory becomes after the first turn
+ *     byte 0      log2 of the queue size, modulo 8; packed: queue size - 1, modulo 128
+ *     byte 1      1: EVENT_IDX, 2: INDIRECT_DESC, 4: no extent, control completes, 8: no extent, control retries once,
+ *                 16: packed
+ *     bytes 2-3   base, little-endian; packed: both places, the slot modulo the size
+ *     the rest    guest memory from BASE on, up to MEMORY bytes: descriptors at BASE, the available ring (the driver's
+ *                 event structure) at AVAIL, the used ring (the device's) at USED; what is left after that is what the
+ *                 memory becomes after the first turn
  *
  * The engine takes its turns here, without a thread, so that each input has one outcome.
  */
@@ -28,6 +31,7 @@ static struct vb_disk *disk;
 static struct vb_memory *memory;
 static uint8_t *guest; /* MEMORY bytes between two inaccessible pages */
 static int file;
+static bool seen_broken; /* since the queue was started */
 
 #define MUST(condition)                                                                                                \
 	do {                                                                                                           \
@@ -64,15 +68,18 @@ static bool answer(uint64_t cookie, bool retry, struct vb_message *ack)
 {
 	struct vb_message messages[64];
 	bool acked = false;
+	uint32_t alike;
 	int count;
 
-	while ((count = vb_thread_receive(thread, messages, 64))) {
+	while ((count = vb_thread_receive(thread, messages, 64, &alike))) {
 		for (int i = 0; i < count; i++) {
 			struct vb_message *m = &messages[i];
 
 			if (m->type == VB_ACK && m->cookie == cookie) {
 				*ack = *m;
 				acked = true;
+			} else if (m->type == VB_QUEUE_BROKEN) {
+				seen_broken = true;
 			} else if (m->type == VB_REQUEST) {
 				bool again = retry && !m->flags;
 
@@ -118,6 +125,29 @@ static void attach(int flags)
 			false);
 }
 
+static uint64_t answered(const struct vb_queue_stats *stats)
+{
+	uint64_t count = 0;
+
+	for (int op = 0; op < VB_OPS; op++)
+		count += stats->op[op].requests;
+	return count;
+}
+
+/* Each chain was popped once, and answered once. One without a place for its status is popped and broken. */
+static void check_base(const struct vb_queue_config *config, const struct vb_queue_stats *stats, uint32_t base)
+{
+	uint64_t popped = (uint16_t)(base - config->base), count = answered(stats);
+
+	MUST(stats->hits + stats->misses == count);
+	if (!config->packed) {
+		MUST((uint16_t)(count - popped) == 0 || (uint16_t)(popped - count) == 1);
+		return;
+	}
+	MUST((base & 0x7fff) < config->size && (base >> 16 & 0x7fff) < config->size);
+	MUST((base >> 16) == (base & 0xffff) || seen_broken);
+}
+
 static void run_queue_on(int exponent, int flags, uint16_t base, const uint8_t *second, size_t second_size)
 {
 	static struct vb_queue_stats stats;
@@ -126,8 +156,9 @@ static void run_queue_on(int exponent, int flags, uint16_t base, const uint8_t *
 		.desc_uva = UVA,
 		.avail_uva = UVA + AVAIL,
 		.used_uva = UVA + USED,
-		.size = 1u << exponent,
+		.size = 1u << exponent % 8,
 		.base = base,
+		.packed = flags >> 4 & 1,
 		.enabled = 1,
 		.event_idx = flags & 1,
 		.indirect = flags >> 1 & 1,
@@ -136,7 +167,13 @@ static void run_queue_on(int exponent, int flags, uint16_t base, const uint8_t *
 		.err_fd = -1};
 	struct vb_message ack;
 
+	if (config.packed) {
+		config.size = 1u + (uint32_t)exponent % 128;
+		base = (uint16_t)((base & 0x8000) | (base & 0x7fff) % config.size);
+		config.base = base | (uint32_t)base << 16;
+	}
 	memset(&stats, 0, sizeof(stats));
+	seen_broken = false;
 	ack = command((struct vb_message){.type = VB_QUEUE_START, .disk = (uint64_t)disk, .pointer = (uint64_t)&config},
 		flags & 8);
 	MUST(!ack.result);
@@ -148,15 +185,7 @@ static void run_queue_on(int exponent, int flags, uint16_t base, const uint8_t *
 	ack = command((struct vb_message){.type = VB_QUEUE_STOP}, flags & 8);
 	MUST(!ack.result);
 	MUST(!stats.in_flight);
-	/* Each chain was popped once, and answered once. One without a place for its status is popped and broken. */
-	{
-		uint64_t popped = (uint16_t)(ack.aux - base), answered = 0;
-
-		for (int op = 0; op < VB_OPS; op++)
-			answered += stats.op[op].requests;
-		MUST((uint16_t)(answered - popped) == 0 || (uint16_t)(popped - answered) == 1);
-		MUST(stats.hits + stats.misses == answered);
-	}
+	check_base(&config, &stats, (uint32_t)ack.aux);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -172,7 +201,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	memset(guest, 0, MEMORY);
 	memcpy(guest, data + 4, first);
 	attach(data[1]);
-	run_queue_on(data[0] % 8, data[1], (uint16_t)(data[2] | data[3] << 8), data + 4 + first, second);
+	run_queue_on(data[0], data[1], (uint16_t)(data[2] | data[3] << 8), data + 4 + first, second);
 	MUST(!command((struct vb_message){.type = VB_MEMORY_SET, .disk = (uint64_t)disk}, false).result);
 	MUST(!command((struct vb_message){.type = VB_DISK_DETACH, .disk = (uint64_t)disk}, false).result);
 	MUST(vb_memory_refs(memory) == 1);

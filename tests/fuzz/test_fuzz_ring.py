@@ -1,7 +1,7 @@
 """Runs `fuzz_ring.c`, the fuzzer of the engine's queues, for a while: VHOSTBLK_FUZZ_SECONDS, or 10 s.
 
-Its inputs are those of `test_fuzz_split_ring.py`, whose corpus it starts from; what it finds on the
-way is not kept. Without VHOSTBLK_FUZZ_SECONDS it tries the same each time.
+Its inputs are those of `test_fuzz_split_ring.py` and `test_fuzz_packed_ring.py`, whose corpora it
+starts from; what it finds on the way is not kept. Without VHOSTBLK_FUZZ_SECONDS it tries the same each time.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def test_any_ring_comes_to_rest(fuzzer: Path, tmp_path: Path) -> None:
             "-timeout=10",
             tmp_path,
             HERE / "corpus" / "split_ring",
+            HERE / "corpus" / "packed_ring",
         ],
         cwd=tmp_path,
         capture_output=True,

@@ -39,14 +39,22 @@ from vhostblk.errors import PeerError, SessionError
 from vhostblk.vhost.action import (
     Action,
     AddRegion,
+    CheckState,
     CloseFds,
+    CreateInflight,
     EnableVring,
+    LoadState,
+    MapInflight,
     MapMemory,
     ReadConfig,
     RemoveRegion,
     ResetDevice,
+    SaveState,
     SetBackendChannel,
+    SetLogArea,
+    SetLogFd,
     SetVringFd,
+    SetVringLog,
     StartVring,
     StopVring,
     WriteConfig,
@@ -59,7 +67,10 @@ from vhostblk.vhost.message import (
     U64,
     ConfigSpace,
     Decoder,
+    DeviceStateTransfer,
     Empty,
+    InflightDescription,
+    LogArea,
     MemoryRegion,
     MemoryTable,
     Message,
@@ -80,7 +91,10 @@ TRANSCRIPTS = HERE.parent / "data"
 FEATURES = int(RECORDED_FEATURES)
 CONFIG_SIZE = 96
 FAIL = 0x80
-CAN_FAIL = (MapMemory, AddRegion, RemoveRegion, StartVring, StopVring, ReadConfig, WriteConfig)
+CAN_FAIL = (
+    *(MapMemory, AddRegion, RemoveRegion, SetLogArea),
+    *(StartVring, StopVring, ReadConfig, WriteConfig),
+)
 PAGE = 4096
 
 
@@ -151,7 +165,7 @@ class Checker:
         reply = self.session.complete(result, error=error)
         assert self.running.keys() == {v.index for v in self.session.vrings if v.is_started}
         if reply is not None:
-            assert not reply.fds
+            assert reply.fds in ((), (99,))
             (decoded,) = Decoder().feed(reply.encode())
             assert (decoded.request, decoded.flags) == (message.request, 5)
 
@@ -182,6 +196,18 @@ class Checker:
             case SetVringFd(index, _, fd):
                 assert index in self.running
                 self.lent(fd)
+            case SetVringLog(index, _):
+                assert index in self.running
+            case SetLogArea(_, _, fd) | SetLogFd(fd) | SaveState(fd):
+                self.lent(fd)
+            case MapInflight():
+                self.lent(action.fd)
+            case LoadState(fd):
+                self.end((fd,))
+            case CreateInflight():
+                return 99  # not received: a file of ours
+            case CheckState():
+                return None
             case ResetDevice():
                 self.running.clear()
             case ReadConfig(offset, size):
@@ -278,6 +304,8 @@ class LiveBackend:
                 return 1
             case ReadConfig(_, size):
                 return bytes(size)
+            case LoadState(fd):
+                os.close(fd)
             case SetBackendChannel(fd):
                 channel = BackendChannel(fd)
                 if self.channel is not None:
@@ -346,6 +374,9 @@ GOOD: dict[type[Payload], Payload] = {
     VringFile: VringFile(1),
     MemoryTable: MemoryTable((REGION,)),
     SingleRegion: SingleRegion(REGION),
+    LogArea: LogArea(PAGE, 0),
+    InflightDescription: InflightDescription(PAGE, 0, 1, 8),
+    DeviceStateTransfer: DeviceStateTransfer(1, 0),
     ConfigSpace: ConfigSpace(32, 1, 0, b"\1"),
 }
 
@@ -413,6 +444,14 @@ def corpus() -> dict[str, bytes]:
         "mem_slots": HELLO
         + say(37, SingleRegion(REGION), 1) * 2
         + say(38, SingleRegion(REGION), 1),
+        "log": HELLO
+        + say(6, LogArea(PAGE, PAGE), 1)
+        + say(7, fds=1) * 2
+        + start()
+        + say(2, U64(FEATURES | 1 << 26 | 1 << 30)) * 2
+        + say(9, VringAddress(1, 1, 0x10000, 0x10800, 0x10400, 0x800))
+        + say(6, LogArea(1, 0), 1)
+        + say(6, LogArea(1 << 63, 1 << 63), 1),
         "config": HELLO
         + say(24, ConfigSpace(90, 60, 0, bytes(60)))
         + say(25, ConfigSpace(0, 9, 1, bytes(9))),

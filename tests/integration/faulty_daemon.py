@@ -15,10 +15,12 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.cli.main import main
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.python_path import PythonDataPath
+from vhostblk.vhost.device_status import DeviceStatus
 from vhostblk.vhost.message import Request
 from vhostblk.vhost.session import Session
 from vhostblk.virtio.blk import BlkConfig, RequestType, Status
 from vhostblk.virtio.blk_request import BlkRequest
+from vhostblk.virtio.packed import PackedVirtqueue
 from vhostblk.virtio.split import AVAIL_F_NO_INTERRUPT, SplitVirtqueue
 
 _ONE_SECTOR = 512
@@ -94,8 +96,8 @@ def zeroes_not_written() -> None:
 
 
 def base_one_too_far() -> None:
-    async def stop(real: Callable[..., Any], path: PythonDataPath, index: int) -> int:
-        return int(await real(path, index)) + 1
+    async def stop(real: Callable[..., Any], *args: Any, **options: Any) -> int:
+        return int(await real(*args, **options)) + 1
 
     _wrap(PythonDataPath, "stop_queue", stop)
 
@@ -124,6 +126,18 @@ def dies_of_a_ring_of_3() -> None:
     _wrap(Session, "receive", receive)
 
 
+def status_forgotten() -> None:
+    _wrap(DeviceStatus, "write", lambda _real, _status, _value: None)
+
+
+def packed_wrap_counter_forgotten() -> None:
+    real = PackedVirtqueue.base
+    assert isinstance(real, property)
+    assert real.fget is not None
+    base = real.fget
+    setattr(PackedVirtqueue, "base", property(lambda ring: base(ring) & ~0x8000))  # noqa: B010
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     fault.__name__: fault
     for fault in (
@@ -141,6 +155,8 @@ FAULTS: dict[str, Callable[[], None]] = {
         disabled_rings_served,
         cache_mode_ignored,
         config_offset_ignored,
+        status_forgotten,
+        packed_wrap_counter_forgotten,
         dies_of_a_ring_of_3,
     )
 }

@@ -40,12 +40,16 @@ def run(path: Path, options: BenchOptions = QUICK, **changes: Any) -> BenchResul
 @BOTH_PATHS
 @pytest.mark.parametrize("sleep", [False, True], ids=["polling", "sleeping"])
 @pytest.mark.parametrize("indirect", [False, True], ids=["direct", "indirect"])
-def test_every_request_is_counted_once(disks: Disks, sleep: bool, indirect: bool) -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_every_request_is_counted_once(
+    disks: Disks, sleep: bool, indirect: bool, packed: bool
+) -> None:
     options = {"requests": 2000, "queues": 2, "threads": 2, "segments": 2}
     result = run(
         disks.socket("disk"),
         sleep=sleep,
         indirect=indirect,
+        packed=packed,
         pattern=parse_pattern("randrw", 70),
         flush_every=100,
         **options,

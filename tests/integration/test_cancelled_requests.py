@@ -31,7 +31,8 @@ def cancel_all(export: Export) -> int:
     path = export._path
     tasks: set[asyncio.Task[None]] = set()
     if isinstance(path, NativeDataPath):
-        tasks |= path._tasks
+        for thread in path._threads.attached:
+            tasks = tasks.union(*thread.tasks.values())
     else:
         assert isinstance(path, PythonDataPath)
         for queue in path._queues.values():

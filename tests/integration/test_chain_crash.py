@@ -2,7 +2,8 @@
 
 What reaches the files of two layers is recorded in one log. A state after a crash has what each file had been sent
 before its last flush, and any subset of what came later, sectors of it torn. In each state the image shows the same
-bytes, and `qemu-img check` finds leaks at worst.
+bytes, and `qemu-img check` finds leaks at worst; but for an image that says that it has to be repaired first, which
+was being emptied: whoever writes to it does that.
 """
 
 from __future__ import annotations
@@ -126,6 +127,8 @@ async def keep_and_leave(graph: BlockGraph, node: BlockNode) -> None:
     await rebase(graph, node, "")
 
 
+_INCOMPATIBLE, _DIRTY = 72, 1  # qcow2 specification, "Header"
+
 OPERATIONS: dict[str, tuple[Work, list[tuple[int, str]]]] = {
     "commit": (commit, [(2 * MIB, ""), (MIB, "")]),
     "commit of a shorter one": (commit, [(MIB, "cluster_size=4k"), (2 * MIB, "extended_l2=on")]),
@@ -157,6 +160,9 @@ def test_image_shows_the_same_after_a_crash_at_any_moment(tmp_path: Path, name: 
         state(before, log, end, rnd)
         assert contents(tmp_path / "top", tmp_path) == content, f"after {end} entries"
         for path in paths:
+            if path.read_bytes()[_INCOMPATIBLE + 7] & _DIRTY:
+                qemu_io(path, "flush")
+                assert contents(tmp_path / "top", tmp_path) == content, f"after {end} entries"
             done = subprocess.run(
                 ["qemu-img", "check", path], capture_output=True, text=True, check=False, timeout=60
             )

@@ -231,6 +231,8 @@ FOUND: dict[str, tuple[set[str], set[str]]] = {
     ),
     "cache_mode_ignored": ({"config.writeback-toggled"}, {"config.writeback-initial"}),
     "config_offset_ignored": ({"config.fields-by-themselves"}, {"config.whole"}),
+    "status_forgotten": ({"device.status"}, {"device.status-zero", "device.state"}),
+    "packed_wrap_counter_forgotten": ({"packed.restart"}, {"packed.reads", "state.base"}),
 }
 
 

@@ -234,7 +234,7 @@ def test_no_feature_is_offered_whose_fields_mean_nothing(disks: Disks) -> None:
         assert config.discard_sector_alignment * SECTOR >= config.blk_size
         assert config.max_write_zeroes_sectors > 0
         assert config.max_write_zeroes_seg > 0
-        assert not offered & (Feature.VIRTIO_BLK_F_RO | Feature.VIRTIO_F_RING_PACKED)
+        assert not offered & (Feature.VIRTIO_BLK_F_RO | Feature.VIRTIO_F_RING_RESET)
 
 
 def test_topology_is_that_of_the_file(disks: Disks) -> None:

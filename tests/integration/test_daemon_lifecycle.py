@@ -129,7 +129,7 @@ def test_half_a_message_does_not_hold_up_the_end(
     process = daemon("serve", image, "--socket", sock, sockets=[sock])
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(os.fspath(sock))
-        client.send(b"\1\0\0\0\1")
+        client.send(b"\1\0\0\0\1\0\0\0\0\0\0\0\1\0\0\0\1")
         eventually(lambda: "has connected" in process.output, "the daemon sees its client")
         assert process.stop() == 0
 

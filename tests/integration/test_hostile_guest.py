@@ -92,6 +92,15 @@ def _bad_header(gpa: int, length: int) -> Callable[[Hostile], None]:
     return attack
 
 
+def _bad_status(gpa: int) -> Callable[[Hostile], None]:
+    def attack(h: Hostile) -> None:
+        head, data, _ = h.good()
+        h.direct(head, data, (gpa, 1, WRITE, 0))
+        h.offer(0)
+
+    return attack
+
+
 def _over_the_end(h: Hostile) -> None:
     region = h.memory.regions[-1]
     _bad_buffer(region.end - 8, 16)(h)
@@ -201,18 +210,10 @@ ATTACKS: dict[str, Callable[[Hostile], None]] = {
     "writable descriptors loop": _writable_loop,
     "next just outside the table": _chain((NEXT, SIZE)),
     "next far outside the table": _chain((NEXT, 65535)),
-    "buffer at 0": _bad_buffer(0, 512),
-    "readable buffer at 0": _bad_buffer(0, 512, 0),
-    "buffer at the end of the address space": _bad_buffer(END - 1, 1),
-    "buffer that wraps": _bad_buffer(END - 4096, 8192),
-    "buffer of the largest length": _bad_buffer(0x1000_0000, 2**32 - 1),
-    "buffer over the end of memory": _over_the_end,
-    "buffer between two regions": _between_regions,
-    "header outside memory": _bad_header(1 << 60, 16),
-    "header of 4 GiB": _bad_header(0x1000_0000, 2**32 - 1),
     "readable after writable": _order,
     "data after the status": _order_of_nothing,
     "no status byte": _no_status,
+    "status outside memory": _bad_status(1 << 60),
     "status of no bytes": _empty_status,
     "indirect table of no bytes": _table(None, 0),
     "indirect table of an odd length": _table(None, 47),
@@ -224,6 +225,19 @@ ATTACKS: dict[str, Callable[[Hostile], None]] = {
     "indirect table in a table": _nested,
     "loop in a table": _in_table((NEXT, 1), (NEXT, 0)),
     "next outside a table": _in_table((NEXT, 1), (NEXT, 2)),
+}
+
+
+LOST_BUFFERS: dict[str, Callable[[Hostile], None]] = {
+    "buffer at 0": _bad_buffer(0, 512),
+    "readable buffer at 0": _bad_buffer(0, 512, 0),
+    "buffer at the end of the address space": _bad_buffer(END - 1, 1),
+    "buffer that wraps": _bad_buffer(END - 4096, 8192),
+    "buffer of the largest length": _bad_buffer(0x1000_0000, 2**32 - 1),
+    "buffer over the end of memory": _over_the_end,
+    "buffer between two regions": _between_regions,
+    "header outside memory": _bad_header(1 << 60, 16),
+    "header of 4 GiB": _bad_header(0x1000_0000, 2**32 - 1),
     "buffer outside memory in a table": _bad_buffer_in_table,
 }
 
@@ -247,6 +261,25 @@ def serves(client: Client, index: int = 1) -> None:
     pending = client.submit(RequestType.GET_ID, room=20, queue=index)
     eventually(lambda: bool(queue.reap()) or pending.is_done, "a request")
     assert pending.result().rstrip(b"\0") == SERIAL.encode()
+
+
+@pytest.mark.parametrize("buffer", LOST_BUFFERS)
+def test_buffer_that_is_not_in_memory_costs_its_request_only(disks: Disks, buffer: str) -> None:
+    with connect(disks) as client:
+        hostile = Hostile(client)
+        hostile.describe(RequestType.OUT if "readable" in buffer else RequestType.IN)
+        client.memory.write(hostile.data.gpa, b"#" * 4096)
+        LOST_BUFFERS[buffer](hostile)
+        eventually(lambda: client.memory.read(hostile.status) == b"\1", "an answer")
+        assert client.memory.read(hostile.data) == b"#" * 4096
+        hostile.describe(RequestType.IN)
+        hostile.direct(*hostile.good())
+        hostile.driver.write_avail(hostile.driver.avail_idx + 1, 0)
+        hostile.driver.write_avail_idx(hostile.driver.avail_idx + 2)
+        hostile.queue.kick()
+        eventually(lambda: client.memory.read(hostile.status) == b"\0", "the next answer")
+        with pytest.raises(BlockingIOError):
+            os.eventfd_read(client.queues[0].err_fd)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.daemons import BOTH_PATHS, SERIAL, Disks, barrier, eventually
-from vhostblk.client.client import Client
+from vhostblk.client.client import FEATURES, Client
 from vhostblk.client.shared_memory import SharedMemory
 from vhostblk.errors import PeerError, SessionError
 from vhostblk.vhost.message import U64, MemoryRegion, Request
@@ -224,11 +224,19 @@ def test_a_request_to_memory_that_was_removed_breaks_the_queue(disks: Disks) -> 
 # ---------------------------------------------------------------- memory is truncated: SIGBUS
 
 
-def shrinking(disks: Disks, export: str, *, alignment: int = 4096) -> Client:
+def shrinking(
+    disks: Disks, export: str, *, alignment: int = 4096, features: int = FEATURES
+) -> Client:
     """Rings in the first region, data of requests in the second one."""
     memory = SharedMemory([1 << 20, 4 << 20])
     client = disks.connect(
-        export, queues=2, queue_size=64, memory=memory, alignment=alignment, strict=False
+        export,
+        queues=2,
+        queue_size=64,
+        features=features,
+        memory=memory,
+        alignment=alignment,
+        strict=False,
     )
     client.memory.allocate(_room_left(client), contiguous=True)
     return client
@@ -258,14 +266,14 @@ def test_memory_is_truncated_under_the_rings(disks: Disks, export: str) -> None:
         for index in (0, 1):
             client.queues[index].kick()
         # The session ends, or at least the queues do: the rings are no more.
-        eventually(lambda: _is_over(client) or _are_broken(client), "the end")
+        eventually(lambda: is_over(client) or _are_broken(client), "the end")
         assert len(other.read(0, 4096)) == 4096
         leave(client)
         next_client_is_served(disks, export)
         assert len(other.read(0, 4096)) == 4096
 
 
-def _is_over(client: Client) -> bool:
+def is_over(client: Client) -> bool:
     try:
         return not client.control.is_alive()
     except (PeerError, OSError):

@@ -17,7 +17,7 @@ WRITES = 'Failed to get "write" lock'
 def refusal(image: Path, socket: Path, *options: str) -> str:
     """What `vhostblk serve` says when it may not have the image."""
     done = subprocess.run(
-        [*VHOSTBLK, "serve", str(image), "--socket", str(socket), *options],
+        [*VHOSTBLK, "serve", str(image), "--socket", str(socket), "--lock-timeout=0", *options],
         capture_output=True,
         text=True,
         timeout=30,

@@ -166,17 +166,58 @@ def test_snapshots_and_versions(tmp_path: Path) -> None:
     assert contents(image, tmp_path) == before
 
 
-def test_zeroes_that_version_2_does_not_have_and_compressed_clusters(tmp_path: Path) -> None:
-    image = create(tmp_path / "disk", SIZE)
-    qemu_io(image, "write -P 1 0 1M", "write -z 0 64k")
+@pytest.mark.parametrize("backing", [False, True])
+def test_zeroes_of_snapshots_that_version_2_does_not_have_are_written_or_forgotten(
+    tmp_path: Path, backing: bool
+) -> None:
+    """Tables that several snapshots share, zero clusters that keep a place, data that another one has there."""
+    (tmp_path / "base").write_bytes(os.urandom(SIZE))
+    words = ["-b", tmp_path / "base", "-F", "raw"] if backing else []
+    image = create(tmp_path / "disk", SIZE, "-o", "cluster_size=4k", *words)
+    qemu_io(image, "write -P 1 0 1M", "write -z 3M 64k")
+    qemu_img("snapshot", "-c", "data", image)
+    qemu_io(image, "write -z 0 64k", "write -z -u 128k 64k")
     qemu_img("snapshot", "-c", "one", image)
-    with pytest.raises(ConfigError, match="Internal snapshots with zero clusters"):
+    qemu_img("snapshot", "-c", "two", image)
+    qemu_io(image, "write -P 2 0 32k", "write -P 3 3M 32k", "write -z 2M 4k")
+    expected = {"": contents(image, tmp_path)}
+    for name in ("data", "one", "two"):
+        expected[name] = shown(image, name, tmp_path)
+    amend_image(image, "compat=0.10")
+    assert check(image) == ""
+    assert facts(image)["format-specific"]["data"]["compat"] == "0.10"
+    assert contents(image, tmp_path) == expected.pop("")
+    for name, content in expected.items():
+        assert shown(image, name, tmp_path) == content
+    for name in ("one", "two", "data"):
+        qemu_img("snapshot", "-d", name, image)
+        assert check(image) == ""
+
+
+def shown(image: Path, name: str, folder: Path) -> bytes:
+    """What a snapshot has."""
+    qemu_img("convert", "-O", "raw", "-l", name, image, folder / "shown")
+    return (folder / "shown").read_bytes()
+
+
+def test_snapshot_whose_l1_table_cannot_be_prevents_version_2(tmp_path: Path) -> None:
+    image = create(tmp_path / "disk", SIZE)
+    qemu_img("snapshot", "-c", "one", image)
+    data = bytearray(image.read_bytes())
+    at = int.from_bytes(data[64:72])
+    data[at + 8 : at + 12] = (1 << 28).to_bytes(4)
+    image.write_bytes(data)
+    with pytest.raises(BlockError, match="Snapshot L1 table too large"):
         amend_image(image, "compat=0.10")
+    assert image.read_bytes() == data
+
+
+def test_compressed_clusters_that_version_2_does_not_have_are_refused(tmp_path: Path) -> None:
     other = create(tmp_path / "other", SIZE, "-o", "compression_type=zstd")
     qemu_io(other, "write -c -P 1 0 1M")
     with pytest.raises(ConfigError, match="zstd compression type and existing compressed"):
         amend_image(other, "compat=0.10")
-    assert check(image) == check(other) == ""
+    assert check(other) == ""
 
 
 def test_image_that_somebody_writes_or_that_is_read_only_is_not_amended(tmp_path: Path) -> None:

@@ -128,8 +128,8 @@ def test_bitmaps_have_what_was_written_here_and_by_qemu(tmp_path: Path, shape: s
         assert [
             (one.name, one.count, one.granularity, one.recording) for one in query_bitmaps(node)
         ] == [
-            ("theirs", 3 * 4096, 4096, True),
             ("off", 0, 65536, False),
+            ("theirs", 3 * 4096, 4096, True),
         ]
         await add_bitmap(graph, node, "ours", 512, persistent=True)
         for _ in range(60):
@@ -237,8 +237,9 @@ def test_bitmap_is_in_use_on_the_disk_before_anything_is_written_and_nobody_beli
             await add_bitmap(graph, node, "good", persistent=True),
         )
         assert [(one.inconsistent, one.recording) for one in query_bitmaps(node)] == [
-            (True, False)
-        ] * 2 + [(False, True)]
+            (False, True),
+            *[(True, False)] * 2,
+        ]
         for use in (bitmap.clear, bitmap.create_successor, lambda: merge_bitmaps(other, [bitmap])):
             with pytest.raises(ConfigError, match="inconsistent and cannot be used"):
                 use()
@@ -248,7 +249,7 @@ def test_bitmap_is_in_use_on_the_disk_before_anything_is_written_and_nobody_beli
         assert await refused(add_bitmap(graph, node, "b")) == errno.EEXIST
         told_here = (await block_device_info(node))["dirty-bitmaps"]
         assert [(one["name"], one.get("inconsistent", False)) for one in told_here] == [
-            *(("b", True), ("other", True), ("good", False)),
+            *(("good", False), ("other", True), ("b", True)),
         ]
         await remove_bitmap(graph, bitmap)
 

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import random
 import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -446,6 +447,84 @@ def check_both(image: Image, folder: Path) -> None:
     assert not after.check_errors
     assert after.corruptions <= ours.corruptions
     assert before is None or reading(path, folder) == before
+
+
+# ---------------------------------------------------------------------- snapshot tables
+
+
+def l1_table_unaligned(image: Image) -> None:
+    image.put(image.header.snapshots_offset, 0x40_0200)
+
+
+def l1_table_too_large(image: Image) -> None:
+    at = image.header.snapshots_offset + 8
+    image.data[at : at + 4] = (1 << 28).to_bytes(4)
+
+
+def entry_incomplete(image: Image) -> None:
+    """No extra data; what was there is a part of the name."""
+    at = image.header.snapshots_offset + 12
+    image.data[at : at + 4] = (1).to_bytes(2) + (25).to_bytes(2)
+    image.data[at + 24 : at + 28] = bytes(4)
+
+
+def extra_data_too_large(image: Image) -> None:
+    at = image.header.snapshots_offset + 36
+    image.data[at : at + 4] = (2048).to_bytes(4)
+
+
+def too_many(image: Image) -> None:
+    image.data[60:64] = (65537).to_bytes(4)
+
+
+def table_unaligned(image: Image) -> None:
+    image.put(64, image.header.snapshots_offset + 512)
+
+
+@pytest.mark.parametrize(
+    ("damage", "is_repaired"),
+    [
+        (l1_table_unaligned, False),
+        (l1_table_too_large, None),
+        (entry_incomplete, True),
+        (extra_data_too_large, True),
+        (too_many, None),
+        (table_unaligned, False),
+    ],
+)
+def test_damaged_table_of_snapshots_is_found_and_repaired_as_by_qemu(
+    tmp_path: Path, damage: Callable[[Image], None], is_repaired: bool | None
+) -> None:
+    path = create(tmp_path / "i.qcow2", SIZE, "-o", "cluster_size=4k")
+    qemu_io(path, "write -P 3 0 300k")
+    qemu_img("snapshot", "-c", "s", path)
+    qemu_io(path, "write -P 4 0 100k")
+    image = Image(path)
+    damage(image)
+    outputs = []
+    # Of what is left out QEMU makes something worse.
+    for fix in ([], ["-r", "leaks"], ["-r", "all"], []) if is_repaired is not None else ([],):
+        said = []
+        for program in (["qemu-img"], [sys.executable, "-m", "vhostblk", "img"]):
+            copy = tmp_path / "copy.qcow2"
+            if outputs and not fix:
+                copy = tmp_path / f"repaired by {program[0].rpartition('/')[2]}"
+            else:
+                image.path = copy
+                image.save()
+            words = [*program, "check", *fix, copy]
+            run = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+            text = run.stdout + run.stderr
+            lines = text.replace("vhostblk-img:", "qemu-img:").splitlines()
+            # Where a new table is, is not the same.
+            lines = [line for line in lines if not line.startswith("Image end offset")]
+            said.append((run.returncode, sorted(lines) if fix else lines))
+            if fix[1:] == ["all"]:
+                copy.rename(tmp_path / f"repaired by {program[0].rpartition('/')[2]}")
+        assert said[0] == said[1]
+        outputs.append(said[1])
+    assert outputs[0][0] != 0
+    assert (outputs[-1][0] == 0) is bool(is_repaired)
 
 
 # ---------------------------------------------------------------------- interrupted repairs

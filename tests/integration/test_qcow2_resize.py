@@ -171,10 +171,30 @@ def test_disk_that_is_too_large_stays_as_it_is(tmp_path: Path) -> None:
         ) as caught:
             await backend.truncate(1 << 50)
         assert caught.value.errno == errno.EFBIG
-        # The table would fit, but not into the clusters that one block of counts is for: once this had no end.
-        with pytest.raises(BlockError, match="Failed to grow the L1 table: File too large"):
-            await backend.truncate(1 << 30)
         await backend.pwritev(0, IoVec.of(b"x" * 512))
+
+    with_image(image, scenario)
+    assert check(image) == ""
+
+
+@pytest.mark.parametrize("refcount_bits", [16, 64])
+def test_l1_table_may_be_larger_than_what_a_block_of_counts_is_for(
+    tmp_path: Path, refcount_bits: int
+) -> None:
+    words = f"cluster_size=512,refcount_bits={refcount_bits}"
+    image = create(tmp_path / "disk", MIB, "-o", words)
+    qemu_io(image, "write -P 7 0 1M")
+    with_image(image, lambda backend: backend.truncate(4 << 30))
+    assert check(image) == ""
+    qemu_io(image, f"write -P 8 {(4 << 30) - MIB} 1M")
+
+    async def scenario(backend: BlockBackend) -> None:
+        assert await read(backend, 0, MIB) == b"\7" * MIB
+        assert await read(backend, (4 << 30) - MIB, MIB) == b"\10" * MIB
+        await backend.truncate(20 << 30)
+        await backend.pwritev((20 << 30) - 512, IoVec.of(b"x" * 512))
+        await backend.truncate(2 << 30)
+        assert await read(backend, 0, MIB) == b"\7" * MIB
 
     with_image(image, scenario)
     assert check(image) == ""

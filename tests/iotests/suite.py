@@ -7,8 +7,10 @@ have; messages begin with that name, so ours must be called qemu-img, too.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 import sys
+import tempfile
 import tomllib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -131,9 +133,9 @@ def our_tools(stock: Collection[str] = ()) -> Tools:
 
 
 def _folder(name: str) -> Path:
-    folder = BUILD / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    """Of this run alone: several may go on at the same time."""
+    folder = Path(tempfile.mkdtemp(dir=BUILD, prefix=f"{name}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     text = _EMULATOR.format(emulator=_installed(EMULATOR), name=EMULATOR)
     _write_program(folder / EMULATOR, text)
     return folder

@@ -108,11 +108,19 @@ static double own_seconds(void)
 	       (double)(self.ru_utime.tv_usec + self.ru_stime.tv_usec) / 1e6;
 }
 
-static void by_turns(uint32_t flags, uint32_t type, uint32_t rounds)
+static void by_turns(uint32_t flags, uint32_t type, bool packed, bool tracked)
 {
+	static _Alignas(4096) uint8_t region[8192];
+	uint32_t rounds = 3000;
 	struct engine *engine = engine_new_by_hand(VB_IO_AUTO);
-	struct driver_config config = {
-		.size = 128, .data_bytes = 4096, .indirect = true, .event_idx = true, .alignment = 4096};
+	struct driver_config config = {.size = 128,
+		.data_bytes = 4096,
+		.indirect = true,
+		.event_idx = true,
+		.packed = packed,
+		.alignment = 4096,
+		.inflight = tracked ? region : NULL,
+		.inflight_size = sizeof(region)};
 	struct vb_disk *disk = disk_new(1, SIZE);
 	int fd = file_new(false, SIZE), token;
 	struct driver driver;
@@ -148,17 +156,62 @@ static void by_turns(uint32_t flags, uint32_t type, uint32_t rounds)
 
 TEST(bench_turn_null)
 {
-	by_turns(VB_EXTENT_NULL, VIRTIO_BLK_T_IN, 3000);
+	by_turns(VB_EXTENT_NULL, VIRTIO_BLK_T_IN, false, false);
 }
 
 TEST(bench_turn_read)
 {
-	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_IN, 3000);
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_IN, false, false);
 }
 
 TEST(bench_turn_write)
 {
-	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_OUT, 3000);
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_OUT, false, false);
+}
+
+TEST(bench_turn_packed_null)
+{
+	by_turns(VB_EXTENT_NULL, VIRTIO_BLK_T_IN, true, false);
+}
+
+TEST(bench_turn_packed_read)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_IN, true, false);
+}
+
+TEST(bench_turn_packed_write)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_OUT, true, false);
+}
+
+TEST(bench_turn_tracked_null)
+{
+	by_turns(VB_EXTENT_NULL, VIRTIO_BLK_T_IN, false, true);
+}
+
+TEST(bench_turn_tracked_read)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_IN, false, true);
+}
+
+TEST(bench_turn_tracked_write)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_OUT, false, true);
+}
+
+TEST(bench_turn_tracked_packed_null)
+{
+	by_turns(VB_EXTENT_NULL, VIRTIO_BLK_T_IN, true, true);
+}
+
+TEST(bench_turn_tracked_packed_read)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_IN, true, true);
+}
+
+TEST(bench_turn_tracked_packed_write)
+{
+	by_turns(VB_EXTENT_INLINE, VIRTIO_BLK_T_OUT, true, true);
 }
 
 /* ---------------------------------------------------------------- two threads */

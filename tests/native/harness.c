@@ -127,12 +127,13 @@ void engine_pump(struct engine *engine, int timeout_ms)
 	struct pollfd readable = {.fd = vb_thread_fd(engine->thread), .events = POLLIN};
 	struct vb_message messages[32];
 	int count;
+	uint32_t alike;
 
 	if (engine->by_hand)
 		thread_turn(engine->thread);
 	else
 		poll(&readable, 1, timeout_ms);
-	while ((count = vb_thread_receive(engine->thread, messages, 32))) {
+	while ((count = vb_thread_receive(engine->thread, messages, 32, &alike))) {
 		for (int i = 0; i < count; i++) {
 			struct vb_message *m = &messages[i];
 
@@ -240,13 +241,19 @@ void driver_init(struct driver *driver, struct guest *guest, const struct driver
 	driver->call_fd = config->no_call_fd ? -1 : eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	driver->err_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	driver->desc_at = guest_alloc(guest, 16u * config->size, 16);
-	driver->avail_at = guest_alloc(guest, 6 + 2u * config->size, 2);
+	driver->avail_at = guest_alloc(guest, 6 + 2u * config->size, config->packed ? 4 : 2);
 	driver->used_at = guest_alloc(guest, 6 + 8u * config->size, 4);
 	driver->desc = guest_at(guest, driver->desc_at);
 	driver->avail = guest_at(guest, driver->avail_at);
 	driver->used = guest_at(guest, driver->used_at);
-	driver->avail->idx = driver->used->idx = config->start;
-	driver->avail_idx = driver->published = driver->used_idx = config->start;
+	if (config->packed) {
+		driver->packed = packed_driver_new(guest_at(guest, driver->desc_at), guest_at(guest, driver->avail_at),
+			guest_at(guest, driver->used_at), config->size, config->event_idx);
+		driver->config.start = 0x80008000;
+	} else {
+		driver->avail->idx = driver->used->idx = (uint16_t)config->start;
+		driver->avail_idx = driver->published = driver->used_idx = (uint16_t)config->start;
+	}
 	driver->per_token = (uint16_t)(config->indirect ? 1 : pieces + 2);
 	driver->tokens = config->size / driver->per_token;
 	driver->data_in_slot = (TABLE_AT + 16 * (pieces + 2) + alignment - 1) & ~(alignment - 1);
@@ -262,6 +269,7 @@ void driver_deinit(struct driver *driver)
 	if (driver->call_fd >= 0)
 		close(driver->call_fd);
 	close(driver->err_fd);
+	free(driver->packed);
 	free(driver->stats);
 }
 
@@ -279,9 +287,12 @@ struct vb_queue_config driver_queue_config(const struct driver *driver)
 		.enabled = 1,
 		.event_idx = driver->config.event_idx,
 		.indirect = driver->config.indirect,
+		.packed = driver->config.packed,
 		.kick_fd = driver->kick_fd,
 		.call_fd = driver->call_fd,
 		.err_fd = driver->err_fd,
+		.inflight = (uint64_t)driver->config.inflight,
+		.inflight_size = driver->config.inflight_size,
 	};
 }
 
@@ -301,15 +312,15 @@ void driver_start(struct driver *driver, struct engine *engine, struct vb_disk *
 	driver->runs = true;
 }
 
-uint16_t driver_stop(struct driver *driver)
+uint32_t driver_stop(struct driver *driver)
 {
 	struct vb_message ack =
 		engine_command(driver->engine, (struct vb_message){.type = VB_QUEUE_STOP, .queue = driver->key});
 
 	CHECK_EQUAL(ack.result, 0);
-	driver->config.start = (uint16_t)ack.aux;
+	driver->config.start = (uint32_t)ack.aux;
 	driver->runs = false;
-	return (uint16_t)ack.aux;
+	return (uint32_t)ack.aux;
 }
 
 static uint64_t slot_at(const struct driver *driver, uint16_t token)
@@ -338,12 +349,24 @@ uint64_t driver_gpa(const struct driver *driver, const void *address)
 	CHECK(!"an address in guest memory");
 }
 
+static void offer_packed(struct driver *driver, uint16_t token, struct vring_desc *table, uint32_t count)
+{
+	struct vring_desc whole = {driver_gpa(driver, table), 16 * count, VRING_DESC_F_INDIRECT, 0};
+
+	if (!driver->config.indirect) {
+		packed_driver_add(driver->packed, table, count, token);
+		return;
+	}
+	packed_driver_convert(table, count);
+	packed_driver_add(driver->packed, &whole, 1, token);
+}
+
 void driver_add(struct driver *driver, uint16_t token, uint32_t type, uint64_t sector, uint32_t length)
 {
 	uint64_t slot = GUEST_GPA + slot_at(driver, token);
-	bool indirect = driver->config.indirect;
-	uint16_t head = (uint16_t)(token * driver->per_token), next = indirect ? 0 : head;
-	struct vring_desc *table = indirect ? guest_at(driver->guest, slot_at(driver, token) + TABLE_AT) : driver->desc;
+	bool indirect = driver->config.indirect, apart = indirect || driver->packed;
+	uint16_t head = (uint16_t)(token * driver->per_token), next = apart ? 0 : head;
+	struct vring_desc *table = apart ? guest_at(driver->guest, slot_at(driver, token) + TABLE_AT) : driver->desc;
 	struct virtio_blk_outhdr *header = guest_at(driver->guest, slot_at(driver, token) + HEADER_AT);
 	uint16_t write = type == VIRTIO_BLK_T_IN || type == VIRTIO_BLK_T_GET_ID ? VRING_DESC_F_WRITE : 0;
 	uint32_t pieces = MIN(driver->config.pieces, MAX(length / 512, 1u)), done = 0, count = 0;
@@ -362,6 +385,10 @@ void driver_add(struct driver *driver, uint16_t token, uint32_t type, uint64_t s
 	}
 	next++;
 	table[next] = (struct vring_desc){slot + STATUS_AT, 1, VRING_DESC_F_WRITE, 0};
+	if (driver->packed) {
+		offer_packed(driver, token, table, next + 1u);
+		return;
+	}
 	if (indirect)
 		driver->desc[head] = (struct vring_desc){slot + TABLE_AT, 16u * (next + 1u), VRING_DESC_F_INDIRECT, 0};
 	driver_offer(driver, head);
@@ -373,12 +400,22 @@ void driver_offer(struct driver *driver, uint16_t head)
 	driver->avail_idx++;
 }
 
+bool driver_has_added(const struct driver *driver)
+{
+	return driver->packed ? packed_driver_has_added(driver->packed) : driver->published != driver->avail_idx;
+}
+
 void driver_publish(struct driver *driver)
 {
 	uint16_t before = driver->published, now = driver->avail_idx;
 	uint16_t event;
 	bool kick;
 
+	if (driver->packed) {
+		if (packed_driver_publish(driver->packed) && driver->kick_fd >= 0)
+			eventfd_write(driver->kick_fd, 1);
+		return;
+	}
 	store_release(&driver->avail->idx, now);
 	driver->published = now;
 	full_fence();
@@ -397,6 +434,8 @@ int driver_reap(struct driver *driver, uint32_t *written)
 	struct vring_used_elem *element = &driver->used->ring[driver->used_idx & (driver->config.size - 1)];
 	uint32_t id;
 
+	if (driver->packed)
+		return packed_driver_reap(driver->packed, written);
 	if (load_acquire(&driver->used->idx) == driver->used_idx)
 		return -1;
 	id = load_relaxed(&element->id);
@@ -413,10 +452,12 @@ bool driver_wait(struct driver *driver, int timeout_ms)
 	eventfd_t ignored;
 
 	/* Ask for a call for the next one. */
-	if (driver->config.event_idx)
+	if (driver->packed && packed_driver_listen(driver->packed))
+		return true;
+	if (!driver->packed && driver->config.event_idx)
 		store_relaxed((uint16_t *)&driver->avail->ring[driver->config.size], driver->used_idx);
 	full_fence();
-	if (load_acquire(&driver->used->idx) != driver->used_idx)
+	if (!driver->packed && load_acquire(&driver->used->idx) != driver->used_idx)
 		return true;
 	if (poll(&readable, 1, timeout_ms) != 1)
 		return false;

@@ -106,7 +106,8 @@ void *guest_at(const struct guest *guest, uint64_t offset);
 
 struct driver_config {
 	uint16_t size;
-	uint16_t start; /* both indices */
+	uint32_t start; /* both indices; packed: as vb_queue_config.base, 0 for a new ring */
+	bool packed;
 	bool event_idx;
 	bool indirect;
 	bool no_kick_fd;
@@ -114,6 +115,8 @@ struct driver_config {
 	uint32_t pieces;     /* descriptors per request's data */
 	uint32_t data_bytes; /* room per request */
 	uint32_t alignment;  /* of the data */
+	void *inflight;      /* where requests are tracked, or NULL */
+	uint64_t inflight_size;
 };
 
 /* The driver's half: `tokens` requests, each with descriptors and buffers of its own. */
@@ -129,7 +132,8 @@ struct driver {
 	struct vring_desc *desc;
 	struct vring_avail *avail;
 	struct vring_used *used;
-	uint16_t avail_idx; /* ours, published or not */
+	struct packed_driver *packed; /* instead of the three, or NULL */
+	uint16_t avail_idx;           /* ours, published or not */
 	uint16_t published;
 	uint16_t used_idx;
 	uint16_t tokens;
@@ -143,8 +147,8 @@ void driver_init(struct driver *driver, struct guest *guest, const struct driver
 void driver_deinit(struct driver *driver);
 void driver_start(struct driver *driver, struct engine *engine, struct vb_disk *disk, uint32_t key);
 struct vb_queue_config driver_queue_config(const struct driver *driver);
-/* Returns the next available index. */
-uint16_t driver_stop(struct driver *driver);
+/* Returns where the ring can be started again. */
+uint32_t driver_stop(struct driver *driver);
 
 uint8_t *driver_data(const struct driver *driver, uint16_t token);
 uint8_t *driver_status(const struct driver *driver, uint16_t token);
@@ -153,6 +157,8 @@ uint64_t driver_gpa(const struct driver *driver, const void *address);
 void driver_add(struct driver *driver, uint16_t token, uint32_t type, uint64_t sector, uint32_t length);
 /* Offer a head of which the test has written the descriptors. */
 void driver_offer(struct driver *driver, uint16_t head);
+/* Whether something was added that is not published. */
+bool driver_has_added(const struct driver *driver);
 /* Make visible what was added; kicks if the device wants it. */
 void driver_publish(struct driver *driver);
 /* The token of a finished request, or -1. */
@@ -161,6 +167,21 @@ int driver_reap(struct driver *driver, uint32_t *written);
 bool driver_wait(struct driver *driver, int timeout_ms);
 /* One request from beginning to end, pumping the engine's messages; its status. */
 int driver_do(struct driver *driver, uint32_t type, uint64_t sector, uint32_t length, uint32_t *written);
+
+/* packed_driver.c: the driver's half of a packed ring of `size`, whose three parts are somewhere in guest memory. */
+struct packed_driver *packed_driver_new(
+	struct vring_packed_desc *desc, uint32_t *driver_event, uint32_t *device_event, uint16_t size, bool event_idx);
+/* Describe a chain, whose descriptors are as those of a split ring. */
+void packed_driver_add(struct packed_driver *packed, const struct vring_desc *chain, uint32_t count, uint16_t id);
+/* Turn a table of a split ring's into one of a packed ring's. */
+void packed_driver_convert(struct vring_desc *table, uint32_t count);
+bool packed_driver_has_added(const struct packed_driver *packed);
+/* Make visible what was added; whether the device is to be kicked. */
+bool packed_driver_publish(struct packed_driver *packed);
+/* The id of a chain that was used, or -1. */
+int packed_driver_reap(struct packed_driver *packed, uint32_t *written);
+/* Ask for a call; whether there is something to reap already. */
+bool packed_driver_listen(struct packed_driver *packed);
 
 /* ---------------------------------------------------------------- disks */
 

@@ -1,132 +1,10 @@
 /* test_data.c: what guests write is what they read, however the engine does it. */
 #include <fcntl.h>
-#include <pthread.h>
-#include <sched.h>
 #include <sys/uio.h>
 #include "harness.h"
+#include "worker.h"
 
-#define RANGE (64u << 10) /* of the disk, per token: nobody else writes there */
-#define SECTORS (RANGE / 512)
 #define RW (VB_EXTENT_READ | VB_EXTENT_WRITE)
-
-/* A guest's thread: random reads and writes on a queue, each verified. */
-struct worker {
-	pthread_t pthread;
-	struct driver *driver;
-	uint64_t first_sector;
-	uint32_t requests;
-	uint32_t alignment; /* of requests, in sectors */
-	uint32_t done;      /* atomic */
-	uint8_t (*shadow)[SECTORS];
-	struct {
-		uint32_t sector, sectors;
-		bool write;
-	} * request;
-};
-
-static void fill(uint8_t *data, uint64_t sector, uint8_t version)
-{
-	for (int i = 0; i < 512; i++)
-		data[i] = version ? (uint8_t)(sector * 7 + version * 31 + i) : 0;
-}
-
-/* Never 0, which means "not written yet". */
-static uint8_t next_version(struct worker *w, uint16_t token, uint32_t sector)
-{
-	uint8_t *version = &w->shadow[token][sector];
-
-	*version = (uint8_t)(*version % 255 + 1);
-	return *version;
-}
-
-static void begin(struct worker *w, uint16_t token)
-{
-	uint64_t base = w->first_sector + (uint64_t)token * SECTORS;
-	uint32_t grains = SECTORS / w->alignment;
-	uint32_t first = random_below(grains),
-		 most = MIN(grains - first, w->driver->config.data_bytes / 512 / w->alignment);
-	uint32_t sector = first * w->alignment, sectors = (1 + random_below(most)) * w->alignment;
-	bool write = random_below(2);
-
-	w->request[token].sector = sector;
-	w->request[token].sectors = sectors;
-	w->request[token].write = write;
-	for (uint32_t i = 0; i < sectors && write; i++)
-		fill(driver_data(w->driver, token) + 512 * i, base + sector + i, next_version(w, token, sector + i));
-	if (!write)
-		memset(driver_data(w->driver, token), 0xaa, 512 * sectors);
-	driver_add(w->driver, token, write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, base + sector, 512 * sectors);
-}
-
-static void verify(struct worker *w, uint16_t token, uint32_t written)
-{
-	uint64_t base = w->first_sector + (uint64_t)token * SECTORS;
-	uint32_t sector = w->request[token].sector, sectors = w->request[token].sectors;
-	uint8_t expected[512];
-
-	CHECK_EQUAL(*driver_status(w->driver, token), VIRTIO_BLK_S_OK);
-	CHECK_EQUAL(written, w->request[token].write ? 1 : 512 * sectors + 1);
-	for (uint32_t i = 0; i < sectors && !w->request[token].write; i++) {
-		fill(expected, base + sector + i, w->shadow[token][sector + i]);
-		CHECK(!memcmp(expected, driver_data(w->driver, token) + 512 * i, 512));
-	}
-}
-
-static void *work(void *opaque)
-{
-	struct worker *w = opaque;
-	uint32_t started = 0, in_flight = 0, written, finished = 0;
-	uint64_t end = now_ns() + DEADLINE;
-	int token;
-
-	for (uint16_t i = 0; i < w->driver->tokens && started < w->requests; i++, started++, in_flight++)
-		begin(w, i);
-	driver_publish(w->driver);
-	while (in_flight) {
-		CHECK(now_ns() < end);
-		while ((token = driver_reap(w->driver, &written)) >= 0) {
-			verify(w, (uint16_t)token, written);
-			in_flight--;
-			store_release(&w->done, ++finished);
-			if (started < w->requests) {
-				begin(w, (uint16_t)token);
-				started++;
-				in_flight++;
-			}
-		}
-		if (w->driver->published != w->driver->avail_idx)
-			driver_publish(w->driver);
-		else if (in_flight && w->driver->call_fd >= 0)
-			CHECK(driver_wait(w->driver, 10000));
-		else
-			sched_yield();
-	}
-	return NULL;
-}
-
-static void worker_start(struct worker *w, struct driver *driver, uint64_t first_sector, uint32_t requests)
-{
-	*w = (struct worker){.driver = driver, .first_sector = first_sector, .requests = requests, .alignment = 1};
-	w->shadow = calloc(driver->tokens, sizeof(*w->shadow));
-	w->request = calloc(driver->tokens, sizeof(*w->request));
-}
-
-static void worker_go(struct worker *w)
-{
-	CHECK_EQUAL(pthread_create(&w->pthread, NULL, work, w), 0);
-}
-
-static void worker_join(struct worker *w)
-{
-	pthread_join(w->pthread, NULL);
-	free(w->shadow);
-	free(w->request);
-}
-
-static bool worker_finished(struct worker *w)
-{
-	return load_acquire(&w->done) == w->requests;
-}
 
 /* ---------------------------------------------------------------- one queue, every way to do I/O */
 
@@ -148,6 +26,12 @@ static bool worker_finished_without_cache(struct worker *w, int fd)
 	CHECK_EQUAL(fdatasync(fd), 0);
 	CHECK_EQUAL(posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED), 0);
 	return worker_finished(w);
+}
+
+/* All is used that was available. */
+static void check_base(uint32_t base, const struct driver_config *config, uint32_t requests)
+{
+	CHECK_EQUAL(base & 0xffff, config->packed ? base >> 16 : (uint16_t)(config->start + requests));
 }
 
 static void run_way(const struct way *way)
@@ -179,7 +63,7 @@ static void run_way(const struct way *way)
 	worker_go(&worker);
 	engine_until(s->engine, way->evicted ? worker_finished_without_cache(&worker, fd) : worker_finished(&worker));
 	worker_join(&worker);
-	CHECK_EQUAL(driver_stop(&s->driver), (uint16_t)(way->config.start + 3000));
+	check_base(driver_stop(&s->driver), &way->config, 3000);
 	CHECK_EQUAL(s->driver.stats->hits, 3000);
 	CHECK_EQUAL(s->driver.stats->misses, 0);
 	CHECK_EQUAL(s->driver.stats->in_flight, 0);
@@ -455,9 +339,9 @@ static void move_range(struct engine *engine, struct moving *m, uint64_t range)
 	}
 }
 
-static void run_moving(enum vb_io_kind kind, bool on_disk, uint32_t flags, bool restart)
+static void run_moving(enum vb_io_kind kind, bool on_disk, uint32_t flags, bool restart, bool packed)
 {
-	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2);
+	struct driver_config config = CONFIG(.event_idx = true, .pieces = 2, .packed = packed);
 	uint64_t size = 64u * RANGE;
 	struct stand *s = stand_new(kind, 20000, size, &config);
 	struct moving m = {.fds = {file_new(on_disk, size), file_new(on_disk, size)}, .flags = flags, .disk = s->disk};
@@ -480,7 +364,7 @@ static void run_moving(enum vb_io_kind kind, bool on_disk, uint32_t flags, bool 
 		engine_pump(s->engine, 0);
 	}
 	worker_join(&worker);
-	CHECK_EQUAL(driver_stop(&s->driver), (uint16_t)(65500 + 4000));
+	check_base(driver_stop(&s->driver), &config, 4000);
 	s->engine->on_message = NULL;
 	stand_delete(s);
 	close(m.fds[0]);
@@ -489,22 +373,22 @@ static void run_moving(enum vb_io_kind kind, bool on_disk, uint32_t flags, bool 
 
 TEST(revoke_and_map_under_load_inline)
 {
-	run_moving(VB_IO_AUTO, false, VB_EXTENT_INLINE, false);
+	run_moving(VB_IO_AUTO, false, VB_EXTENT_INLINE, false, false);
 }
 
 TEST(revoke_and_map_under_load_uring)
 {
-	run_moving(VB_IO_AUTO, true, 0, false);
+	run_moving(VB_IO_AUTO, true, 0, false, false);
 }
 
 TEST(revoke_and_map_under_load_threads)
 {
-	run_moving(VB_IO_THREADS, true, 0, false);
+	run_moving(VB_IO_THREADS, true, 0, false, false);
 }
 
 TEST(revoke_and_map_under_load_registered_files)
 {
-	run_moving(VB_IO_AUTO, true, VB_EXTENT_FIXED, false);
+	run_moving(VB_IO_AUTO, true, VB_EXTENT_FIXED, false, false);
 }
 
 /* ---------------------------------------------------------------- fds that become other files */
@@ -588,12 +472,12 @@ TEST(an_fd_that_becomes_another_file_is_not_taken_for_the_old_one)
 
 TEST(stop_and_start_under_load)
 {
-	run_moving(VB_IO_AUTO, false, 0, true);
+	run_moving(VB_IO_AUTO, false, 0, true, false);
 }
 
-TEST(memory_maps_change_under_load)
+static void run_changing_memory(bool packed)
 {
-	struct driver_config config = CONFIG(.event_idx = true);
+	struct driver_config config = CONFIG(.event_idx = true, .packed = packed);
 	uint64_t size = 64u * RANGE;
 	struct stand *s = stand_new(VB_IO_AUTO, 0, size, &config);
 	int fd = file_new(true, size), changes = 0;
@@ -619,4 +503,46 @@ TEST(memory_maps_change_under_load)
 	worker_join(&worker);
 	stand_delete(s);
 	close(fd);
+}
+
+TEST(memory_maps_change_under_load)
+{
+	run_changing_memory(false);
+}
+
+/* ---------------------------------------------------------------- the same on packed rings */
+
+TEST(data_packed_direct_chains_in_a_ring_of_any_size)
+{
+	struct driver_config config = CONFIG(.packed = true, .event_idx = true, .pieces = 3);
+
+	config.size = 53;
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE, .config = config});
+}
+
+TEST(data_packed_indirect_out_of_order)
+{
+	run_way(&(struct way){VB_IO_THREADS, .on_disk = true,
+		.config = CONFIG(.packed = true, .indirect = true, .event_idx = true, .pieces = 40)});
+}
+
+TEST(data_packed_without_event_idx)
+{
+	run_way(&(struct way){VB_IO_THREADS, .config = CONFIG(.packed = true, .pieces = 2)});
+}
+
+TEST(data_packed_without_any_fd)
+{
+	run_way(&(struct way){VB_IO_AUTO, .flags = VB_EXTENT_INLINE,
+		.config = CONFIG(.packed = true, .no_kick_fd = true, .no_call_fd = true)});
+}
+
+TEST(packed_rings_stop_and_start_under_load)
+{
+	run_moving(VB_IO_AUTO, false, 0, true, true);
+}
+
+TEST(packed_rings_move_to_other_memory_maps_under_load)
+{
+	run_changing_memory(true);
 }

@@ -175,6 +175,7 @@ TEST(commands_beyond_the_ring_are_told_so_and_all_answered)
 {
 	struct engine *engine = engine_new(VB_IO_AUTO, 0);
 	struct vb_message batch[512], received[512];
+	uint32_t alike;
 	int sent = 0, answered = 0, taken, count;
 	uint64_t end = now_ns() + DEADLINE;
 
@@ -187,12 +188,12 @@ TEST(commands_beyond_the_ring_are_told_so_and_all_answered)
 	}
 	while (answered < sent) {
 		CHECK(now_ns() < end);
-		count = vb_thread_receive(engine->thread, received, 512);
+		count = vb_thread_receive(engine->thread, received, 512, &alike);
 		for (int i = 0; i < count; i++)
 			CHECK_EQUAL(received[i].result, -EINVAL); /* there is no command 0 */
 		answered += count;
 	}
-	CHECK_EQUAL(vb_thread_receive(engine->thread, received, 512), 0);
+	CHECK_EQUAL(vb_thread_receive(engine->thread, received, 512, &alike), 0);
 	engine_delete(engine);
 }
 

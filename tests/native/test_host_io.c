@@ -48,6 +48,49 @@ static void many_pieces(struct vb_io *io, int fd)
 	}
 }
 
+/* One operation: parts that are longer than a system call, that follow each other, and that do not. */
+static void many_parts(struct vb_io *io, int fd)
+{
+	enum { PARTS = 200, LONG = (2 << 20) + 4096, SHORT = 4096 };
+	uint8_t *data = calloc(1, LONG + PARTS * SHORT), *again = calloc(1, LONG + PARTS * SHORT);
+	struct vb_io_part parts[PARTS + 1];
+	uint64_t offset = 12345;
+
+	for (int i = 0; i < LONG + PARTS * SHORT; i++)
+		data[i] = (uint8_t)(i * 7 + (i >> 12));
+	for (int op = VB_IO_WRITE_MANY; op >= VB_IO_READ_MANY; op--) {
+		struct vb_io_request r = {.op = (uint32_t)op, .fd = -1, .iov = (uint64_t)parts, .niov = PARTS + 1};
+		uint64_t at = (uint64_t)(op == VB_IO_WRITE_MANY ? data : again);
+
+		for (int i = 0; i <= PARTS; i++) {
+			uint64_t length = i ? SHORT : LONG;
+
+			parts[i] = (struct vb_io_part){.fd = fd, .offset = offset, .address = at, .length = length};
+			at += length;
+			offset += length + (i % 70 ? 0 : 512);
+		}
+		CHECK_EQUAL(one(io, r).result, LONG + PARTS * SHORT);
+		offset = 12345;
+	}
+	CHECK(!memcmp(data, again, LONG + PARTS * SHORT));
+	/* The second is where the file ends; the one behind it is not done. */
+	memset(again, 0, SHORT);
+	parts[1] = (struct vb_io_part){.fd = fd, .offset = 1ull << 40, .address = (uint64_t)again, .length = 1};
+	parts[2] = (struct vb_io_part){.fd = fd, .offset = offset, .address = (uint64_t)again, .length = SHORT};
+	parts[0] = (struct vb_io_part){.fd = fd, .offset = offset, .address = (uint64_t)data, .length = SHORT};
+	CHECK_EQUAL(one(io, (struct vb_io_request){.op = VB_IO_READ_MANY, .fd = -1, .iov = (uint64_t)parts, .niov = 3})
+			    .result,
+		SHORT);
+	CHECK(!again[0] && !memcmp(again, again + 1, SHORT - 1));
+	parts[1].fd = -1;
+	CHECK_EQUAL(one(io, (struct vb_io_request){.op = VB_IO_WRITE_MANY, .fd = -1, .iov = (uint64_t)parts, .niov = 3})
+			    .result,
+		-EBADF);
+	free(data);
+	free(again);
+	CHECK_EQUAL(ftruncate(fd, 1 << 20), 0);
+}
+
 /* Many more at once than io_uring is given: the others queue up. */
 static void many_at_once(enum vb_io_kind kind, int fd)
 {
@@ -135,6 +178,7 @@ static void run(enum vb_io_kind kind)
 	r.iov = 0;
 	CHECK_EQUAL(one(io, r).result, 0);
 	many_pieces(io, fd);
+	many_parts(io, fd);
 	many_at_once(kind, fd);
 	/* More than fits: the rest is refused, and taken later. */
 	for (int i = 0; i < 64; i++) {

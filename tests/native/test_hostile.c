@@ -138,6 +138,60 @@ static void set(int index, uint64_t addr, uint32_t len, uint16_t flags, uint16_t
 	arena.victim.desc[index] = (struct vring_desc){addr, len, flags, next};
 }
 
+/* below, beyond, across the end, wrapping */
+static const uint64_t outside[] = {GUEST_GPA - 1, GUEST_GPA + 2 * (uint64_t)GUEST_REGION,
+	GUEST_GPA + 2 * (uint64_t)GUEST_REGION - 8, UINT64_MAX - 7};
+
+static void expect_failed(void)
+{
+	struct driver *d = &arena.victim;
+	uint32_t written;
+
+	*driver_status(d, 0) = 0xff;
+	offer(0);
+	engine_until(arena.engine, driver_reap(d, &written) == 0);
+	CHECK_EQUAL(written, 1);
+	CHECK_EQUAL(*driver_status(d, 0), VIRTIO_BLK_S_IOERR);
+}
+
+TEST(buffers_outside_of_memory_cost_their_request)
+{
+	struct driver *d = &arena.victim;
+	char *header, *data;
+	uint64_t at;
+
+	arena_up(false, VB_IO_AUTO);
+	header = (char *)driver_status(d, 0) - 16;
+	at = guest_alloc(&arena.guest, 512, 16);
+	data = guest_at(&arena.guest, at);
+	memset(data, '#', 512);
+	for (int i = 0; i < 4; i++) {
+		memset(header, 0, 16);
+		/* header */
+		set(0, outside[i], 16, NEXT, 1);
+		set(1, status_gpa(), 1, WRITE, 0);
+		expect_failed();
+		/* data of a read: what is in memory of it stays as it is */
+		set(0, header_gpa(), 16, NEXT, 1);
+		set(1, GUEST_GPA + at, 512, NEXT | WRITE, 2);
+		set(2, outside[i], 512, NEXT | WRITE, 3);
+		set(3, status_gpa(), 1, WRITE, 0);
+		expect_failed();
+		CHECK_EQUAL(data[0], '#');
+		/* data of a write */
+		header[0] = VIRTIO_BLK_T_OUT;
+		set(1, outside[i], 512, NEXT, 2);
+		set(2, status_gpa(), 1, WRITE, 0);
+		expect_failed();
+	}
+	set(0, header_gpa(), 0xffffffff, NEXT, 1);
+	set(1, status_gpa(), 1, WRITE, 0);
+	expect_failed();
+	CHECK_EQUAL(arena.broken, 0);
+	CHECK_EQUAL(driver_do(d, VIRTIO_BLK_T_IN, 0, 512, NULL), VIRTIO_BLK_S_OK);
+	arena_down();
+}
+
 TEST(broken_rings)
 {
 	struct driver *d = &arena.victim;
@@ -173,19 +227,14 @@ TEST(broken_rings)
 	set(0, header_gpa(), 32, INDIRECT, 0);
 	offer(0);
 	expect_broken(VB_BROKEN_INDIRECT);
-	/* addresses: below, beyond, across the end, wrapping */
+	/* the status is not in memory: nobody can be told */
 	for (int i = 0; i < 4; i++) {
-		uint64_t bad[] = {GUEST_GPA - 1, GUEST_GPA + 2 * (uint64_t)GUEST_REGION,
-			GUEST_GPA + 2 * (uint64_t)GUEST_REGION - 8, UINT64_MAX - 7};
-
-		set(0, bad[i], 16, NEXT, 1);
-		set(1, status_gpa(), 1, WRITE, 0);
+		set(0, header_gpa(), 16, NEXT, 1);
+		set(1, header_gpa(), 16, NEXT | WRITE, 2);
+		set(2, outside[i], 16, WRITE, 0);
 		offer(0);
 		expect_broken(VB_BROKEN_ADDRESS);
 	}
-	set(0, header_gpa(), 0xffffffff, NEXT, 1);
-	offer(0);
-	expect_broken(VB_BROKEN_ADDRESS);
 	/* order, also by an empty descriptor */
 	set(0, status_gpa(), 1, NEXT | WRITE, 1);
 	set(1, header_gpa(), 16, 0, 0);
@@ -357,6 +406,29 @@ TEST(rings_that_a_new_memory_map_lacks_break_the_queue)
 	CHECK_EQUAL(arena.last.result, VB_BROKEN_RING_ADDRESS);
 	CHECK_EQUAL(vb_memory_refs(arena.guest.memory), 1);
 	arena_down();
+}
+
+TEST(more_regions_than_can_be_guarded_are_refused)
+{
+	enum { MANY = 16384 };
+	struct vb_region *regions = calloc(MANY + 1, sizeof(*regions));
+	struct vb_memory *memory, *same, *other;
+
+	CHECK(regions);
+	/* Nobody touches them, so they need not be there. */
+	for (uint64_t i = 0; i <= MANY; i++)
+		regions[i] = (struct vb_region){i << 20, i << 20, 4096, (uint64_t)1 << 46 | i << 20};
+	CHECK_EQUAL(vb_memory_create(regions, MANY + 1, &memory), -ENOSPC);
+	for (int round = 0; round < 2; round++) {
+		CHECK_EQUAL(vb_memory_create(regions, MANY, &memory), 0);
+		CHECK_EQUAL(vb_memory_create(regions + 100, MANY - 100, &same), 0);
+		CHECK_EQUAL(vb_memory_create(&regions[MANY], 1, &other), -ENOSPC);
+		vb_memory_unref(memory);
+		CHECK_EQUAL(vb_memory_create(&regions[MANY], 1, &other), 0);
+		vb_memory_unref(same);
+		vb_memory_unref(other);
+	}
+	free(regions);
 }
 
 /* ---------------------------------------------------------------- memory that goes away */

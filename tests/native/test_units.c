@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include "harness.h"
+#include "src/ages.h"
 #include "src/aio.h"
 #include "src/blk.h"
 #include "src/disk.h"
@@ -213,7 +214,7 @@ TEST(used_event_is_exact)
 		for (uint16_t i = 0; i < count; i++) {
 			expected |= (uint16_t)(before + i) == event;
 			vq.in_flight++;
-			virtqueue_push(&vq, 0, 1);
+			virtqueue_push(&vq, 0, 0, 0, 1);
 		}
 		area.avail[2 + 8] = event;
 		virtqueue_publish(&vq);
@@ -226,6 +227,86 @@ TEST(used_event_is_exact)
 		CHECK_EQUAL(area.used[0], 0);
 	}
 	virtqueue_deinit(&vq);
+	vb_memory_unref(memory);
+}
+
+/* VIRTIO 1.2 §2.8.10: a notification exactly if the descriptor of the event is among those that were used, whatever the
+ * sizes of chains and of the ring, and over the wrap of the counters. */
+TEST(packed_event_is_exact)
+{
+	static struct {
+		_Alignas(16) struct vring_packed_desc desc[7];
+		uint32_t driver_event, device_event;
+	} area;
+	struct vb_region region = {.gpa = 0, .uva = 4096, .size = sizeof(area), .hva = (uint64_t)&area};
+	struct vb_queue_config config = {.size = 7,
+		.packed = 1,
+		.base = 0x80008000,
+		.event_idx = 1,
+		.desc_uva = 4096,
+		.avail_uva = 4096 + offsetof(typeof(area), driver_event),
+		.used_uva = 4096 + offsetof(typeof(area), device_event)};
+	struct vb_memory *memory;
+	struct virtqueue vq;
+	uint32_t position = 0; /* modulo 14 */
+
+	CHECK_EQUAL(vb_memory_create(&region, 1, &memory), 0);
+	CHECK_EQUAL(virtqueue_init(&vq, memory, &config), 0);
+	vq.notified_valid = true;
+	for (int step = 0; step < 100000; step++) {
+		uint32_t event = random_below(14), first = position % 7, first_wrap = position / 7;
+		bool expected = false;
+
+		for (uint32_t chains = random_below(3); chains; chains--) {
+			uint16_t slots = (uint16_t)(1 + random_below(3));
+
+			vq.in_flight += slots;
+			virtqueue_push(&vq, 5, slots, 0, 1);
+			for (; slots; slots--, position = (position + 1) % 14)
+				expected |= position == event;
+		}
+		area.driver_event =
+			(event % 7) | (event < 7 ? 0x8000u : 0) | (uint32_t)VRING_PACKED_EVENT_FLAG_DESC << 16;
+		CHECK_EQUAL(virtqueue_has_news(&vq), position != first + 7 * first_wrap);
+		virtqueue_publish(&vq);
+		CHECK_EQUAL(vq.in_flight, 0);
+		if (virtqueue_has_news(&vq))
+			CHECK_EQUAL(
+				area.desc[first].flags, first_wrap ? VRING_DESC_F_WRITE : 0x8080 | VRING_DESC_F_WRITE);
+		CHECK_EQUAL(virtqueue_should_notify(&vq), expected);
+		CHECK_EQUAL(virtqueue_base(&vq) >> 16, (position % 7) | (position < 7 ? 0x8000u : 0));
+	}
+	virtqueue_disable_kicks(&vq);
+	CHECK_EQUAL(area.device_event, (uint32_t)VRING_PACKED_EVENT_FLAG_DISABLE << 16);
+	virtqueue_enable_kicks(&vq);
+	CHECK_EQUAL(area.device_event, (uint32_t)VRING_PACKED_EVENT_FLAG_DESC << 16 | 0x8000);
+	virtqueue_deinit(&vq);
+	vb_memory_unref(memory);
+}
+
+/* A position outside of the ring, and used descriptors that are ahead of those that are available. */
+TEST(packed_bases_that_make_no_sense_are_refused)
+{
+	static _Alignas(16) uint8_t area[16 * 8 + 8];
+	struct vb_region region = {.gpa = 0, .uva = 4096, .size = sizeof(area), .hva = (uint64_t)&area};
+	struct vb_queue_config config = {
+		.size = 6, .packed = 1, .desc_uva = 4096, .avail_uva = 4096 + 128, .used_uva = 4096 + 132};
+	static const uint32_t bad[] = {0x80008006, 0x80068000, 0x80018000, 0x80000001, 0x00007fff};
+	static const uint32_t good[] = {0x80008000, 0x00000000, 0x80008005, 0x80000000, 0x80050005, 0x00008000};
+	struct vb_memory *memory;
+	struct virtqueue vq;
+
+	CHECK_EQUAL(vb_memory_create(&region, 1, &memory), 0);
+	for (size_t i = 0; i < sizeof(bad) / sizeof(*bad); i++) {
+		config.base = bad[i];
+		CHECK_EQUAL(virtqueue_init(&vq, memory, &config), -EINVAL);
+	}
+	for (size_t i = 0; i < sizeof(good) / sizeof(*good); i++) {
+		config.base = good[i];
+		CHECK_EQUAL(virtqueue_init(&vq, memory, &config), 0);
+		CHECK_EQUAL(virtqueue_base(&vq), good[i]);
+		virtqueue_deinit(&vq);
+	}
 	vb_memory_unref(memory);
 }
 
@@ -376,9 +457,10 @@ static int take_acks(struct vb_thread *thread, uint64_t *cookies)
 {
 	struct vb_message messages[16];
 	int count;
+	uint32_t alike;
 
 	message_ring_publish(&thread->up, thread->up_fd);
-	count = vb_thread_receive(thread, messages, 16);
+	count = vb_thread_receive(thread, messages, 16, &alike);
 	for (int i = 0; i < count; i++) {
 		CHECK_EQUAL(messages[i].type, VB_ACK);
 		cookies[i] = messages[i].cookie;
@@ -458,6 +540,37 @@ TEST(revocations_wait_for_what_they_overlap_and_began_before)
 	attachment_destroy(a);
 	thread_close(thread);
 	vb_disk_unref(disk);
+}
+
+/* ---------------------------------------------------------------- ages of requests */
+
+TEST(age_of_the_oldest_request_is_never_too_small)
+{
+	struct ages ages = {0};
+	struct {
+		uint64_t began;
+		uint8_t half;
+	} running[64];
+	uint32_t count = 0;
+
+	for (uint64_t now = 1; now < 20000; now++) {
+		/* Many for a while, then few, then none. */
+		if (count < 64 && random_below(1000) > now % 1000) {
+			running[count].began = now;
+			running[count++].half = ages_begin(&ages, now);
+			if (count == 1)
+				CHECK_EQUAL(ages_oldest(&ages), now);
+		} else if (count) {
+			uint32_t victim = (uint32_t)random_below(count);
+
+			ages_end(&ages, running[victim].half);
+			memmove(&running[victim], &running[victim + 1], (--count - victim) * sizeof(running[0]));
+		}
+		if (count)
+			CHECK(ages_oldest(&ages) && ages_oldest(&ages) <= running[0].began);
+		else
+			CHECK_EQUAL(ages_oldest(&ages), 0);
+	}
 }
 
 /* ---------------------------------------------------------------- polling */

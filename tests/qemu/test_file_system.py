@@ -16,6 +16,7 @@ SCRIPT = """
 set -e
 ls /sys/block/vda/mq | wc -l
 cat /sys/block/vda/queue/write_cache
+cut -c35 /sys/block/vda/device/features  # VIRTIO_F_RING_PACKED
 mkfs.ext4 -q /dev/vda
 mount -t ext4 /dev/vda /mnt
 for number in 1 2 3 4; do
@@ -38,13 +39,20 @@ umount /mnt
 
 
 @pytest.mark.parametrize(
-    ("queues", "data_path"),
-    [(1, "native"), (4, "native"), (4, "python")],
+    ("queues", "data_path", "packed"),
+    [
+        (1, "native", "off"),
+        (4, "native", "off"),
+        (4, "python", "off"),
+        (1, "native", "on"),
+        (4, "native", "on"),
+    ],
     ids=lambda value: str(value),
 )
 def test_file_system_in_the_image_is_what_the_guest_made(
     queues: int,
     data_path: str,
+    packed: str,
     daemon: DaemonStarter,
     socket_directory: Path,
     tmp_path: Path,
@@ -57,12 +65,13 @@ def test_file_system_in_the_image_is_what_the_guest_made(
         *("serve", image, "--socket", socket, "--data-path", data_path, "--iothreads", "2"),
         sockets=[socket],
     )
-    result = run_guest(SCRIPT, [GuestDisk(socket)], cpus=queues)
+    result = run_guest(SCRIPT, [GuestDisk(socket, options={"packed": packed})], cpus=queues)
     assert result.status == 0, result.output
     assert served.stop() == 0, served.output
     assert ("served by the engine alone 0," in served.output) == (data_path == "python")
-    seen_queues, write_cache, *lines = result.output.splitlines()
+    seen_queues, write_cache, ring, *lines = result.output.splitlines()
     assert (seen_queues, write_cache) == (str(queues), "write back")
+    assert ring == str(int(packed == "on"))
     checksums = {name: digest for digest, name in (line.split("  ") for line in lines)}
     assert len(checksums) == 4 + 9
     assert faults_of_ext4(image) == ""

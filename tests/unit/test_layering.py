@@ -20,16 +20,18 @@ PACKAGE = Path(__file__).resolve().parents[2] / "vhostblk"
 #: Room -> rooms it may import. Arrows may be skipped, never reversed.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    "pid_file": {"errors"},
     "native": {"errors"},
     "virtio": {"errors"},
     "vhost": {"native", "virtio", "errors"},
     "block": {"native", "errors"},
     "export": {"block", "vhost", "native", "virtio", "errors"},
     "control": {"export", "block", "vhost", "native", "virtio", "errors"},
+    "sandbox": {"block", "errors"},  # what nodes need of the host
     "client": {"vhost", "virtio", "errors"},  # and EXCEPTIONS
 }
-_BELOW_DAEMON = {"control", "export", "block", "vhost", "native", "virtio", "errors"}
-ARROWS["daemon"] = _BELOW_DAEMON
+_BELOW_DAEMON = {"sandbox", "control", "export", "block", "vhost", "native", "virtio", "errors"}
+ARROWS["daemon"] = _BELOW_DAEMON | {"pid_file"}
 ARROWS["cli"] = _BELOW_DAEMON | {"daemon", "client"}
 ARROWS["testing"] = _BELOW_DAEMON | {"daemon", "client", "cli"}
 ARROWS["__main__"] = {"cli"}
@@ -46,6 +48,8 @@ SANS_IO = {
     "vhostblk.vhost.frontend",
     "vhostblk.virtio.blk_request",
     "vhostblk.export.offload",
+    "vhostblk.block.drivers.nbd_wire",
+    "vhostblk.block.drivers.nbd_handshake",
     "vhostblk.control.schema",
 }
 IO_MODULES = {"socket", "asyncio", "threading", "os", "time"}

@@ -27,16 +27,22 @@ if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
 
 
-async def inactivate(graph: BlockGraph, nodes: Iterable[BlockNode] | None = None) -> None:
+async def inactivate(
+    graph: BlockGraph, nodes: Iterable[BlockNode] | None = None, user: Edge | None = None
+) -> None:
     """Give images up. Returns when nothing of them is used here any more, and everything is on the disk.
 
     Args:
         nodes: these and all below; None: all there are. Those that are inactive already stay so.
+        user: who gives them up; what others use stays theirs. None: everybody does.
 
     Raises:
-        ConfigError: a flush or a driver failed, or somebody above still writes; everything is as it was.
+        ConfigError: a flush or a driver failed, or somebody else uses one of `nodes`; everything is as it was.
     """
-    async with _changing(graph, nodes, inactive=False) as chosen:
+    wanted = list(graph.nodes.values()) if nodes is None else list(nodes)
+    async with _changing(graph, wanted, inactive=False) as chosen:
+        if user is not None:
+            chosen = _used_by(user, wanted, chosen)
         for node in chosen:
             await _flush(node)
         change = GraphTransaction()
@@ -129,6 +135,19 @@ async def _changing(
         for node in chosen:
             await stack.enter_async_context(drained(node))
         yield chosen
+
+
+def _used_by(user: Edge, wanted: list[BlockNode], chosen: list[BlockNode]) -> list[BlockNode]:
+    """Those of `chosen` that nobody else uses, directly or from above: a base that several disks share stays."""
+    mine: list[BlockNode] = []
+    for node in chosen:
+        others = [edge for edge in node.parents if edge is not user and edge.parent not in mine]
+        if not others:
+            mine.append(node)
+        elif node in wanted:
+            reason = f"Node '{node.node_name}' is used by {others[0].describe()}, too"
+            raise ConfigError(reason, errno.EBUSY)
+    return mine
 
 
 def _root_edges(node: BlockNode) -> list[Edge]:

@@ -32,11 +32,14 @@ async def amend(
     node: BlockNode,
     options: Mapping[str, Any] | str,
     progress: Progress | None = None,
+    *,
+    force: bool = False,
 ) -> None:
     """Change an image.
 
     Args:
         options: as `qemu-img amend -o` takes them.
+        force: also what may make the content unreadable for ever.
 
     Raises:
         ConfigError: one line; ENOTSUP: the driver cannot, or not that; EBUSY: somebody uses the node.
@@ -62,7 +65,7 @@ async def amend(
         user = Operation(node, f"amending '{node.node_name}'", perm, Perm.ALL)
     try:
         async with user.alone():
-            await node.driver_amend(parsed, progress or (lambda done, total: None))
+            await node.driver_amend(parsed, progress or (lambda done, total: None), force=force)
     finally:
         await user.finish()
 

@@ -26,7 +26,8 @@ from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.no_medium import NoMediumNode
 from vhostblk.block.node import BlockNode, BlockSizes, Req, Role
-from vhostblk.block.permissions import Perm
+from vhostblk.block.permissions import Perm, of_user, parents_first
+from vhostblk.block.pipeline import preadv, pwritev
 from vhostblk.block.quiesce import drained, wake
 from vhostblk.block.registered_buf import RegisteredBuffers, register, unregister
 from vhostblk.block.transaction import GraphTransaction
@@ -69,24 +70,30 @@ class BlockBackend(ExtentUser):
         shared: Perm = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED,
     ) -> None:
         super().__init__()
+        self._is_outlived = False
         self._use(node)
         self.name = name
         self.writable = writable
         self.write_cache = write_cache
         self.buffers = RegisteredBuffers()
-        self._epoch = 0  # counts revocations
+        self.revocations = 0  # how often extents were taken back
         self._queued: list[asyncio.Future[None]] = []
         self._revoke: Revoke | None = None
         self._revoke_flush: RevokeFlush | None = None
         self._resized: Callable[[int], None] | None = None
         self._take_writes: TakeWrites | None = None
-        perm = _permissions(writable, resize)
+        wanted = of_user(writable, resize), shared
+        # Of an image that is somebody else's for now there is nothing to be had: later (row B40.3).
+        perm, shared = (Perm.NONE, Perm.ALL) if node.inactive else wanted
         self._edge = Edge(self, node, "root", Role.FILTERED | Role.PRIMARY, perm, shared)
+        self._edge.suspended = wanted if node.inactive else None
         self._edge.attach()
         self._closed = False
 
     def _use(self, node: BlockNode) -> None:
         self.node = node
+        self._lane = node.lane
+        self._mark_outlived()
         self.may_map = type(node).host_extent is not Driver.host_extent
         """Whether there can be extents at all: nothing that wants to see every request is on top."""
         self.prepares_writes = node.prepares_writes
@@ -153,7 +160,7 @@ class BlockBackend(ExtentUser):
                 # Extents that allow writing come back.
                 await stack.enter_async_context(drained(self.node))
             with GraphTransaction() as change:
-                change.ask(self._edge, _permissions(writable, resize), self._edge.shared)
+                change.ask(self._edge, of_user(writable, resize), self._edge.shared)
             self.writable = writable
 
     # ------------------------------------------------------------------ requests
@@ -182,9 +189,7 @@ class BlockBackend(ExtentUser):
         """
         if self.quiesced and not has_waited:
             return self._begin_later(self.begin_preadv, offset, iov)
-        if offset < 0 or offset > self.node.length - iov.length:
-            self._check(offset, iov.length)
-        request = pipeline.preadv(self.node, offset, iov)
+        request = preadv(self._lane, offset, iov, 0, self)
         return request if request is DONE else self._counted(request)
 
     def begin_pwritev(
@@ -193,13 +198,11 @@ class BlockBackend(ExtentUser):
         """The same of `pwritev`."""
         if self.quiesced and not has_waited:
             return self._begin_later(self.begin_pwritev, offset, iov, flags)
-        if offset < 0 or offset > self.node.length - iov.length:
-            self._check(offset, iov.length)
         if not self.writable:
-            self.check_writable()
+            self.check_write(offset, iov.length)
         if not self.write_cache:
             flags |= _FUA
-        request = pipeline.pwritev(self.node, offset, iov, flags)
+        request = pwritev(self._lane, offset, iov, flags, self)
         return request if request is DONE else self._counted(request)
 
     async def _begin_later(self, begin: Callable[..., Request], *arguments: Any) -> None:
@@ -226,8 +229,7 @@ class BlockBackend(ExtentUser):
         """
         if self.quiesced:
             await self.resumed()
-        self._check(offset, length)
-        self.check_writable()
+        self.check_write(offset, length)
         if may_unmap:
             flags |= _MAY_UNMAP
         if not self.write_cache:
@@ -242,8 +244,7 @@ class BlockBackend(ExtentUser):
         """
         if self.quiesced:
             await self.resumed()
-        self._check(offset, length)
-        self.check_writable()
+        self.check_write(offset, length)
         await self._counted(clear.pdiscard(self.node, offset, length))
 
     async def flush(self) -> None:
@@ -349,7 +350,7 @@ class BlockBackend(ExtentUser):
 
     async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
         """Nobody uses an extent in this range once this returns."""
-        self._epoch += 1
+        self.revocations += 1
         if self._revoke is not None:
             await self._revoke(offset, length)
             if offset == 0 and length >= self.node.length:
@@ -360,6 +361,25 @@ class BlockBackend(ExtentUser):
         """Nobody else flushes the node's file once this returns."""
         if self._revoke_flush is not None:
             await self._revoke_flush()
+
+    async def be_outlived(self) -> None:
+        """The guest goes on if this process is killed: from now on, what has completed is in the hands of the kernel.
+
+        What nodes know and the kernel does not would be gone; so they tell it before they answer, and now. The disk is
+        not flushed: files whose flush has failed, or takes long, are none the worse for being tracked.
+
+        Raises:
+            BlockError: what they know already cannot be written.
+        """
+        self._is_outlived = True
+        self._mark_outlived()
+        for node in parents_first([self.node]):
+            await node.driver_flush_to_os()
+
+    def _mark_outlived(self) -> None:
+        if self._is_outlived:
+            for node in parents_first([self.node]):
+                node.is_outlived = True
 
     def child_resized(self, edge: Edge) -> None:
         """The node's length has changed."""
@@ -398,7 +418,21 @@ class BlockBackend(ExtentUser):
             self._queued.append(waiter)
             await waiter
 
-    def _check(self, offset: int, length: int) -> None:
+    def check_write(self, offset: int, length: int) -> None:
+        """Whether there is such a place on the disk, and it may be written to.
+
+        Raises:
+            BlockError: EIO, EPERM.
+        """
+        self.check_read(offset, length)
+        self.check_writable()
+
+    def check_read(self, offset: int, length: int) -> None:
+        """Whether there is such a place on the disk.
+
+        Raises:
+            BlockError: EIO.
+        """
         # Row B14.1 leaves the end of the disk to the guest-facing layer.
         if offset < 0 or length < 0 or offset > self.node.length - length:
             raise BlockError(
@@ -413,8 +447,3 @@ class BlockBackend(ExtentUser):
         """
         if not self.writable:
             raise BlockError(errno.EPERM, f"{self.name}: not writable")
-
-
-def _permissions(writable: bool, resize: bool) -> Perm:
-    perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.WRITE_UNCHANGED if writable else Perm.NONE)
-    return perm | Perm.RESIZE if resize else perm

@@ -36,6 +36,7 @@ class CheckResult:
         messages: one line for each finding, as far as they are kept.
         more_messages: how many were not.
         tell: called with each, also with those that are not kept.
+        report: the same, for those that QEMU's tools begin with their name.
     """
 
     corruptions: int = 0
@@ -52,11 +53,19 @@ class CheckResult:
     messages: list[str] = field(default_factory=list)
     more_messages: int = 0
     tell: Callable[[str], None] | None = None
+    report: Callable[[str], None] | None = None
 
     def say(self, message: str) -> None:
         """One more line of what is found, or done about it: what QEMU's tools print."""
-        if self.tell is not None:
-            self.tell(message)
+        self._keep(message, self.tell)
+
+    def complain(self, message: str) -> None:
+        """The same, of why there is no check."""
+        self._keep(message, self.report or self.tell)
+
+    def _keep(self, message: str, tell: Callable[[str], None] | None) -> None:
+        if tell is not None:
+            tell(message)
         if len(self.messages) < _MOST_MESSAGES:
             self.messages.append(message)
         else:
@@ -67,13 +76,21 @@ class CheckResult:
         return f"{self.corruptions_fixed} errors and {self.leaks_fixed} leaked clusters repaired"
 
     @property
+    def is_clean_but_for_leaks(self) -> bool:
+        """Whether nothing is wrong that may cost data, or is not any more."""
+        return not (self.corruptions or self.check_errors)
+
+    @property
     def is_clean(self) -> bool:
         """Whether nothing is wrong, or is not any more."""
         return not (self.corruptions or self.leaks or self.check_errors)
 
 
 async def check(
-    node: BlockNode, fix: CheckMode = NO_FIX, tell: Callable[[str], None] | None = None
+    node: BlockNode,
+    fix: CheckMode = NO_FIX,
+    tell: Callable[[str], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> CheckResult:
     """Look through the image of a node, while nobody uses it, and repair what can be.
 
@@ -82,6 +99,7 @@ async def check(
     Args:
         fix: what to repair.
         tell: called with each message, as it comes.
+        report: called instead with those that QEMU's tools begin with their name.
 
     Returns: what was found; that this returns means that the check ran, not that all is well.
 
@@ -96,6 +114,6 @@ async def check(
     async with drained(node):
         if not node.read_only and not node.inactive and not node.for_check:
             await pipeline.flush(node)
-        result = CheckResult(tell=tell)
+        result = CheckResult(tell=tell, report=report)
         await node.driver_check(fix, result)
         return result

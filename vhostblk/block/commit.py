@@ -16,6 +16,7 @@ commit.
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from vhostblk.block.backing import writable
 from vhostblk.block.chain import contains, find_overlay, next_layer, skip_filters
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
+from vhostblk.block.introspection import filename
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_BOUNCE
 from vhostblk.block.no_medium import NoMediumNode
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
 _READERS = Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
 # Of a status query; what is copied at once is less.
 _STEP = 64 << 20
+
+
+class EmptyingError(BlockError):
+    """All was committed, but the image has not given up what it had."""
 
 
 async def commit(
@@ -70,6 +76,7 @@ async def commit(
             base is not below the image.
         BlockError: the errno of a driver, also if the backing file is shorter and cannot grow. Then, and for whoever is
             cancelled, the image shows what it did.
+        EmptyingError: a driver's errno, when all is in the backing file; the image shows the same, before or after.
     """
     if isinstance(node, NoMediumNode):
         raise ConfigError("There is no medium to commit", errno.ENOMEDIUM)
@@ -234,4 +241,7 @@ async def _empty(source: Operation) -> None:
         await make_empty(source.node)
     except BlockError as error:
         if error.errno != errno.ENOTSUP:
-            raise
+            what = f"Failed to empty {filename(source.node)}"
+            raise EmptyingError(
+                error.errno or errno.EIO, f"{what}: {os.strerror(error.errno or 0)}"
+            ) from None

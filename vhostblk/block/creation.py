@@ -56,6 +56,7 @@ class Creation:
     ) -> None:
         self.name = name
         self.drivers: DriverRegistry = graph.drivers
+        self.secrets = graph.secrets
         self._graph = graph
         self._children = children
         self._locked = locked

@@ -206,7 +206,7 @@ class DirtyBitmap:
         )
         self._replace_by(child)
         self.enabled = False
-        self.node.bitmaps.append(child)
+        self.node.bitmaps.insert(0, child)
         self.successor, self.busy = child, True
         return child
 
@@ -309,7 +309,7 @@ async def add_bitmap(
         bitmap = DirtyBitmap(
             node, name, DirtyMap(node.length, granularity), enabled=enabled, persistent=persistent
         )
-        node.bitmaps.append(bitmap)
+        node.bitmaps.insert(0, bitmap)
         if enabled:
             await record(node, bitmap.map)
         return bitmap
@@ -372,7 +372,7 @@ def merge_bitmaps(target: DirtyBitmap, sources: Iterable[DirtyBitmap]) -> bytes:
 
 
 def query_bitmaps(node: BlockNode) -> list[DirtyInfo]:
-    """All bitmaps of a node (row B29.10)."""
+    """All bitmaps of a node, the latest one first (row B29.10)."""
     return [
         DirtyInfo(
             name=bitmap.name,

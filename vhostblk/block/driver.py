@@ -20,6 +20,7 @@ from vhostblk.block.bounce import BouncePool
 from vhostblk.block.eager import Request
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import Preallocation, StatusFlag
+from vhostblk.block.host_needs import HostNeeds
 from vhostblk.block.image_driver import ImageDriver
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
@@ -28,6 +29,7 @@ from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
+    from vhostblk.block.crypto.secret import Secrets
     from vhostblk.block.edge import Edge
     from vhostblk.block.host_io import HostIO
     from vhostblk.block.iov import IoVec
@@ -78,6 +80,8 @@ class OpenContext(Protocol):
 
     bounce: BouncePool
     drivers: DriverRegistry
+    secrets: Secrets
+    serves_guests: bool
 
     async def open_child(self, parent: BlockNode, key: str, role: Role) -> Edge:
         """Open or find the child that the options give under `key` (row B05.11)."""
@@ -117,6 +121,10 @@ class Driver(ImageDriver):
     is_protocol: ClassVar[bool] = False
     # `name:rest` is a file name for this driver; None: it can only be made from options.
     protocol_name: ClassVar[str | None] = None
+    # And so are names with these prefixes.
+    more_protocol_names: ClassVar[tuple[str, ...]] = ()
+    # Names in an image can be relative to the folder in this one's.
+    has_directory: ClassVar[bool] = True
     # Options that name or describe a child (`file=...` or `file.*`).
     child_keys: ClassVar[tuple[str, ...]] = ()
     # Flags the driver obeys itself; the pipeline emulates the others (rows B19.12 and B17.10), except for
@@ -124,10 +132,14 @@ class Driver(ImageDriver):
     # by the child's.
     supported_write_flags: int = 0
     supported_zero_flags: int = 0
+    # Number (dev_t) of the host's block device that the bytes are on; None: they are elsewhere.
+    device_number: int | None = None
     # Bytes in which this layer allocates; 0: unknown (row B14.14).
     cluster_size: int = 0
     # Whether `driver_prepare_writes` does something.
-    prepares_writes: ClassVar[bool] = False
+    prepares_writes: bool = False
+    # Whether its content can only be read with a key.
+    is_encrypted: bool = False
     # Whether `driver_debug_event` wants to hear (row B43).
     has_debug_events: bool
 
@@ -156,8 +168,16 @@ class Driver(ImageDriver):
                 return edge.node.info()
         return None
 
+    def host_needs(self) -> HostNeeds:
+        """What this node itself, without its children, needs of the host from now on."""
+        return HostNeeds()
+
     def exact_filename(self) -> str:
         """A name that opens the same again, without options; nothing: there is none (row B41.4)."""
+        return ""
+
+    def filename_over(self, child: str) -> str:
+        """The same, of a filter whose child is called so."""
         return ""
 
     @classmethod
@@ -337,9 +357,14 @@ class Driver(ImageDriver):
         """Whether a discard has an effect; what the export offers to the guest."""
         return self.is_filter and (child := self._filtered().node).unmap and child.can_discard()
 
-    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
+    async def driver_prepare_writes(
+        self, ranges: Ranges, *, at_once: bool = False
+    ) -> tuple[list[HostExtent], Ranges]:
         """Somebody would like to write to these ranges by extents: make it possible, where that is no more work than a
         write; `prepares_writes` says that this does something. What the disk shows stays the same.
+
+        Args:
+            at_once: he writes all of them, and nothing else, as soon as he may.
 
         Returns: extents, in order, where it has become possible now; and where it was possible before.
 

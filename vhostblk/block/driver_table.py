@@ -21,6 +21,8 @@ class DriverPlace(NamedTuple):
     """The name of the class."""
     protocol: str | None = None
     """Its `protocol_name`."""
+    more_protocols: tuple[str, ...] = ()
+    """Its `more_protocol_names`."""
     devices: bool = False
     """Whether it recognises devices by their names."""
     signatures: tuple[tuple[int, bytes], ...] = ()

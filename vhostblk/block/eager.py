@@ -13,6 +13,7 @@ first wait.
 
 from __future__ import annotations
 
+import asyncio
 import types
 from collections.abc import Coroutine, Generator
 from functools import partial
@@ -66,3 +67,19 @@ def rest(coro: Request, waits_for: Any) -> Generator[Any, Any, None]:
             waits_for = step()
         except StopIteration:
             return
+        finally:
+            # What was thrown knows this frame by its traceback: a circle would keep the request's memory mapped.
+            del step
+
+
+async def to_the_end(task: asyncio.Future[None]) -> None:
+    """Wait until something is done; who is cancelled meanwhile is so behind that."""
+    is_cancelled = False
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            is_cancelled = not task.cancelled()
+    if is_cancelled:
+        raise asyncio.CancelledError
+    await task

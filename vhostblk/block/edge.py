@@ -13,6 +13,7 @@ from vhostblk.block import clear, pipeline
 from vhostblk.block.eager import Request
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.permissions import Perm
+from vhostblk.block.pipeline import preadv, pwritev
 from vhostblk.block.transaction import GraphTransaction
 from vhostblk.errors import BlockError
 
@@ -31,8 +32,8 @@ class Edge:
     """
 
     __slots__ = (
-        "_perm", "blocker", "frozen", "may_write", "name", "node", "parent", "role", "shared", "stays", "suspended",
-        "tolerant",
+        "_node", "_perm", "announces", "blocker", "frozen", "lane", "may_write", "name", "parent", "role", "shared",
+        "stays", "suspended", "tolerant",
     )  # fmt: skip
 
     def __init__(
@@ -50,7 +51,19 @@ class Edge:
         self.suspended: tuple[Perm, Perm] | None = None
         # Its parent is being committed: it bears what others do to the node meanwhile.
         self.tolerant = False
+        # Whether its node is told of memory that its parent's requests come from (row B13.3).
+        self.announces = True
         self.blocker: Reason | None = None  # what it blocks on its node (row B11.3)
+
+    @property
+    def node(self) -> BlockNode:
+        """What is used."""
+        return self._node
+
+    @node.setter
+    def node(self, node: BlockNode) -> None:
+        self._node = node
+        self.lane = node.lane
 
     @property
     def perm(self) -> Perm:
@@ -90,23 +103,22 @@ class Edge:
 
     def preadv(self, offset: int, iov: IoVec, flags: int = 0) -> Request:
         """Read `iov` full; see `pipeline.preadv`."""
-        return pipeline.preadv(self.node, offset, iov, flags)
+        return preadv(self.lane, offset, iov, flags)
 
     def pwritev(self, offset: int, iov: IoVec, flags: int = 0) -> Request:
         """Write `iov`; see `pipeline.pwritev`."""
-        node = self.node
-        if offset + iov.length > node.length or not self.may_write:
-            self._check_write(offset, iov.length)
-        return pipeline.pwritev(node, offset, iov, flags)
+        if not self.may_write:
+            self.check_write(offset, iov.length)
+        return pwritev(self.lane, offset, iov, flags, self)
 
     def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> Request:
         """Make a range read as zeroes; see `clear.pwrite_zeroes`."""
-        self._check_write(offset, length)
+        self.check_write(offset, length)
         return clear.pwrite_zeroes(self.node, offset, length, flags)
 
     def pdiscard(self, offset: int, length: int) -> Request:
         """Give a range up; see `clear.pdiscard`."""
-        self._check_write(offset, 0)
+        self.check_write(offset, 0)
         return clear.pdiscard(self.node, offset, length)
 
     def flush(self) -> Request:
@@ -118,7 +130,15 @@ class Edge:
         assert self.perm & Perm.RESIZE or self.node.read_only, f"{self.describe()}: no resize"
         return pipeline.truncate(self.node, length, preallocation)
 
-    def _check_write(self, offset: int, length: int) -> None:
+    def check_read(self, offset: int, length: int) -> None:
+        """Whoever has an edge may read."""
+
+    def check_write(self, offset: int, length: int) -> None:
+        """Whether the parent may write there.
+
+        Raises:
+            BlockError: EIO: behind the end of the node, and the parent may not make it longer.
+        """
         # Rows B09.9 and B16.6: whoever breaks this has a bug. A read-only node answers EPERM
         # itself.
         node = self.node

@@ -54,13 +54,15 @@ class HostExtent:
 
     def without(self, flags: ExtentFlag) -> HostExtent:
         """The same with fewer rights."""
-        return replace(self, flags=self.flags & ~flags)
+        return replace(self, flags=self.flags & ~flags) if self.flags & flags else self
 
     def cut(self, start: int, end: int) -> HostExtent | None:
         """The part inside `start`..`end`, or None if that is empty."""
         start, end = max(start, self.offset), min(end, self.end)
         if start >= end:
             return None
+        if start == self.offset and end == self.end:
+            return self
         host_offset = self.host_offset + start - self.offset
         return replace(self, offset=start, length=end - start, host_offset=host_offset)
 

@@ -29,11 +29,12 @@ class ExtentUser(Quiescent):
 
     Attributes:
         writable: it has the write permission.
+        revocations: how often extents were taken back: when something has changed below.
     """
 
     node: BlockNode
     writable: bool
-    _epoch: int  # counts revocations
+    revocations: int
     _take_writes: TakeWrites | None
 
     async def extents(self, offset: int, length: int) -> list[HostExtent]:
@@ -43,7 +44,7 @@ class ExtentUser(Quiescent):
         where something may not be done alone, and may be empty.
         """
         found: list[HostExtent] = []
-        epoch = self._epoch
+        epoch = self.revocations
         position, end = offset, min(offset + length, self.node.length)
         while position < end and not self.quiesced and len(found) < _MAX_EXTENTS:
             extent = await pipeline.host_extent(self.node, position, end - position)
@@ -54,7 +55,7 @@ class ExtentUser(Quiescent):
         if found and position >= end and not self.quiesced:
             found = await self._with_others(offset, found)
         # A driver that had to wait may have been overtaken; the next miss asks again.
-        return found if self._epoch == epoch and not self.quiesced else []
+        return found if self.revocations == epoch and not self.quiesced else []
 
     def _permitted(self, extent: HostExtent) -> HostExtent:
         """As we may use it."""
@@ -77,9 +78,34 @@ class ExtentUser(Quiescent):
         after = [self._permitted(extent) for extent in others if extent.offset >= end]
         return before + found + after
 
-    async def prepare_writes(self, ranges: Ranges) -> list[HostExtent]:
+    async def extents_of(self, ranges: Ranges) -> list[HostExtent]:
+        """What may be done alone in these ranges (in order, apart from each other), as far as anything may: in order,
+        maybe more than was asked for. The answer holds like that of `extents`.
+        """
+        if self.quiesced:
+            return []
+        epoch = self.revocations
+        found = await pipeline.host_extents(self.node, ranges)
+        if not found:
+            # Who has few and long ones tells of one at a time.
+            for start, end in ranges:
+                at = max(start, found[-1].end) if found else start
+                while at < end and not self.quiesced and len(found) < _MAX_EXTENTS:
+                    extent = await pipeline.host_extent(self.node, at, end - at)
+                    if extent is None:
+                        break
+                    found.append(extent)
+                    at = extent.end
+        if self.revocations != epoch or self.quiesced:
+            return []
+        return [self._permitted(extent) for extent in found]
+
+    async def prepare_writes(self, ranges: Ranges, *, at_once: bool = False) -> list[HostExtent]:
         """What may be written alone in and around these ranges: like `extents`, but the graph does for it what it has
         to do before a first write, for all of them at once. They may be in any order, and touch each other.
+
+        Args:
+            at_once: all of them are written next, and nothing else: room in the file is left to be found by that.
 
         Raises:
             BlockError: one of the writes would fail; which of them is not known.
@@ -88,17 +114,17 @@ class ExtentUser(Quiescent):
             return []
         self.in_flight += 1
         try:
-            found, there = await pipeline.prepare_writes(self.node, ranges)
+            found, there = await pipeline.prepare_writes(self.node, ranges, at_once=at_once)
         finally:
             self.leave()
-        epoch = self._epoch
+        epoch = self.revocations
         found = [self._permitted(extent) for extent in found]
         reached = 0
         for start, end in sorted(there):
             if reached < end and (more := await self.extents(start, end - start)):
                 found += more
                 reached = more[-1].end
-        return found if self._epoch == epoch and not self.quiesced else []
+        return found if self.revocations == epoch and not self.quiesced else []
 
     def flush_target(self) -> int | FlushTarget:
         """The fd whose fdatasync is a complete flush, `FlushTarget.NOTHING` or `FlushTarget.ASK` (call `flush`).

@@ -22,7 +22,6 @@ _MAGIC = (
     (0, b"conectix", "vpc"),
     (0, b"QED\0", "qed"),
     (0, b"QFI\xfb\0\0\0\1", "qcow"),
-    (0, b"LUKS\xba\xbe\0\1", "luks"),
     (0, b"WithoutFreeSpace\2\0\0\0", "parallels"),
     (0, b"WithouFreSpacExt\2\0\0\0", "parallels"),
     (0, b"Bochs Virtual HD Image", "bochs"),

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening, pipeline, temporary_overlay
 from vhostblk.block.bounce import BouncePool
+from vhostblk.block.crypto.secret import Secrets
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.edge import Edge
 from vhostblk.block.execution import ControlLoop
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.host_io import HostIO, create_host_io
+from vhostblk.block.host_needs import HostNeeds, all_needs
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.names import Names
 from vhostblk.block.node import BlockNode
@@ -49,6 +51,10 @@ class BlockGraph:
 
     Attributes:
         nodes: by name, in the order in which they were opened.
+        looks_only: readers let other processes write, as they let others here: they want to know what an image is
+            like, and nothing else.
+        secrets: what opens encrypted images.
+        serves_guests: what is opened is for guests, and not for an image tool.
         quiesced: drains of everything (`quiesce.all_drained`): new nodes begin with so many.
 
     Context: the control loop; nothing here may be called before it runs.
@@ -67,6 +73,8 @@ class BlockGraph:
         self.nodes = self.names.nodes
         self.control = ControlLoop()
         self.bounce = BouncePool()
+        self.looks_only = self.serves_guests = False
+        self.secrets = Secrets()
         self.quiesced = 0
         self._opening: set[BlockNode] = set()  # not ready to be anybody's child
         self._added: set[BlockNode] = set()  # from add(): the user's
@@ -241,6 +249,15 @@ class BlockGraph:
             self._host_io[aio] = create_host_io(aio)
             self._host_io[aio].may_block = self._may_block
         return self._host_io[aio]
+
+    async def end_threads(self) -> None:
+        """End all threads and rings of file I/O; there are new ones when they are needed. Nothing is in flight."""
+        for host_io in self._host_io.values():
+            await host_io.start_anew()
+
+    def host_needs(self) -> HostNeeds:
+        """What all nodes need of the host from now on."""
+        return all_needs(node.host_needs() for node in self.nodes.values())
 
     def throttle_group(self, name: str) -> ThrottleGroup:
         """The throttle group of this id.

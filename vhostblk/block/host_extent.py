@@ -11,7 +11,9 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.tracking import RequestType
 
 
-async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
+async def prepare_writes(
+    node: BlockNode, ranges: Ranges, *, at_once: bool = False
+) -> tuple[list[HostExtent], Ranges]:
     """Somebody is about to write to these ranges (not empty) by extents, if he can: see the driver's.
 
     Raises:
@@ -20,14 +22,14 @@ async def prepare_writes(node: BlockNode, ranges: Ranges) -> tuple[list[HostExte
     tracker = node.tracker
     if tracker.serialising:
         ranges = [run for run in ranges if not tracker.serialises(*run)]
-    usable = not node.quiesced and node.write_log.may_pass
+    usable = not node.quiesced and node.lane.may_write
     if not usable or not ranges:
         return [], ()
     start, end = min(run[0] for run in ranges), max(run[1] for run in ranges)
     node.in_flight += 1
     request = tracker.begin(RequestType.WRITE, start, end - start)
     try:
-        found, before = await node.driver_prepare_writes(ranges)
+        found, before = await node.driver_prepare_writes(ranges, at_once=at_once)
     finally:
         node.write_log.generation += 1  # a flush has something to do
         tracker.end(request)
@@ -53,7 +55,7 @@ async def host_extent(node: BlockNode, offset: int, length: int) -> HostExtent |
     run = node.tracker.clear_run(offset, end, extent.offset, extent.end)
     if run is None:
         return None
-    if extent.flags & ExtentFlag.WRITE and not node.write_log.may_pass:
+    if extent.flags & ExtentFlag.WRITE and not node.lane.may_write:
         extent = extent.without(ExtentFlag.WRITE)
     if extent.flags & ExtentFlag.WRITE and (node.write_log.dirty_maps or extent.record):
         extent = recorded(node, extent)
@@ -80,7 +82,7 @@ def _for_above(node: BlockNode, found: list[HostExtent]) -> list[HostExtent]:
         return []
     if node.tracker.serialising:
         found = [extent for extent in found if node.mappable(extent.offset, extent.length)]
-    if not node.write_log.may_pass:
+    if not node.lane.may_write:
         return [extent.without(ExtentFlag.WRITE) for extent in found]
     if node.write_log.dirty_maps or any(extent.record for extent in found):
         return [

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from vhostblk import native
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
-from vhostblk.native import IOOp, IORequest
+from vhostblk.native import IOOp, IOPart, IORequest
 
 T = TypeVar("T")
 
@@ -37,6 +37,8 @@ FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
 _WORKERS = 16
+# Bytes of one call of a transfer; as the engine's MANY_BYTES.
+_LARGEST = 1 << 20
 # So many are worth a system call, whatever else may follow.
 _BURST = 64
 
@@ -83,6 +85,13 @@ class HostIO(ABC):
     async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """fallocate(2)."""
 
+    @abstractmethod
+    async def transfer(self, parts: Sequence[IOPart], *, write: bool) -> int:
+        """Many reads, or writes, with one visit to a thread; returns the bytes moved: fewer than asked if a file ends.
+
+        Once one has failed, those behind it are not done.
+        """
+
     def plug(self) -> None:  # noqa: B027 - threads have nothing to keep
         """More requests follow at once; every call needs an `unplug`, before the caller suspends (row B28)."""
 
@@ -123,6 +132,14 @@ class HostIO(ABC):
         """Wait for what is in flight and end the threads."""
         self._executor.shutdown(wait=True)
 
+    async def start_anew(self) -> None:
+        """End the threads, and have new ones when they are needed: these have what the loop's thread has by then.
+
+        Nothing is in flight.
+        """
+        self._executor.shutdown(wait=True)
+        self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+
 
 def _settle(completion: Completion, done: ThreadFuture[Any]) -> None:
     error = done.exception()
@@ -152,6 +169,10 @@ class ThreadHostIO(HostIO):
     async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """See `HostIO.fallocate`."""
         await self.call(fallocate, fd, mode, offset, length)
+
+    async def transfer(self, parts: Sequence[IOPart], *, write: bool) -> int:
+        """See `HostIO.transfer`."""
+        return await self.call(_transfer, parts, write)
 
 
 class NativeHostIO(HostIO):
@@ -196,12 +217,26 @@ class NativeHostIO(HostIO):
         """See `HostIO.fallocate`."""
         await self._submit(IOOp.FALLOCATE, fd, offset, length=length, flags=mode)
 
+    async def transfer(self, parts: Sequence[IOPart], *, write: bool) -> int:
+        """See `HostIO.transfer`."""
+        return await self._submit(IOOp.WRITE_MANY if write else IOOp.READ_MANY, -1, parts=parts)
+
     async def close(self) -> None:
         """Wait for what is in flight and end the threads."""
         if self._io.fd >= 0:
             self._loop.remove_reader(self._io.fd)
             self._io.close()
         await super().close()
+
+    async def start_anew(self) -> None:
+        """See `HostIO.start_anew`; the ring is a new one as well, because the kernel has threads for it."""
+        assert not self._waiting
+        kind = self.kind
+        self._loop.remove_reader(self._io.fd)
+        self._io.close()
+        self._io = native.HostIO(kind)
+        self._loop.add_reader(self._io.fd, self._reap)
+        await super().start_anew()
 
     async def _submit(
         self,
@@ -212,11 +247,12 @@ class NativeHostIO(HostIO):
         *,
         length: int = 0,
         flags: int = 0,
+        parts: Sequence[IOPart] = (),
     ) -> int:
         cookie = self._next_cookie
         self._next_cookie += 1
         self._waiting[cookie] = completion = Completion(loop=self._loop)
-        self._queue.append(IORequest(cookie, op, fd, offset, buffers, length, flags))
+        self._queue.append(IORequest(cookie, op, fd, offset, buffers, length, flags, parts))
         if not self._plugged or len(self._queue) >= _BURST:
             self._submit_queue()
         try:
@@ -292,6 +328,20 @@ def write_all(fd: int, offset: int, iov: IoVec, flags: int = 0) -> None:
             done += count
     except OSError as error:
         raise block_error(error) from None
+
+
+def _transfer(parts: Sequence[IOPart], write: bool) -> int:
+    done = 0
+    for fd, offset, buffer in parts:
+        view = memoryview(buffer)
+        for at in range(0, len(view), _LARGEST):
+            iov = IoVec([view[at : at + _LARGEST]])
+            if write:
+                write_all(fd, offset + at, iov)
+            elif (count := read_all(fd, offset + at, iov)) < iov.length:
+                return done + count
+            done += iov.length
+    return done
 
 
 def _fdatasync(fd: int) -> None:

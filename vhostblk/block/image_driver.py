@@ -57,6 +57,8 @@ class ImageDriver:
     has_internal_snapshots: ClassVar[bool] = False
     # Opened only to be checked: a damaged image will do, and is not written but to be repaired (row B35.10).
     for_check: bool = False
+    # Nobody wants to know more than what it is like: other processes may write it (`BlockGraph.looks_only`).
+    looks_only: bool = False
     # What the image says it is backed by is not opened.
     without_backing: bool = False
     # Only to say what it is like: there are no requests, so where data is in a file of its own that is not opened.
@@ -107,11 +109,14 @@ class ImageDriver:
         """
         raise BlockError(errno.ENOTSUP, f"{self.node_name}: no check for this kind of node")
 
-    async def driver_amend(self, options: Any, progress: Callable[[int, int], None]) -> None:
+    async def driver_amend(
+        self, options: Any, progress: Callable[[int, int], None], *, force: bool = False
+    ) -> None:
         """Change what the image is like (row B35.8); nobody else uses it meanwhile.
 
         Args:
             options: of `amend_options_type`. progress: to be called with what is done, and all.
+            force: also what may make the content unreadable for ever.
         """
         raise BlockError(errno.ENOTSUP, f"{self.node_name}: nothing can be amended")
 

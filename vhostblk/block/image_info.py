@@ -109,6 +109,7 @@ async def query_image_info(node: BlockNode) -> ImageInfo:
         backing_format=(recorded.driver or None) if recorded.filename else None,
         snapshots=await _snapshots(node),
         format_info=await format_info(node),
+        is_encrypted=node.is_encrypted,
     )
 
 

@@ -108,8 +108,13 @@ async def _statuses(
     edge = cow_child(layer)
     found: list[tuple[BlockStatus, int]] = []
     for status in await block_statuses(layer, start, min(length, layer.length - start)):
-        if status.flags & _CONTENT or edge is None:
+        if status.flags & _CONTENT:
             found.append((status, depth))
+            start += status.length
+            continue
+        if edge is None:
+            # Nothing is there, so it is nowhere.
+            found.append((BlockStatus(0, status.length), depth))
             start += status.length
             continue
         below = await _statuses(edge.node, start, status.length, depth + 1)

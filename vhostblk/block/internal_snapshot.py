@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_NAME = 255
 """Bytes of a name that everybody shows whole; an ID may have half as many."""
-_MAX_ID = 127
+MAX_ID = 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ async def create_snapshot(
     """
     if len(name.encode(errors="surrogateescape")) > MAX_NAME:
         raise ConfigError("Snapshot name is too long")
-    if len(id_.encode(errors="surrogateescape")) > _MAX_ID:
+    if len(id_.encode(errors="surrogateescape")) > MAX_ID:
         raise ConfigError("Snapshot ID is too long")
     seconds, nanoseconds = divmod(time.time_ns() if date is None else date, 10**9)
     async with graph.changing():
@@ -232,7 +232,8 @@ def _shown_by(node: BlockNode) -> list[BlockNode]:
 
 
 def _failed(what: str, error: BlockError) -> ConfigError:
-    return ConfigError(f"{what}: {error.strerror}", error.errno or errno.EIO)
+    text = error.strerror or str(error)
+    return ConfigError(f"{what}: {text}", error.errno or errno.EIO, qemu_text=text)
 
 
 def _not_loaded(what: str, number: int) -> ConfigError:

@@ -71,7 +71,7 @@ def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
     for name, edge in node.children.items():
         child_exact, child_options = _identity(edge.node)
         if edge is primary:
-            exact = child_exact if edge.node.is_protocol else ""
+            exact = child_exact if edge.node.is_protocol or edge.node.is_filter else ""
         elif node.implied.get(name) == (child_exact or format_json(child_options)):
             continue
         else:
@@ -81,6 +81,8 @@ def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
         if name not in node.children:
             is_plain = False
             options[name] = None
+    if node.is_filter and exact:
+        return node.filename_over(exact), options
     return exact if is_plain else "", options
 
 
@@ -93,6 +95,9 @@ def directory(node: BlockNode) -> str:
     edge = primary_child(node)
     if edge is not None:
         return directory(edge.node)
+    if not node.has_directory:
+        kind = node.driver_name.upper()
+        raise ConfigError(f"Cannot generate a base directory for {kind} nodes", errno.ENOTSUP)
     name = exact_filename(node)
     if not node.is_protocol or not name:
         raise ConfigError(

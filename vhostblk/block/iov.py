@@ -37,18 +37,22 @@ class IoVec:
     Args: views: flat byte views ("B", contiguous); used as they are, not copied. Empty ones are
         allowed.
 
+    `length` is how many bytes, `piece` the same if they are in one piece, else 0: requests in many are looked at more
+    closely.
+
     Context: any thread; a vector itself is never changed after construction.
     """
 
-    __slots__ = ("length", "views")
+    __slots__ = ("length", "piece", "views")
 
     def __init__(self, views: Sequence[memoryview]) -> None:
         self.views = views
         # Most requests have one or two elements.
         if len(views) == 1:
-            self.length = len(views[0])
+            self.length = self.piece = len(views[0])
         else:
             self.length = sum(map(len, views))
+            self.piece = 0
 
     @classmethod
     def of(cls, *buffers: Buffer) -> IoVec:
@@ -134,6 +138,17 @@ class IoVec:
             if len(view) & mask:
                 return False
         return not any(address_of(view) & mask for view in self.views if len(view))
+
+
+_new = object.__new__
+
+
+def in_one_piece(view: memoryview, length: int) -> IoVec:
+    """`IoVec([view])`, for whoever makes hundreds of thousands a second and knows the length already."""
+    iov = _new(IoVec)
+    iov.views = (view,)
+    iov.length = iov.piece = length
+    return iov
 
 
 def concat(parts: Iterable[IoVec]) -> IoVec:

@@ -53,11 +53,26 @@ async def resize(
     check_op(node, OpType.RESIZE)
     async with graph.changing(node):
         edge = Edge(user, node, "resize", Role.DATA, Perm.RESIZE, Perm.ALL)
+        edge.announces = (
+            False  # the user comes and goes with memory meanwhile, and says so on its own way only
+        )
         edge.attach()
         try:
             await edge.truncate(align_up(length, SECTOR_SIZE), preallocation)
         finally:
             edge.detach()
+
+
+async def has_become(node: BlockNode, length: int) -> None:
+    """A driver has found that its node has another length, whoever made it so.
+
+    First its users are told, so that nobody is shown more than there is for longer than that takes. Then what they knew
+    of the part that has come or gone is taken back; what is in flight there has ended when this returns.
+    """
+    low, high = sorted((node.length, length))
+    if low < high:
+        node.set_length(length)
+        await node.revoke(low, high - low)
 
 
 async def allocated_size(node: BlockNode) -> int:

@@ -68,14 +68,17 @@ _AIO_MODES: Mapping[str, OpenFlag] = MappingProxyType(
 )
 
 
-def parse_cache_mode(name: str) -> CacheMode:
+def parse_cache_mode(name: str, what: str = "cache") -> CacheMode:
     """The meaning of `-t none` and the like (row B06.1).
+
+    Args:
+        what: how the message calls it.
 
     Raises:
         ConfigError: there is no such mode.
     """
     if name not in CACHE_MODES:
-        raise ConfigError(f"Invalid cache option: '{name}' (allowed: {', '.join(CACHE_MODES)})")
+        raise ConfigError(f"Invalid {what} option: {name}")
     return CACHE_MODES[name]
 
 
@@ -99,7 +102,7 @@ def parse_aio_mode(name: str) -> OpenFlag:
 
 def _look_up(modes: Mapping[str, OpenFlag], name: str, what: str) -> OpenFlag:
     if name not in modes:
-        raise ConfigError(f"Invalid {what} option: '{name}' (allowed: {', '.join(modes)})")
+        raise ConfigError(f"Invalid {what} option: {name}")
     return modes[name]
 
 
@@ -116,6 +119,7 @@ def inherited_modes(parent: NodeOptions, role: Role, own: Mapping[str, Any]) -> 
         # The parent decides what to discard; whatever is below obeys.
         "discard": "unmap",
         "force-share": parent.force_share,
+        "active": parent.active,
     }
     if role & Role.COW:
         # Overlays are written, not what is under them.

@@ -16,13 +16,13 @@ from vhostblk.block.bounce import BouncePool
 from vhostblk.block.driver import BlockSizes, Driver, OpenContext
 from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites
 from vhostblk.block.flags import Req
+from vhostblk.block.lane import Decides, Lane
 from vhostblk.block.limits import MAX_BOUNCING, BlockLimits
 from vhostblk.block.op_blockers import OpBlockers
 from vhostblk.block.quiesce import Quiescent
 from vhostblk.block.registered_buf import RegisteredBuffers
 from vhostblk.block.roles import Role, cow_child
-from vhostblk.block.tracking import RequestTracker, TrackedRequest
-from vhostblk.block.write_log import Decides, WriteLog
+from vhostblk.block.tracking import TrackedRequest
 
 if TYPE_CHECKING:
     from vhostblk.block.dirty_bitmap import DirtyBitmap
@@ -107,13 +107,12 @@ class BlockNode(Driver, Quiescent):
     def __init__(self, name: str, common: NodeOptions, options: Any) -> None:
         super().__init__()
         self.node_name = name
-        self.tracker = RequestTracker()
-        self.write_log = WriteLog(self.tracker)
+        self.lane = Lane(self)
+        self.tracker = self.lane.tracker
+        self.write_log = self.lane.log
         self.before_write: list[BeforeWrite] = []  # see `add_before_write`
         self._inactive = self._detect_zeroes = self._has_debug_events = False
         self.read_only = common.read_only
-        self.length = 0  # bytes, a multiple of 512
-        self.limits = BlockLimits()
         self.block_sizes = BlockSizes()
         self.children: dict[str, Edge] = {}
         self.parents: list[Edge] = []
@@ -132,12 +131,14 @@ class BlockNode(Driver, Quiescent):
         # Closes the node if nobody needs it any more; for roots that leave.
         self.left_alone: Callable[[BlockNode], Awaitable[None]] | None = None
         self.op_blockers = OpBlockers()
+        # A user goes on if this process is killed: what has completed must be in the hands of the kernel.
+        self.is_outlived = False
         self.write_threshold = 0  # see `write_threshold.py`
         self.being_activated = False  # it may turn out that it still is: nobody new may come
         self.bounce = BouncePool()
         # State of the pipeline, besides these two.
         self.bouncing = asyncio.Semaphore(MAX_BOUNCING)
-        self.bitmaps: list[DirtyBitmap] = []  # see `dirty_bitmap.py`
+        self.bitmaps: list[DirtyBitmap] = []  # the latest one first; see `dirty_bitmap.py`
         self.plugged = 0
         # Not 0: whatever ran before us may have left writes in the page cache, so the first flush
         # must reach the disk.
@@ -150,9 +151,27 @@ class BlockNode(Driver, Quiescent):
 
     # ------------------------------------------------------------------ what every node does
 
+    @property
+    def length(self) -> int:
+        """Bytes, a multiple of 512."""
+        return self.lane.length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self.lane.length = length
+
+    @property
+    def limits(self) -> BlockLimits:
+        """What the driver takes at once."""
+        return self.lane.limits
+
+    @limits.setter
+    def limits(self, limits: BlockLimits) -> None:
+        self.lane.limits = limits
+
     def review_writes(self) -> None:
         """Something has changed that decides whether writes may pass, without being looked at."""
-        self.write_log.may_pass = not (
+        self.lane.may_write = not (
             self.read_only
             or self.inactive
             or self.before_write

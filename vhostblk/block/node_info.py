@@ -40,7 +40,7 @@ async def block_device_info(node: BlockNode, *, flat: bool = False) -> dict[str,
         "ro": node.read_only,
         "drv": node.driver_name,
         "backing_file_depth": sum(bool(edge.role & Role.COW) for edge in backing_chain(node, None)),
-        "encrypted": False,
+        "encrypted": node.is_encrypted,
         "detect_zeroes": node.detect_zeroes or "off",
         # Limits of a node are those of the throttle filters above it.
         **dict.fromkeys(("bps", "bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0),

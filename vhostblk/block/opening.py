@@ -15,22 +15,19 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block import pipeline
 from vhostblk.block.edge import Edge
 from vhostblk.block.filename import is_absolute, is_json, parse_json, protocol_prefix
 from vhostblk.block.flags import OpenFlag
-from vhostblk.block.foreign_formats import foreign_format
 from vhostblk.block.introspection import directory, filename
-from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_LENGTH, SECTOR_SIZE
 from vhostblk.block.modes import inherited_modes
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import NodeOptions, consume, leftover
 from vhostblk.block.permissions import Perm
-from vhostblk.block.registry import PROBE_SIZE
+from vhostblk.block.probing import probed_format, protocol_by_name
 from vhostblk.block.roles import Role, check_children
 from vhostblk.block.transaction import GraphTransaction
-from vhostblk.errors import BlockError, ConfigError
+from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
@@ -83,6 +80,7 @@ async def open_node(
     graph.drivers.check_allowed(name, read_only=read_only)
     node = driver(graph.names.node_name(common.node_name), common, options)
     node.read_only = read_only
+    node.inactive = not common.active
     node.given = given
     node.probed = probed
     node.for_check = bool(flags & OpenFlag.CHECK)
@@ -90,6 +88,7 @@ async def open_node(
     node.without_io = bool(flags & OpenFlag.NO_IO)
     node.bounce = graph.bounce
     node.quiesced = graph.quiesced
+    node.looks_only = graph.looks_only
     # The name is taken from here on: opening may wait.
     graph.enter(node)
     try:
@@ -260,12 +259,12 @@ async def _open_probed(
     modes = {**given, **inherited_modes(*parent, given)} if parent is not None else dict(given)
     common = consume(NodeOptions, modes, where)
     if "driver" not in inline:
-        inline["driver"] = _protocol_by_name(graph, inline)
+        inline["driver"] = protocol_by_name(graph.drivers, inline)
     child = await open_node(
         graph, inline, f"{where}file.", parent=(common, Role.IMAGE), by_name=True
     )
     try:
-        given["driver"] = await _probe(graph, child)
+        given["driver"] = await probed_format(graph.drivers, child)
         return await open_node(
             *(graph, given, where),
             parent=parent,
@@ -279,41 +278,6 @@ async def _open_probed(
         raise
 
 
-def _protocol_by_name(graph: BlockGraph, flat: Mapping[str, Any]) -> str:
-    """The protocol driver for options that have a file name only; a prefix of that means nothing (row B05.5)."""
-    name = flat.get("filename")
-    if not isinstance(name, str):
-        raise ConfigError("Must specify either driver or file")
-    return graph.drivers.protocol_of(name, allow_prefix=False).driver_name
-
-
-async def _probe(graph: BlockGraph, child: BlockNode) -> str:
-    if not child.length:
-        return "raw"
-    header = bytearray(min(PROBE_SIZE, child.length))
-    try:
-        await pipeline.preadv(child, 0, IoVec([memoryview(header)]))
-    except BlockError as error:
-        raise ConfigError(
-            f"Could not read image for determining its format: {error.strerror}", error.errno or 0
-        ) from None
-    name = str(child.given.get("filename", ""))
-    driver = graph.drivers.probe(header, name)
-    if driver is None:
-        if kind := foreign_format(bytes(header), name):
-            raise ConfigError(
-                f"Image is in {kind} format, which is not supported; qemu-img converts it, "
-                "and driver=raw takes its bytes as they are",
-                errno.ENOTSUP,
-            )
-        raise ConfigError(
-            "Could not determine image format: no driver knows it",
-            errno.ENOENT,
-            qemu_text="Could not determine image format: No compatible driver found",
-        )
-    return driver.driver_name
-
-
 class Opening:
     """What a node sees of the graph while it opens (`node.OpenContext`)."""
 
@@ -325,6 +289,8 @@ class Opening:
         self.find_node = graph.find
         self.throttle_group = graph.throttle_group
         self.drivers = graph.drivers
+        self.secrets = graph.secrets
+        self.serves_guests = graph.serves_guests
         self._graph = graph
         self._children = children
         self._where = where
@@ -468,5 +434,5 @@ class Opening:
             # Only what is behind an image may be of any format.
             if role & Role.COW:
                 return await _open_probed(self._graph, flat, where, modes)
-            flat["driver"] = _protocol_by_name(self._graph, flat)
+            flat["driver"] = protocol_by_name(self._graph.drivers, flat)
         return await open_node(self._graph, flat, where, parent=modes, by_name=self._by_name)

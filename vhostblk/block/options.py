@@ -412,6 +412,9 @@ class NodeOptions:
     force_share: bool = option(
         BOOLEAN, False, about="share the image with any other user; read-only nodes only"
     )
+    active: bool = option(
+        BOOLEAN, True, about="off: leave the image to whoever has it, until it is needed"
+    )
     cache_direct: bool = option(
         BOOLEAN,
         False,

@@ -137,6 +137,12 @@ def cumulative_permissions(node: BlockNode) -> tuple[Perm, Perm]:
     return perm, shared
 
 
+def of_user(writable: bool, resize: bool) -> Perm:
+    """What whoever uses a disk asks for."""
+    perm = Perm.CONSISTENT_READ | (Perm.WRITE | Perm.WRITE_UNCHANGED if writable else Perm.NONE)
+    return perm | Perm.RESIZE if resize else perm
+
+
 def parents_first(nodes: Iterable[BlockNode]) -> list[BlockNode]:
     """These nodes and all below, every node behind all of its parents that are among them."""
     found: dict[BlockNode, None] = {}

@@ -18,15 +18,24 @@ Knows nothing about files, virtio or the engine.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 
 from vhostblk.block import submit
+from vhostblk.block.admission import (
+    User,
+    check_range,
+    check_writable,
+    run_before_write,
+    serialise,
+)
 from vhostblk.block.dirty_bitmap import check_resizable
-from vhostblk.block.eager import DONE, Request, begin, rest
+from vhostblk.block.eager import DONE, Request, begin, rest, to_the_end
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush, flush_target
 from vhostblk.block.host_extent import host_extent, host_extents, prepare_writes
 from vhostblk.block.iov import IoVec, concat
+from vhostblk.block.lane import Lane
 from vhostblk.block.limits import (
     MAX_BOUNCE,
     MAX_LENGTH,
@@ -68,58 +77,44 @@ _WRITE_UNCHANGED = int(Req.WRITE_UNCHANGED)
 _MASK = int(Req.MASK)
 
 
-def check_range(node: BlockNode, offset: int, length: int, largest: int = MAX_LENGTH) -> None:
-    """Refuse what no request may be (row B14.1). The end of the node is not looked at: users check that.
-
-    Raises:
-        BlockError: EIO.
-    """
-    if length > largest:
-        raise BlockError(errno.EIO, f"{node.node_name}: request of {length} bytes is too large")
-    if offset < 0 or length < 0 or offset > MAX_LENGTH - length:
-        raise BlockError(errno.EIO, f"{node.node_name}: no such range: {length} bytes at {offset}")
-
-
-def check_writable(node: BlockNode) -> None:
-    """Refuse to change a node that is read-only, or whose image is somebody else's for now.
-
-    Raises:
-        BlockError: EPERM.
-    """
-    if node.read_only:
-        raise BlockError(errno.EPERM, f"{node.node_name}: node is read-only")  # row C2
-    if node.inactive:
-        raise BlockError(errno.EPERM, f"{node.node_name}: node is inactive")  # row B40.1
-
-
 # ---------------------------------------------------------------------- reads (row B15)
 
 
-def preadv(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> Request:
+def preadv(
+    lane: Lane, offset: int, iov: IoVec, flags: int = 0, user: User | None = None
+) -> Request:
     """Read `iov` full; what lies behind the end of the node reads as zeroes. Await at once what this gives.
 
     Args:
+        lane: the node's.
         flags: of `Req`: COPY_ON_READ, REGISTERED_BUF.
+        user: is asked about requests that are not simply inside the node.
 
     Raises:
         BlockError: with the driver's errno; the content of `iov` is then undefined.
     """
-    length = iov.length
-    if (
-        not flags
-        and not node.tracker.serialising
-        and 0 <= offset <= node.length - length
-        and (
-            (0 < length <= node.limits.as_is and len(iov.views) == 1)
-            or submit.takes(node.limits, offset, iov)
-        )
+    length = iov.piece
+    if not (
+        0 < length <= lane.limits.as_is
+        and 0 <= offset <= lane.length - length
+        and not flags
+        and not lane.tracker.serialising
     ):
-        # Nothing to do but to hand it over, as with most requests.
-        request = node.driver_preadv(offset, length, iov)
-        if request is DONE:
-            return request
-        return _handed_over(node, RequestType.READ, offset, length, request)
-    return _read(node, offset, iov, flags)
+        length = iov.length
+        if user is not None:
+            user.check_read(offset, length)
+        if (
+            flags
+            or lane.tracker.serialising
+            or not 0 <= offset <= lane.length - length
+            or not submit.takes(lane.limits, offset, iov)
+        ):
+            return _read(lane.node, offset, iov, flags)
+    # Nothing to do but to hand it over, as with most requests.
+    request = lane.node.driver_preadv(offset, length, iov)
+    if request is DONE:
+        return request
+    return _handed_over(lane.node, RequestType.READ, offset, length, request)
 
 
 async def _handed_over(
@@ -243,40 +238,51 @@ async def _populate(node: BlockNode, offset: int, buffer: memoryview) -> None:
 # ---------------------------------------------------------------------- writes (row B16)
 
 
-def pwritev(node: BlockNode, offset: int, iov: IoVec, flags: int = 0) -> Request:
+def pwritev(
+    lane: Lane, offset: int, iov: IoVec, flags: int = 0, user: User | None = None
+) -> Request:
     """Write `iov`. Await at once what this gives.
 
-    Args: flags: of `Req`: FUA, SERIALISING, NO_WAIT, WRITE_UNCHANGED, WRITE_COMPRESSED, REGISTERED_BUF.
+    Args:
+        lane: the node's.
+        flags: of `Req`: FUA, SERIALISING, NO_WAIT, WRITE_UNCHANGED, WRITE_COMPRESSED, REGISTERED_BUF.
+        user: is asked about requests that are not simply inside the node.
 
     Raises: BlockError: EPERM, EBUSY for NO_WAIT, ENOTSUP for WRITE_COMPRESSED, else the driver's errno; a part may have
         been written.
     """
-    length, writes = iov.length, node.write_log
-    end = offset + length
-    if (
-        writes.may_pass
-        and not (flags and flags & ~node.supported_write_flags)
-        and not writes.tracker.serialising
-        and offset >= 0
-        and end <= node.length
-        and (
-            (0 < length <= node.limits.as_is and len(iov.views) == 1)
-            or submit.takes(node.limits, offset, iov)
-        )
+    length = iov.piece
+    if not (
+        0 < length <= lane.limits.as_is
+        and 0 <= offset <= lane.length - length
+        and lane.may_write
+        and not flags
+        and not lane.tracker.serialising
     ):
-        try:
-            request = node.driver_pwritev(offset, length, iov, flags)
-        except BaseException:
-            writes.wrote(offset, end)
-            raise
-        if request is not DONE:
-            return _handed_over_write(node, offset, length, request)
-        if end > writes.highest or writes.dirty_maps:
-            writes.wrote(offset, end)
-        else:
-            writes.generation += 1  # that is all that it does then
-        return request
-    return _write(node, offset, iov, flags)
+        length = iov.length
+        if user is not None:
+            user.check_write(offset, length)
+        if (
+            flags & ~lane.node.supported_write_flags
+            or not lane.may_write
+            or lane.tracker.serialising
+            or not 0 <= offset <= lane.length - length
+            or not submit.takes(lane.limits, offset, iov)
+        ):
+            return _write(lane.node, offset, iov, flags)
+    try:
+        request = lane.node.driver_pwritev(offset, length, iov, flags)
+    except BaseException:
+        lane.log.wrote(offset, offset + length)
+        raise
+    if request is not DONE:
+        return _handed_over_write(lane.node, offset, length, request)
+    log = lane.log
+    if offset + length > log.highest or log.dirty_maps:
+        log.wrote(offset, offset + length)
+    else:
+        log.generation += 1  # that is all that it does then
+    return request
 
 
 async def _handed_over_write(node: BlockNode, offset: int, length: int, driver: Request) -> None:
@@ -310,19 +316,6 @@ async def _write(node: BlockNode, offset: int, iov: IoVec, flags: int) -> None:
     finally:
         tracker.end(request)
         node.leave()
-
-
-async def serialise(
-    node: BlockNode, request: TrackedRequest, flags: int, alignment: int = 0
-) -> None:
-    """Make the request's widened range its own, towards the engine as towards other requests."""
-    tracker = node.tracker
-    tracker.mark_serialising(request, alignment or node.limits.request_alignment)
-    if flags & _NO_WAIT and tracker.blocker(request):
-        raise BlockError(errno.EBUSY, f"{node.node_name}: another request is in the way")
-    # Marked before revoked: from here on nobody is given a new extent, and whoever comes waits.
-    await node.revoke(request.start, request.end - request.start)
-    await tracker.wait(request)
 
 
 async def padded_write(
@@ -392,12 +385,6 @@ async def _aligned_write(
             await node.driver_debug_event("pwritev_done")
 
 
-async def run_before_write(node: BlockNode, request: TrackedRequest) -> None:
-    """Row B24.1: whoever wants to see writes and discards before they happen; BlockError vetoes."""
-    for hook in tuple(node.before_write):
-        await hook(request)
-
-
 def written(node: BlockNode, end: int) -> None:
     """A write up to `end` has succeeded: the node is at least as long (row B16.12)."""
     if end > node.length:
@@ -423,7 +410,7 @@ async def truncate(
     if length < 0:
         raise BlockError(errno.EINVAL, f"{node.node_name}: negative length")
     if length > MAX_LENGTH:
-        raise BlockError(errno.EFBIG, f"{node.node_name}: length {length} is too large")
+        raise BlockError(errno.EFBIG, f"offset({length}) exceeds maximum({MAX_LENGTH})")
     if preallocation is not Preallocation.OFF and length < node.length:
         raise BlockError(errno.ENOTSUP, "Cannot use preallocation for shrinking files")
     check_resizable(node)
@@ -435,7 +422,10 @@ async def truncate(
         try:
             await node.driver_truncate(length, preallocation)
         finally:
-            await node.refresh_length()
+            # Also if whoever asked is cancelled, once more even: the length is what it really is.
+            refresh = node.refresh_length()
+            if (waits_for := begin(refresh)) is not DONE:
+                await to_the_end(asyncio.ensure_future(rest(refresh, waits_for)))
             node.write_log.generation += 1
     finally:
         node.tracker.end(request)

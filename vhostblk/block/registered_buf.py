@@ -68,6 +68,7 @@ def follow(moves: Sequence[tuple[Edge, BlockNode | None, BlockNode | None]]) -> 
     Args:
         moves: edge, where it led and where it leads; None: nowhere.
     """
+    moves = [move for move in moves if move[0].announces]
     # What parents had before: those among them that are told now pass it on by themselves.
     known = [dict(edge.parent.buffers.sizes) for edge, _, _ in moves]
     for (_, _, new), sizes in zip(moves, known, strict=True):

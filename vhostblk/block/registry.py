@@ -130,8 +130,8 @@ class DriverRegistry(Mapping[str, "type[BlockNode]"]):
         prefix = protocol_prefix(filename)
         if prefix is None or not allow_prefix:
             return self.find("file", "file name")
-        for driver in self._asked(lambda place: place.protocol == prefix):
-            if driver.protocol_name == prefix:
+        for driver in self._asked(lambda place: prefix in (place.protocol, *place.more_protocols)):
+            if prefix in (driver.protocol_name, *driver.more_protocol_names):
                 return driver
         raise ConfigError(f"Unknown protocol '{prefix}'", errno.ENOENT)
 

@@ -75,12 +75,20 @@ def _kinds(data: bytearray, start: int, end: int, at: int, block: int) -> bytes:
     inner = bytearray((last - first) // block)
     # Most blocks of data show at one of their ends that they are.
     begins, ends = data[first:last:block], data[first + block - 1 : last : block]
-    index = begins.find(0)
+    index, many = begins.find(0), 1
     while index >= 0:
         place = first + index * block
-        if not ends[index] and is_zero(data, place, place + block):
-            inner[index] = 1
-        index = begins.find(0, index + 1)
+        many = min(many, len(inner) - index)
+        if not ends[index] and is_zero(data, place, place + many * block):
+            # More of them, likely.
+            inner[index : index + many] = b"\1" * many
+            index += many
+            many *= 2
+        elif many > 1:
+            many //= 2
+        else:
+            index += 1
+        index = begins.find(0, index)
     kinds = bytes([is_zero(data, start, first)]) + inner
     return kinds + bytes([is_zero(data, last, end)]) if last < end else kinds
 

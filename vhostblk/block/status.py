@@ -1,7 +1,8 @@
 """Block status: what a layer has where, and where that is in a file (block layer row B21).
 
-A driver answers for its own layer only (`driver_block_status`); here the answer is completed: what is unallocated
-without a backing node reads as zeroes, a `RAW` answer is asked again of the child it points to, a long answer is cut.
+A driver answers for its own layer only (`driver_block_status`); here the answer is completed: what is unallocated in an
+image that could have a backing node, and has none, reads as zeroes, a `RAW` answer is asked again of the child it
+points to, a long answer is cut.
 
 | DATA | ZERO | OFFSET_VALID | |
 |---|---|---|---|
@@ -12,7 +13,7 @@ without a backing node reads as zeroes, a `RAW` answer is asked again of the chi
 | x | x | | preallocated, reads as zeroes, place unknown |
 | x | | | data, place unknown (compressed, encrypted) |
 | | x | | reads as zeroes |
-| | | | not in this layer: ask the backing node |
+| | | | not in this layer: ask the backing node; of a driver that has no such thing: nobody knows what it reads as |
 """
 
 from __future__ import annotations
@@ -96,6 +97,7 @@ async def block_statuses(node: BlockNode, offset: int, length: int) -> list[Bloc
             return [_with_end(found, offset, node.length)]
         backing = node.backing
         backed = backing.length if backing is not None else 0
+        may_be_backed = "backing" in node.child_keys
         completed = []
         for found in many:
             if found.flags & _ASKS:
@@ -107,7 +109,7 @@ async def block_statuses(node: BlockNode, offset: int, length: int) -> list[Bloc
             flags, count, file, place = found
             if flags & _CONTENT:
                 flags |= _ALLOCATED
-            elif offset >= backed:
+            elif may_be_backed and offset >= backed:
                 flags |= _ZERO
             completed.append(BlockStatus(flags, count, file, place))
             offset += count
@@ -152,7 +154,7 @@ async def _complete(
         return below if below.length else BlockStatus(_ZERO, length)
     if flags & _CONTENT:
         flags |= _ALLOCATED
-    else:
+    elif "backing" in node.child_keys:
         backing = node.backing
         if backing is None or offset >= backing.length:
             flags |= _ZERO

@@ -116,6 +116,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="of the client, which share the queues (default: %(default)s)",
     )
     how.add_argument("--direct", action="store_true", help="no indirect descriptors")
+    how.add_argument("--packed", action="store_true", help="packed rings instead of split ones")
     how.add_argument("--no-event-idx", action="store_true", help="without VIRTIO_F_EVENT_IDX")
     how.add_argument(
         "--segments",
@@ -266,6 +267,7 @@ def options_of(args: argparse.Namespace) -> BenchOptions:
         threads=args.threads,
         indirect=not args.direct,
         event_idx=not args.no_event_idx,
+        packed=args.packed,
         segments=args.segments,
         sleep=args.wait == "eventfd",
         batch=args.batch or 0,

@@ -8,18 +8,33 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vhostblk.block.crypto.secret import SecretConfig
 from vhostblk.block.foreign_formats import foreign_format
 from vhostblk.block.registry import PROBE_SIZE
-from vhostblk.cli.run import run_daemon
+from vhostblk.block.seconds import seconds
+from vhostblk.cli.objects import parse_object
+from vhostblk.cli.run import add_sandbox_option, run_daemon, sandbox_mode
 from vhostblk.daemon import DaemonConfig
 from vhostblk.errors import ConfigError
 from vhostblk.export.error_policy import ErrorPolicy, OnError
 from vhostblk.export.options import (
+    DEFAULT_HANDSHAKE_TIMEOUT,
+    DEFAULT_MESSAGE_TIMEOUT,
     DEFAULT_QUEUES,
     DEFAULT_SERIAL,
+    DEFAULT_STALL_WARNING,
     ERROR_POLICIES,
     ExportConfig,
 )
+from vhostblk.export.socket_options import (
+    peer_rule,
+    socket_access,
+    to_group,
+    to_mode,
+    to_owner,
+    to_user,
+)
+from vhostblk.vhost.access import SocketAccess
 from vhostblk.vhost.session import MAX_QUEUES
 from vhostblk.virtio.blk import ID_BYTES
 
@@ -46,12 +61,14 @@ CACHE_MODES = {
     "unsafe": (False, True, True),
 }
 _SD_LISTEN_FDS_START = 3
+DEFAULT_LOCK_TIMEOUT = 5  # seconds
+DEFAULT_SHUTDOWN_TIMEOUT = 120  # seconds; the units in contrib/ allow for twice that
 # More threads than queues have nothing to do.
 _MAX_THREADS = MAX_QUEUES
 _MAX_INT = (1 << 31) - 1
 # What is served: a file's bytes, or what is in it. Nobody guesses: a guest may write anything to its disk.
-FORMATS = ("raw", "qcow2")
-_QCOW2 = b"QFI\xfb"
+FORMATS = ("raw", "qcow2", "luks")
+_OWN_FORMATS = ((b"QFI\xfb", "qcow2"), (b"LUKS\xba\xbe\0\1", "luks"))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +83,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="listen on this inherited file descriptor, a listening Unix socket "
         "(neither: the socket that systemd passes)",
     )
+    _add_access_options(parser)
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument(
         "--snapshot",
@@ -131,11 +149,81 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=FORMATS,
-        help="what IMAGE is: bytes to be served as they are, or a qcow2 image, with all that it is backed by "
-        "(default: raw, but a file that looks like another format is refused)",
+        help="what IMAGE is: bytes to be served as they are, a qcow2 image, with all that it is backed by, or a "
+        "LUKS volume (default: raw, but a file that looks like another format is refused)",
+    )
+    add_object_option(parser)
+    parser.add_argument(
+        "--allow-inactive",
+        action="store_true",
+        help="for live migration: have IMAGE only while the guest's queues run; it is opened though another daemon "
+        "has it, taken when they start, and given up when they have stopped",
+    )
+    parser.add_argument(
+        "--handshake-timeout",
+        type=duration,
+        default=DEFAULT_HANDSHAKE_TIMEOUT,
+        metavar="SECONDS",
+        help="hang up on a connection whose first message is not there after that; it keeps nobody out meanwhile "
+        "(default: %(default)g; 0: never)",
+    )
+    parser.add_argument(
+        "--message-timeout",
+        type=duration,
+        default=DEFAULT_MESSAGE_TIMEOUT,
+        metavar="SECONDS",
+        help="hang up on a front-end that is in the middle of a message, or does not read an answer, for that long; "
+        "between messages it may be silent for ever (default: %(default)g; 0: never)",
+    )
+    parser.add_argument(
+        "--stall-warning",
+        type=duration,
+        default=DEFAULT_STALL_WARNING,
+        metavar="SECONDS",
+        help="say in the log that the disk does not answer when a request takes that long (default: %(default)g; "
+        "0: never)",
     )
     add_data_path_option(parser)
+    add_lock_timeout_option(parser)
+    add_sandbox_option(parser)
+    add_shutdown_timeout_option(parser)
     parser.add_argument("--pidfile", type=Path, metavar="FILE", help="write the process id there")
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    """Who may connect."""
+    for option, metavar, read, what in (
+        ("--socket-mode", "MODE", to_mode, "permissions of the socket file, in octal digits"),
+        ("--socket-owner", "USER[:GROUP]", to_owner, "whose the socket file is, by name or number"),
+        ("--socket-group", "GROUP", to_group, "the group of the socket file"),
+    ):
+        parser.add_argument(option, type=_typed(read), metavar=metavar, help=what)
+    for option, metavar, read, whom in (
+        ("--allow-user", "USER", to_user, "this user"),
+        ("--allow-group", "GROUP", to_group, "members of this group"),
+    ):
+        parser.add_argument(
+            option,
+            type=_typed(read),
+            action="append",
+            default=[],
+            metavar=metavar,
+            help=f"serve {whom}, and nobody who is not named so; repeatable",
+        )
+
+
+def _typed(read: Callable[[str, Any], Any]) -> Callable[[str], Any]:
+    """The type of an option that the storage daemon has too."""
+
+    def read_text(text: str) -> Any:
+        try:
+            return read("", text)
+        except ConfigError as error:
+            # argparse says which option it is.
+            reason = str(error).removeprefix("Parameter ''").removeprefix(":").strip()
+            raise argparse.ArgumentTypeError(reason) from None
+
+    return read_text
 
 
 def add_data_path_option(parser: argparse.ArgumentParser) -> None:
@@ -148,6 +236,57 @@ def add_data_path_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lock_timeout_option(parser: argparse.ArgumentParser) -> None:
+    """`--lock-timeout`, which both serving commands have."""
+    parser.add_argument(
+        "--lock-timeout",
+        type=number(0, _MAX_INT),
+        default=DEFAULT_LOCK_TIMEOUT,
+        metavar="SECONDS",
+        help="how long to wait for an image that another process has: one that was killed has it until the kernel "
+        "has ended what it had begun (default: %(default)s; 0: refuse at once)",
+    )
+
+
+def add_shutdown_timeout_option(parser: argparse.ArgumentParser) -> None:
+    """`--shutdown-timeout`, which both serving commands have."""
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=duration,
+        default=DEFAULT_SHUTDOWN_TIMEOUT,
+        metavar="SECONDS",
+        help="how long the end may take: requests in flight, the last flush; what has not ended then is named in the "
+        "log and left to the kernel, and the exit status is 1 (default: %(default)g; 0: wait for ever)",
+    )
+
+
+def add_object_option(parser: argparse.ArgumentParser) -> None:
+    """`--object`, for secrets, and which of them the image needs."""
+    parser.add_argument(
+        "--object",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="secret,id=…,file=…|data=…[,format=raw|base64][,keyid=…,iv=…]: what opens an encrypted "
+        "image; repeatable",
+    )
+    parser.add_argument(
+        "--key-secret",
+        metavar="ID",
+        help="the secret that opens IMAGE; needs --format qcow2 or luks",
+    )
+
+
+def _secret(text: str) -> SecretConfig:
+    try:
+        _, wanted = parse_object(text)
+        if not isinstance(wanted, SecretConfig):
+            raise ConfigError("type 'throttle-group' is not supported (allowed: secret)")
+    except ConfigError as error:
+        raise error.within("--object") from None
+    return wanted
+
+
 def run(args: argparse.Namespace) -> None:
     """Serve until SIGTERM.
 
@@ -157,6 +296,12 @@ def run(args: argparse.Namespace) -> None:
     fd, listen_option = args.fd, "--fd" if args.socket is None else "--socket"
     if args.socket is None and fd is None:
         fd, listen_option = _systemd_socket(), "systemd's socket"
+    access = _socket_access(args)
+    if access and args.socket is None:
+        raise ConfigError(
+            f"{listen_option}: --socket-mode, --socket-owner and --socket-group need --socket: "
+            "a socket that is passed is as it was made"
+        )
     direct, no_flush, write_cache = CACHE_MODES[args.cache]
     if args.format is None:
         _refuse_other_formats(args.image)
@@ -164,14 +309,20 @@ def run(args: argparse.Namespace) -> None:
     if args.aio is not None:
         file["aio"] = args.aio
     blockdev: dict[str, Any] = {
-        **(file if args.format != "qcow2" else {"driver": "qcow2", "file": file}),
+        **(file if args.format in (None, "raw") else {"driver": args.format, "file": file}),
         "node-name": "disk",
         # Children inherit these.
         "read-only": args.read_only,
         "snapshot": args.snapshot,
         "discard": args.discard,
         "cache": {"direct": direct, "no-flush": no_flush},
+        "active": not args.allow_inactive,
     }
+    if args.key_secret is not None:
+        if args.format in (None, "raw"):
+            raise ConfigError("--key-secret: needs --format qcow2 or luks")
+        name = "key-secret" if args.format == "luks" else "encrypt.key-secret"
+        blockdev[name] = args.key_secret
     export = ExportConfig(
         id="disk",
         node_name="disk",
@@ -184,16 +335,33 @@ def run(args: argparse.Namespace) -> None:
         pin_memory=args.pin_memory,
         errors=ErrorPolicy(OnError(args.rerror), OnError(args.werror)),
         own_threads=args.iothreads,
+        allow_inactive=args.allow_inactive,
+        socket_access=access,
+        peers=peer_rule(tuple(args.allow_user), tuple(args.allow_group)),
+        handshake_timeout=args.handshake_timeout,
+        message_timeout=args.message_timeout,
+        stall_warning=args.stall_warning,
     )
     run_daemon(
         DaemonConfig(
             blockdevs=[blockdev],
+            secrets=[_secret(text) for text in args.object],
             exports=[export],
             pid_file=args.pidfile,
             data_path=args.data_path,
+            lock_timeout=args.lock_timeout,
+            shutdown_timeout=args.shutdown_timeout,
             listen_option=listen_option,
-        )
+        ),
+        sandbox=sandbox_mode(args.sandbox),
     )
+
+
+def _socket_access(args: argparse.Namespace) -> SocketAccess:
+    try:
+        return socket_access(args.socket_mode, args.socket_owner, args.socket_group)
+    except ConfigError as error:
+        raise error.within("--socket-group") from None
 
 
 def number(least: int, most: int) -> Callable[[str], int]:
@@ -208,6 +376,14 @@ def number(least: int, most: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def duration(text: str) -> float:
+    """The type of an option that takes seconds."""
+    try:
+        return seconds(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
 
 
 def _serial(text: str) -> str:
@@ -231,9 +407,10 @@ def _refuse_other_formats(path: str) -> None:
         os.close(fd)
     name = foreign_format(start)
     advice = "which this command cannot serve"
-    if start.startswith(_QCOW2) and not name:
-        name = "qcow2"
-        advice = "--format qcow2 serves the disk that is in it"
+    for beginning, own in _OWN_FORMATS:
+        if start.startswith(beginning) and not name:
+            name = own
+            advice = f"--format {own} serves the disk that is in it"
     if name:
         raise ConfigError(
             f"{path}: looks like a {name} image; {advice}, --format raw its bytes as they are "

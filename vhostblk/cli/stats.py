@@ -242,6 +242,7 @@ def _queue_json(queue: QueueStatistics, seconds: float) -> dict[str, Any]:
     return {
         "requests": queue.requests,
         "in_flight": queue.in_flight,
+        "oldest_ns": queue.oldest_age_ns,
         "idle_ns": queue.idle_ns,
         "hits": queue.hits,
         "misses": queue.misses,

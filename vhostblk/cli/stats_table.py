@@ -12,6 +12,8 @@ from vhostblk.export.statistics import OperationStatistics, QueueStatistics, tot
 from vhostblk.export.stats_reader import PageCopy
 
 _MIB = 1 << 20
+# Requests that are in flight for longer are told of.
+_LONG_NS = 1_000_000_000
 
 
 def table(
@@ -31,8 +33,7 @@ def table(
     lines = [_title(page)]
     busy = {str(index): queue for index, queue in queues.items() if queue.requests}
     if not busy:
-        in_flight = sum(queue.in_flight for queue in queues.values())
-        return [*lines, f"  no requests {period}, {in_flight} in flight"]
+        return [*lines, f"  no requests {period}, {_in_flight(total(queues.values()))} in flight"]
     if len(busy) > 1:
         busy["all"] = total(queues.values())
     titles = [f"p{fraction * 100:g} us" for fraction in quantiles]
@@ -56,6 +57,12 @@ def _title(page: PageCopy) -> str:
     )
 
 
+def _in_flight(queue: QueueStatistics) -> str:
+    """How many, and for how long if that is worth telling."""
+    age = queue.oldest_age_ns or 0
+    return f"{queue.in_flight}" + (f" (for up to {age / 1e9:.1f} s)" if age >= _LONG_NS else "")
+
+
 def _queue(
     name: str, queue: QueueStatistics, seconds: float, quantiles: Sequence[float]
 ) -> list[str]:
@@ -66,7 +73,7 @@ def _queue(
     ]
     hit_rate = 100 * (queue.hit_rate or 0)
     lines.append(
-        f"in flight {queue.in_flight}, by the engine alone {hit_rate:.2f} %, for each request "
+        f"in flight {_in_flight(queue)}, by the engine alone {hit_rate:.2f} %, for each request "
         f"{queue.per_request(queue.kicks) or 0:.3f} kicks and "
         f"{queue.per_request(queue.calls) or 0:.3f} calls ({queue.calls_suppressed} suppressed)"
     )

@@ -9,16 +9,22 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from vhostblk.block.crypto.secret import SecretConfig
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.options import IDENTIFIER, INTEGER, consume_all, option
 from vhostblk.block.registry import DriverRegistry
 from vhostblk.cli.blockdev_help import blockdev_help
-from vhostblk.cli.objects import throttle_group
-from vhostblk.cli.run import run_daemon
-from vhostblk.cli.serve import add_data_path_option
+from vhostblk.cli.objects import secret, throttle_group
+from vhostblk.cli.run import add_sandbox_option, run_daemon, sandbox_mode
+from vhostblk.cli.serve import (
+    add_data_path_option,
+    add_lock_timeout_option,
+    add_shutdown_timeout_option,
+)
 from vhostblk.daemon import (
     DEFAULT_POLL_MAX_NS,
     DaemonConfig,
@@ -42,11 +48,14 @@ Example: two disks of one daemon, the second one read-only:
 node-name=disk0,writable=on,iothread=io0 \\
     --export type=vhost-user-blk,id=e1,addr.type=unix,addr.path=/tmp/b.sock,node-name=disk1
 
-Block drivers: file, host_device, raw, null-co, memory, snapshot-access; filters: throttle, copy-on-read,
-copy-before-write, blkdebug.
+Block drivers: file, host_device, luks, nbd, qcow2, raw, null-co, memory, snapshot-access; filters: throttle,
+copy-on-read, copy-before-write, blkdebug.
 See docs/storage-daemon.md for their options.
 """
 
+_KINDS: MappingProxyType[type, str] = MappingProxyType(
+    {IOThreadConfig: "iothread", ThrottleGroupConfig: "throttle-group", SecretConfig: "secret"}
+)
 _NOT_YET = ("chardev", "monitor", "nbd-server")
 
 
@@ -66,10 +75,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="OPTIONS",
         help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix|fd,addr.path=…|addr.str=…"
+        "[,addr.mode=…][,addr.owner=…][,addr.group=…][,allow-user.0=…][,allow-group.0=…]"
         "[,writable=on|off][,writethrough=on|off][,iothread=…|,iothread-vq-mapping.…]"
-        "[,logical-block-size=…]"
+        "[,allow-inactive=on|off][,logical-block-size=…]"
         "[,num-queues=…][,max-segments=…][,pin-memory=on|off][,serial=…]"
-        "[,rerror=report|ignore|enospc|stop][,werror=…]; repeatable",
+        "[,rerror=report|ignore|enospc|stop][,werror=…]"
+        "[,handshake-timeout=SECONDS][,message-timeout=SECONDS][,stall-warning=SECONDS]; repeatable",
     )
     parser.add_argument(
         "--object",
@@ -77,7 +88,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="OPTIONS",
         help="iothread,id=…[,poll-max-ns=…][,poll-grow=…][,poll-shrink=…] or "
-        "throttle-group,id=…[,limits.iops-total=…][,limits.…]; repeatable",
+        "throttle-group,id=…[,limits.iops-total=…][,limits.…] or "
+        "secret,id=…,file=…|data=…[,format=raw|base64][,keyid=…,iv=…]; repeatable",
     )
     for access, use in (("rw", "any"), ("ro", "read-only")):
         parser.add_argument(
@@ -94,6 +106,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--daemonize", action="store_true", help="go to the background when all exports listen"
     )
     add_data_path_option(parser)
+    add_lock_timeout_option(parser)
+    add_sandbox_option(parser)
+    add_shutdown_timeout_option(parser)
     for name in _NOT_YET:
         parser.add_argument(f"--{name}", action=_NotYet, nargs="?", help=argparse.SUPPRESS)
 
@@ -126,10 +141,13 @@ def run(args: argparse.Namespace) -> None:
     config = DaemonConfig(
         blockdevs=[_parse("--blockdev", text, "driver") for text in args.blockdev],
         io_threads=[thing for thing in objects if isinstance(thing, IOThreadConfig)],
+        secrets=[thing for thing in objects if isinstance(thing, SecretConfig)],
         throttle_groups=[thing for thing in objects if isinstance(thing, ThrottleGroupConfig)],
         exports=[_parse_export(text) for text in args.export],
         pid_file=args.pidfile,
         data_path=args.data_path,
+        lock_timeout=args.lock_timeout,
+        shutdown_timeout=args.shutdown_timeout,
         drivers=drivers,
         blockdev_option="--blockdev",
         export_option="--export",
@@ -137,9 +155,8 @@ def run(args: argparse.Namespace) -> None:
     names = [thing.name for thing in objects]
     for thing in objects:
         if names.count(thing.name) > 1:
-            kind = "iothread" if isinstance(thing, IOThreadConfig) else "throttle-group"
-            raise ConfigError(f"--object {kind},id={thing.name}: this id is in use")
-    run_daemon(config, detach=args.daemonize)
+            raise ConfigError(f"--object {_KINDS[type(thing)]},id={thing.name}: this id is in use")
+    run_daemon(config, detach=args.daemonize, sandbox=sandbox_mode(args.sandbox))
 
 
 def _names(text: str) -> list[str]:
@@ -184,16 +201,18 @@ class _IOThreadOptions:
     aio_max_batch: int = option(INTEGER, 0, about="accepted; QEMU's aio=native has a use for it")
 
 
-def _parse_object(text: str) -> IOThreadConfig | ThrottleGroupConfig:
+def _parse_object(text: str) -> IOThreadConfig | ThrottleGroupConfig | SecretConfig:
     options = flatten(_parse("--object", text, "qom-type"))
     kind = options.pop("qom-type", None)
-    if kind not in ("iothread", "throttle-group"):
+    if kind not in _KINDS.values():
         raise ConfigError(
-            f"--object: type '{kind}' is not supported (allowed: iothread, throttle-group)"
+            f"--object: type '{kind}' is not supported (allowed: {', '.join(_KINDS.values())})"
         )
     try:
         if kind == "throttle-group":
             return ThrottleGroupConfig(*throttle_group(options))
+        if kind == "secret":
+            return secret(options)
         parsed = consume_all(_IOThreadOptions, options)
     except ConfigError as exc:
         raise ConfigError(f"--object {kind}: {exc}") from None

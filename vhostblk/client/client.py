@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Self
 
 from vhostblk.client import waiter
 from vhostblk.client.control import PROTOCOL_FEATURES, Control
+from vhostblk.client.inflight import InflightFile
+from vhostblk.client.manners import FEATURES, check_request
 from vhostblk.client.queue import ClientQueue, Framing, Pending
+from vhostblk.client.requests import Requests, segments
 from vhostblk.client.shared_memory import SharedMemory, SharedRegion
 from vhostblk.errors import PeerError, StateError
 from vhostblk.vhost.message import BackendRequest, ProtocolFeature, Request
 from vhostblk.vhost.vring import VringFd
 from vhostblk.virtio.blk import (
-    ID_BYTES,
     SECTOR,
-    SEGMENT,
-    SEGMENT_F_UNMAP,
     WRITEBACK_OFFSET,
     BlkConfig,
     RequestType,
@@ -35,40 +35,13 @@ from vhostblk.virtio.features import Feature
 
 __all__ = ["CONFIG_BYTES", "FEATURES", "Client", "segments"]
 
-FEATURES = (
-    Feature.VHOST_USER_F_PROTOCOL_FEATURES
-    | Feature.VIRTIO_F_VERSION_1
-    | Feature.VIRTIO_F_EVENT_IDX
-    | Feature.VIRTIO_F_INDIRECT_DESC
-    | Feature.VIRTIO_BLK_F_SIZE_MAX
-    | Feature.VIRTIO_BLK_F_SEG_MAX
-    | Feature.VIRTIO_BLK_F_RO
-    | Feature.VIRTIO_BLK_F_BLK_SIZE
-    | Feature.VIRTIO_BLK_F_FLUSH
-    | Feature.VIRTIO_BLK_F_TOPOLOGY
-    | Feature.VIRTIO_BLK_F_CONFIG_WCE
-    | Feature.VIRTIO_BLK_F_MQ
-    | Feature.VIRTIO_BLK_F_DISCARD
-    | Feature.VIRTIO_BLK_F_WRITE_ZEROES
-)
-"""What this driver makes use of."""
-
 CONFIG_BYTES = 60
 """The configuration space up to WRITE_ZEROES' fields: what every driver of today reads."""
-
-_NEEDED: dict[int, int] = {
-    RequestType.IN: 0,
-    RequestType.OUT: 0,
-    RequestType.GET_ID: 0,
-    RequestType.FLUSH: Feature.VIRTIO_BLK_F_FLUSH,
-    RequestType.DISCARD: Feature.VIRTIO_BLK_F_DISCARD,
-    RequestType.WRITE_ZEROES: Feature.VIRTIO_BLK_F_WRITE_ZEROES,
-}
 
 _INDIRECT_ENTRIES = 128
 
 
-class Client:
+class Client(Requests):
     """One disk, used through a vhost-user socket.
 
     Make one with `connect`; use it in a `with` statement, or call `close`.
@@ -89,7 +62,12 @@ class Client:
         """The configuration space as it was read last."""
         self.offered = 0
         """Features the device offers."""
+        self.inflight: InflightFile | None = None
+        """Where the back-end tracks requests in flight; it outlives the back-end."""
         self._started: set[int] = set()
+        self._logs_rings = False
+        self._interrupted: set[int] = set()  # they were started when the connection was lost,
+        # or stopped with requests in flight
 
     @classmethod
     def connect(
@@ -111,7 +89,7 @@ class Client:
         Args:
             target: path of a listening socket, or a connected socket.
             queues: how many to use.
-            queue_size: entries of each; a power of two.
+            queue_size: entries of each; a power of two, unless the rings are packed.
             features, protocol_features: what to use of what is offered.
             memory: guest memory, owned by the client from now on; None: 32 MiB in one memfd.
             memory_one_by_one: ADD_MEM_REG (True) or SET_MEM_TABLE (False); None: as negotiated.
@@ -170,12 +148,52 @@ class Client:
         self.abandon()
         for queue in self.queues:
             queue.close()
+        self._forget_inflight()
         self.memory.close()
 
     def abandon(self) -> None:
         """Vanish: close the connection whatever is in flight. Memory and rings stay as they are."""
+        self._interrupted |= self._started
         self._started.clear()
         self.control.close()
+
+    def reconnect(self, target: str | os.PathLike[str] | socket.socket) -> None:
+        """Go on with another back-end, or with the same one again, as a VMM does.
+
+        It gets the same memory, and the same rings with whatever is in flight in them. Nothing is
+        submitted again here: what was in flight when the back-end vanished is its business, and
+        ends as any other request. The base of a ring is what its used index says, as in QEMU, which
+        cannot know better either.
+
+        Args:
+            target: path of a listening socket, or a connected socket.
+
+        Raises:
+            OSError: nobody listens there (yet); try again.
+            StateError: the back-end lacks a feature that the driver uses.
+            PeerError, SessionError, TimeoutError: the back-end did not play along.
+        """
+        self.abandon()
+        before = self.control
+        self.control = Control(target, timeout=before.connection.timeout, strict=self.strict)
+        try:
+            self._go_on(before)
+        except BaseException:
+            # The next try needs what was agreed on, and this back-end may have got no further.
+            self.abandon()
+            self.control = before
+            raise
+
+    def _go_on(self, before: Control) -> None:
+        self._negotiate(before.features, before.protocol_features)
+        if lost := before.features & ~self.control.features:
+            raise StateError(f"the back-end does not offer features in use: {lost:#x}")
+        self.control.share(self.memory)
+        if self.inflight is not None:
+            self.control.share_inflight(self.inflight)
+        for index in sorted(self._interrupted):
+            queue = self.queues[index]
+            self.start_queue(index, queue.driver.visible_base, call=not queue.is_polled)
 
     # ---------------------------------------------------------------- set-up, also step by step
 
@@ -189,7 +207,7 @@ class Client:
         control.set_features(features & self.offered)
 
     def make_queues(self, count: int, size: int, *, alignment: int = 4096) -> None:
-        """Replace the queues by `count` new ones, not started.
+        """Replace the queues by `count` new ones, not started, and the file that tracks requests.
 
         Raises:
             StateError: some are started, or the back-end has fewer.
@@ -207,10 +225,22 @@ class Client:
                 size,
                 event_idx=bool(self.control.features & Feature.VIRTIO_F_EVENT_IDX),
                 indirect_entries=_INDIRECT_ENTRIES if self._has_indirect else 0,
+                packed=bool(self.control.features & Feature.VIRTIO_F_RING_PACKED),
                 alignment=alignment,
             )
             for index in range(count)
         ]
+        self._interrupted.clear()
+        self._forget_inflight()
+        if self.control.protocol_features & ProtocolFeature.INFLIGHT_SHMFD:
+            self.inflight = self.control.create_inflight(count, size)
+            if self.inflight is not None:
+                self.control.share_inflight(self.inflight)
+
+    def _forget_inflight(self) -> None:
+        if self.inflight is not None:
+            self.inflight.close()
+            self.inflight = None
 
     @property
     def _has_indirect(self) -> bool:
@@ -223,20 +253,16 @@ class Client:
 
         Args:
             index: the queue's number.
-            base: next available index; None: where the driver is.
+            base: next available index, or its equivalent of a packed ring; None: where the driver is.
             kick: False: give no kick fd, the back-end has to poll.
             call: False: give no call fd, `wait` polls.
         """
         queue, control = self.queues[index], self.control
         driver = queue.driver
-        desc, avail, used = (
-            self.memory.uva(driver.gpa + offset)
-            for offset in (driver.desc_offset, driver.avail_offset, driver.used_offset)
-        )
         frontend = control.frontend
         control.ask(frontend.set_vring_num(index, driver.size))
-        control.ask(frontend.set_vring_base(index, driver.avail_idx if base is None else base))
-        control.ask(frontend.set_vring_addr(index, desc=desc, avail=avail, used=used))
+        control.ask(frontend.set_vring_base(index, driver.base if base is None else base))
+        self._tell_addresses(index)
         control.ask(frontend.set_vring_fd(index, VringFd.ERR, queue.err_fd))
         control.ask(frontend.set_vring_fd(index, VringFd.CALL, queue.call_fd if call else None))
         control.ask(frontend.set_vring_fd(index, VringFd.KICK, queue.kick_fd if kick else None))
@@ -244,15 +270,40 @@ class Client:
             control.ask(frontend.set_vring_enable(index, True))
         queue.is_polled = not call
         self._started.add(index)
+        self._interrupted.discard(index)
 
-    def stop_queue(self, index: int) -> int:
+    def _tell_addresses(self, index: int) -> None:
+        driver = self.queues[index].driver
+        desc, avail, used = (
+            self.memory.uva(driver.gpa + offset)
+            for offset in (driver.desc_offset, driver.avail_offset, driver.used_offset)
+        )
+        log = driver.gpa + driver.used_offset if self._logs_rings else None
+        message = self.control.frontend.set_vring_addr(
+            index, desc=desc, avail=avail, used=used, log=log
+        )
+        self.control.ask(message)
+
+    def log_rings(self, enabled: bool) -> None:
+        """Whether the back-end marks what it writes to rings in the log of dirty memory; see `memory_copy`."""
+        self._logs_rings = enabled
+        for index in sorted(self._started):
+            self._tell_addresses(index)
+
+    def stop_queue(self, index: int, *, skip_drain: bool = False) -> int:
         """Stop a ring; what was in flight is finished afterwards.
+
+        Args:
+            skip_drain: it need not be, and is when the ring is started again: there, or elsewhere
+                by `reconnect`.
 
         Returns:
             Its next available index.
         """
-        base = self.control.vring_base(index)
+        base = self.control.vring_base(index, skip_drain=skip_drain)
         self._started.discard(index)
+        if skip_drain:
+            self._interrupted.add(index)
         return base
 
     def reset_device(self) -> None:
@@ -299,36 +350,10 @@ class Client:
             raise PeerError(f"the back-end sent {message.name(BackendRequest)}")
         return self.read_config()
 
-    # ---------------------------------------------------------------- requests that wait
-
-    def read(self, offset: int, length: int, *, queue: int = 0) -> bytes:
-        """Read `length` bytes at byte `offset`. Raises: BlockError: the request failed."""
-        return self._run(queue, RequestType.IN, offset, room=length)
-
-    def write(self, offset: int, data: bytes, *, queue: int = 0) -> None:
-        """Write `data` at byte `offset`. Raises: BlockError: the request failed."""
-        self._run(queue, RequestType.OUT, offset, out=data)
-
-    def flush(self, *, queue: int = 0) -> None:
-        """Make completed writes stable. Raises: BlockError: the request failed."""
-        self._run(queue, RequestType.FLUSH)
-
-    def discard(self, *ranges: tuple[int, int], queue: int = 0) -> None:
-        """Discard ranges of (offset, length), bytes. Raises: BlockError: the request failed."""
-        self._run(queue, RequestType.DISCARD, out=segments(ranges))
-
-    def write_zeroes(self, *ranges: tuple[int, int], unmap: bool = False, queue: int = 0) -> None:
-        """Zero ranges of (offset, length), bytes. Raises: BlockError: the request failed."""
-        self._run(queue, RequestType.WRITE_ZEROES, out=segments(ranges, unmap=unmap))
-
-    def get_id(self, *, queue: int = 0) -> str:
-        """Ask for the serial number. Raises: BlockError: the request failed."""
-        answer = self._run(queue, RequestType.GET_ID, room=ID_BYTES)
-        return answer.partition(b"\0")[0].decode("ascii", "backslashreplace")
-
-    def _run(
+    def run(
         self, queue: int, kind: RequestType, offset: int = 0, *, out: bytes = b"", room: int = 0
     ) -> bytes:
+        """See `Requests.run`."""
         pending = self.submit(kind, offset, out=out, room=room, queue=queue)
         self.wait([pending])
         return pending.result()
@@ -362,24 +387,15 @@ class Client:
             StateError: no room in ring or memory, or what a strict client does not do.
         """
         if self.strict:
-            self._check(kind, offset, len(out) if kind == RequestType.OUT else room)
+            length = len(out) if kind == RequestType.OUT else room
+            features = self.control.features
+            check_request(kind, offset, length, features=features, capacity=self.capacity)
         pending = self.queues[queue].submit(
             kind, offset // SECTOR, out=out, room=room, framing=framing, indirect=indirect
         )
         if notify:
             self.queues[queue].notify()
         return pending
-
-    def _check(self, kind: int, offset: int, length: int) -> None:
-        """VIRTIO 1.2 §5.2.6.1: what a driver MUST NOT ask."""
-        needed = _NEEDED.get(kind)
-        if needed is None or needed & ~self.control.features:
-            raise StateError(f"request type {kind} is not one of the features negotiated")
-        if kind in (RequestType.IN, RequestType.OUT):
-            if offset % SECTOR or length % SECTOR:
-                raise StateError(f"[{offset}, +{length}) is not made of sectors")
-            if self.config.capacity and offset + length > self.capacity:
-                raise StateError(f"[{offset}, +{length}) is beyond {self.capacity}")
 
     def wait(self, pending: Collection[Pending], timeout: float | None = None) -> list[Pending]:
         """Wait until all of `pending` are finished, successfully or not.
@@ -422,11 +438,3 @@ class Client:
 
     def _seconds(self, timeout: float | None) -> float:
         return self.control.connection.timeout if timeout is None else timeout
-
-
-def segments(ranges: Sequence[tuple[int, int]], *, unmap: bool = False, flags: int = 0) -> bytes:
-    """Encode ranges of (offset, length), bytes, as the data of DISCARD or WRITE_ZEROES."""
-    flags |= SEGMENT_F_UNMAP if unmap else 0
-    return b"".join(
-        SEGMENT.pack(offset // SECTOR, length // SECTOR, flags) for offset, length in ranges
-    )

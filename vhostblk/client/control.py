@@ -11,14 +11,16 @@ from __future__ import annotations
 import os
 import socket
 
+from vhostblk.client.inflight import InflightFile
 from vhostblk.client.shared_memory import SharedMemory, SharedRegion
-from vhostblk.errors import SessionError, StateError
+from vhostblk.errors import PeerError, SessionError, StateError
 from vhostblk.vhost.frontend import Frontend
 from vhostblk.vhost.message import (
     BACKEND_TABLE,
     U64,
     ConfigSpace,
     Empty,
+    InflightDescription,
     Message,
     Payload,
     ProtocolFeature,
@@ -32,11 +34,15 @@ __all__ = ["PROTOCOL_FEATURES", "Control"]
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
+    | ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN
 )
 """What this front-end makes use of."""
 
@@ -231,10 +237,79 @@ class Control:
             raise SessionError("the back-end closed its channel")
         return message
 
+    # ---------------------------------------------------------------- the device as a whole
+
+    def status(self) -> int:
+        """Read the device status."""
+        payload = self.ask(self.frontend.get_status())
+        assert isinstance(payload, U64)
+        return payload.value
+
+    def save_device_state(self) -> bytes:
+        """Ask for what the next back-end has to know. Raises: PeerError: it is refused."""
+        reading, writing = os.pipe()
+        try:
+            try:
+                self._transfer(writing, load=False)
+            finally:
+                os.close(writing)
+            with open(reading, "rb", closefd=False) as pipe:
+                state = pipe.read()
+        finally:
+            os.close(reading)
+        self.check_device_state()
+        return state
+
+    def load_device_state(self, state: bytes) -> None:
+        """Tell what the back-end before has said. Raises: PeerError: it is refused."""
+        file = os.memfd_create("state")
+        try:
+            os.pwrite(file, state, 0)
+            self._transfer(file, load=True)
+        finally:
+            os.close(file)
+        self.check_device_state()
+
+    def _transfer(self, fd: int, *, load: bool) -> None:
+        payload = self.ask(self.frontend.set_device_state_fd(fd, load=load))
+        assert isinstance(payload, U64)
+        if payload.value != 0x100:  # success, and no fd of the back-end's own
+            raise PeerError(f"SET_DEVICE_STATE_FD was answered by {payload.value:#x}")
+
+    def check_device_state(self) -> None:
+        """Ask whether the transfer was complete. Raises: PeerError: it was not."""
+        payload = self.ask(self.frontend.check_device_state())
+        assert isinstance(payload, U64)
+        if payload.value:
+            raise PeerError("CHECK_DEVICE_STATE: something is wrong")
+
     # ---------------------------------------------------------------- rings
 
-    def vring_base(self, index: int) -> int:
-        """Stop a ring and learn where it stopped (GET_VRING_BASE)."""
-        payload = self.ask(self.frontend.get_vring_base(index))
+    def create_inflight(self, num_queues: int, queue_size: int) -> InflightFile | None:
+        """Have the back-end make a file to track requests in; None: it does not want to.
+
+        Args:
+            queue_size: entries of the largest ring.
+        """
+        self.connection.send(self.frontend.get_inflight_fd(num_queues, queue_size))
+        reply = self.receive()
+        try:
+            description = self.frontend.receive(reply)
+            assert isinstance(description, InflightDescription)
+            if bool(reply.fds) != bool(description.mmap_size):
+                raise SessionError(f"{description}: {len(reply.fds)} fds")
+        except BaseException:
+            for fd in reply.fds:
+                os.close(fd)
+            raise
+        return InflightFile(reply.fds[0], description) if reply.fds else None
+
+    def share_inflight(self, file: InflightFile) -> None:
+        """Have the back-end track requests there, and finish what it finds in flight."""
+        self.ask(self.frontend.set_inflight_fd(file.description, file.fd))
+
+    def vring_base(self, index: int, *, skip_drain: bool = False) -> int:
+        """Stop a ring and learn where it stopped: GET_VRING_BASE, or GET_VRING_BASE_SKIP_DRAIN."""
+        payload = self.ask(self.frontend.get_vring_base(index, skip_drain=skip_drain))
         assert isinstance(payload, VringState)
         return payload.num

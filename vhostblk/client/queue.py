@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from vhostblk.client.shared_memory import SharedMemory
 from vhostblk.errors import BlockError, StateError
 from vhostblk.virtio.blk import HEADER, RequestType, Status
-from vhostblk.virtio.driver import Buffer, DriverQueue, Used
+from vhostblk.virtio.driver import Buffer, DriverQueue, DriverRing, Used
+from vhostblk.virtio.packed_driver import PackedDriverQueue
 
 __all__ = ["ClientQueue", "Framing", "Pending", "whole"]
 
@@ -89,6 +90,7 @@ class ClientQueue:
         size: entries.
         event_idx: VIRTIO_F_EVENT_IDX was negotiated.
         indirect_entries: of a table of indirect descriptors; 0: chains are direct.
+        packed: VIRTIO_F_RING_PACKED was negotiated.
         alignment: of the data, in the guest's address space.
 
     Context: one thread. Owns: three eventfds, the ring's memory.
@@ -102,15 +104,17 @@ class ClientQueue:
         *,
         event_idx: bool,
         indirect_entries: int,
+        packed: bool = False,
         alignment: int = 4096,
     ) -> None:
         self.index = index
         self.alignment = max(alignment, HEADER.size)
         self._memory = memory
-        length = DriverQueue.area_size(size, indirect_entries)
+        kind = PackedDriverQueue if packed else DriverQueue
+        length = kind.area_size(size, indirect_entries)
         self._area = memory.allocate(length, alignment=4096, contiguous=True)
         (view,) = memory.views(self._area)
-        self.driver = DriverQueue(
+        self.driver: DriverRing = kind(
             view, self._area.gpa, size, event_idx=event_idx, indirect_entries=indirect_entries
         )
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC

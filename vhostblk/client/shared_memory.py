@@ -12,7 +12,7 @@ from __future__ import annotations
 import bisect
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import posix_ipc
@@ -21,10 +21,13 @@ from vhostblk.errors import StateError
 from vhostblk.vhost.message import MemoryRegion
 from vhostblk.virtio.driver import Buffer
 
-__all__ = ["Kind", "SharedMemory", "SharedRegion"]
+__all__ = ["Kind", "MakeFile", "SharedMemory", "SharedRegion"]
 
 Kind = Literal["memfd", "posix"]
 """memfd_create, or shm_open of a name that is unlinked at once."""
+
+MakeFile = Callable[[int], int]
+"""Makes a file of so many bytes; gives an fd, which is the caller's."""
 
 _PAGE = mmap.PAGESIZE
 _FIRST_GPA = 0x1000_0000
@@ -83,7 +86,7 @@ class SharedMemory:
 
     Args:
         sizes: bytes of each region, multiples of the page size.
-        kind: what the files are.
+        kind: what the files are, or who makes them.
         one_file: put the regions into one file, one behind the other, as QEMU does.
         gap: bytes between two regions in the guest's address space; with 0, buffers may lie in two.
         spread: allocate round and round, not at the lowest free address, so that every part of the
@@ -96,7 +99,7 @@ class SharedMemory:
         self,
         sizes: Sequence[int],
         *,
-        kind: Kind = "memfd",
+        kind: Kind | MakeFile = "memfd",
         one_file: bool = False,
         gap: int = 1 << 30,
         spread: bool = False,
@@ -108,6 +111,9 @@ class SharedMemory:
         self._next_gpa = _FIRST_GPA
         self._next_uva = _FIRST_UVA
         self._cursor = 0
+        self._retired: set[SharedRegion] = set()
+        self.written: set[int] | None = None
+        """If there is one: addresses of the pages that `write` has written are added."""
         # Sorted, disjoint, never adjacent: [start, end) in guest physical addresses.
         self._free: list[tuple[int, int]] = []
         if one_file:
@@ -127,13 +133,21 @@ class SharedMemory:
         """Make one more region, behind all others. The back-end is not told here."""
         return self._map_region(_create(self._kind, size), size, 0)
 
+    def retire(self, region: SharedRegion) -> None:
+        """Allocate nothing there any more: once all that is there has been freed it can be removed."""
+        self._retired.add(region)
+
+    def is_idle(self, region: SharedRegion) -> bool:
+        """Whether nothing is allocated there."""
+        return any(a <= region.gpa and region.end <= b for a, b in self._free)
+
     def remove_region(self, region: SharedRegion) -> None:
         """Unmap a region in which nothing is allocated.
 
         Raises:
             StateError: something is.
         """
-        if not any(a <= region.gpa and region.end <= b for a, b in self._free):
+        if not self.is_idle(region):
             raise StateError(f"the region at {region.gpa:#x} is in use")
         self._free = [
             piece
@@ -141,6 +155,7 @@ class SharedMemory:
             for piece in ((a, min(b, region.gpa)), (max(a, region.end), b))
             if piece[0] < piece[1]
         ]
+        self._retired.discard(region)
         self.regions.remove(region)
         region.close()
 
@@ -179,6 +194,9 @@ class SharedMemory:
 
     def write(self, gpa: int, data: bytes) -> None:
         """Copy into guest memory."""
+        if self.written is not None:
+            first = gpa & -_PAGE
+            self.written.update(range(first, gpa + len(data), _PAGE))
         done = 0
         for view in self.views(Buffer(gpa, len(data))):
             view[:] = data[done : done + len(view)]
@@ -234,6 +252,13 @@ class SharedMemory:
     def _holes(self, contiguous: bool) -> list[tuple[int, int]]:
         """List where to look for room, best first."""
         holes = self._free
+        for region in self._retired:
+            holes = [
+                piece
+                for a, b in holes
+                for piece in ((a, min(b, region.gpa)), (max(a, region.end), b))
+                if piece[0] < piece[1]
+            ]
         if contiguous:
             holes = [
                 (max(a, region.gpa), min(b, region.end))
@@ -251,10 +276,12 @@ class SharedMemory:
         self._free[i : i + 1] = [(a, b) for a, b in ((low, start), (end, high)) if a < b]
 
 
-def _create(kind: Kind, size: int) -> int:
+def _create(kind: Kind | MakeFile, size: int) -> int:
     """Make a file of `size` bytes that has no name."""
     if size <= 0 or size % _PAGE:
         raise StateError(f"a region of {size} bytes is not a number of pages")
+    if callable(kind):
+        return kind(size)
     if kind == "memfd":
         fd = os.memfd_create("vhostblk-client", os.MFD_CLOEXEC)
     else:

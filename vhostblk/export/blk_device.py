@@ -14,7 +14,7 @@ field before. So it is always taken, and has an effect while the feature is nego
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -25,7 +25,10 @@ from typing import ClassVar
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
+from vhostblk.block.node import BlockNode
+from vhostblk.block.permissions import parents_first
 from vhostblk.errors import BlockError, ConfigError
+from vhostblk.export.again import Again
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.error_policy import Action, ErrorPolicy
 from vhostblk.export.parking import Parking
@@ -94,7 +97,10 @@ class BlkDevice:
         self._errors = errors
         self._log = logging.getLogger(__name__)
         self._configured_writeback = backend.write_cache
-        self._writeback = backend.write_cache
+        self.writeback = backend.write_cache
+        """The mode of the write cache that the driver was told, or has set."""
+        self.is_drivers_mode = False
+        """It has set it."""
         self.offered_features = self._offer()
         self.features = 0
         self.medium = 0
@@ -102,6 +108,7 @@ class BlkDevice:
         self.policy = policy
         self.parking = Parking()
         """Whoever waits for requests to end must close it meanwhile."""
+        self._look = Again(self._look_at_devices)
         self.on_io_error: Callable[[bool, Action, int], None] = lambda _is_read, _action, _error: (
             None
         )
@@ -125,6 +132,7 @@ class BlkDevice:
             Feature.VIRTIO_F_VERSION_1
             | Feature.VIRTIO_F_EVENT_IDX
             | Feature.VIRTIO_F_INDIRECT_DESC
+            | Feature.VIRTIO_F_RING_PACKED
             | Feature.VIRTIO_BLK_F_SEG_MAX
             | Feature.VIRTIO_BLK_F_BLK_SIZE
             | Feature.VIRTIO_BLK_F_TOPOLOGY
@@ -156,7 +164,7 @@ class BlkDevice:
             # 16 bits: a stripe that does not fit is not told of, because half of one would be wrong.
             min_io_size=min_io if min_io <= 0xFFFF else 0,
             opt_io_size=sizes.opt_io // block,
-            writeback=int(self._writeback and not self._cannot_flush),
+            writeback=int(self.writeback and not self._cannot_flush),
             num_queues=self._num_queues,
         )
         if self.offered_features & Feature.VIRTIO_BLK_F_WRITE_ZEROES:
@@ -188,11 +196,12 @@ class BlkDevice:
         if not self.features & Feature.VIRTIO_BLK_F_FLUSH:
             return True
         has_field = self.features & Feature.VIRTIO_BLK_F_CONFIG_WCE
-        return not (self._writeback if has_field else self._configured_writeback)
+        return not (self.writeback if has_field else self._configured_writeback)
 
     def reset(self) -> None:
         """Forget what a driver negotiated and set."""
-        self._writeback = self._configured_writeback
+        self.writeback = self._configured_writeback
+        self.is_drivers_mode = False
         self.set_features(0)
 
     def set_features(self, features: int) -> None:
@@ -208,11 +217,19 @@ class BlkDevice:
         Raises:
             GuestError: it changes anything but `writeback` (VIRTIO 1.2 §5.2.5).
         """
-        self._writeback = bool(self.config().write(offset, contents).writeback)
+        self.take_over(writeback=bool(self.config().write(offset, contents).writeback))
+
+    def take_over(self, *, writeback: bool) -> None:
+        """Have the write cache that the driver believes in: it has set it, here or with the device before this one.
+
+        As for `write_config`, look at `write_through` before and after.
+        """
+        self.writeback = writeback
+        self.is_drivers_mode = True
         self.backend.write_cache = not self.write_through
 
     async def execute(self, request: BlkRequest, error: int = 0) -> Outcome:
-        """Do what a request asks; never raises.
+        """Do what a request asks.
 
         Args:
             request: one that was not refused; its data is live guest memory.
@@ -220,33 +237,48 @@ class BlkDevice:
 
         Returns:
             The VIRTIO_BLK_S_* status and the data bytes written to the guest.
+
+        Raises:
+            asyncio.CancelledError: nothing uses its memory any more, and it has to be answered, once, like any other
+                (row B25): see `cancelled`. Nothing else.
         """
         if request.status is not None:
             if request.status == Status.IOERR:
-                self.record_io_error(request.type, errno.EINVAL, request.offset, request.length)
+                why = errno.EFAULT if request.is_incomplete else errno.EINVAL
+                self.record_io_error(request.type, why, request.offset, request.length)
             return int(request.status), 0
+        known = 0  # of the engine's attempt nobody knows when it began
         try:
             while True:
                 if not error:
+                    known = self.backend.revocations
                     try:
                         return await self._HANDLERS[request.type](self, request)
                     except BlockError as exc:
                         error = exc.errno or errno.EIO
-                outcome = await self._failed(request, error)
+                outcome = await self._failed(request, error, known)
                 if outcome is not None:
                     return outcome
                 error = 0
-        except asyncio.CancelledError:
-            # Row B25: nothing uses its memory any more, so it has to be answered, once, like any other.
-            self.record_io_error(request.type, errno.ECANCELED, request.offset, request.length)
         except Exception:
             self._log.exception("a bug: request %s failed", RequestType(request.type).name)
         return _IOERR
 
-    async def _failed(self, request: BlkRequest, error: int) -> Outcome | None:
-        """What becomes of a request that the disk has failed; None: try again."""
+    def cancelled(self, request: BlkRequest) -> Outcome:
+        """What becomes of a request whose `execute` was cancelled, unless it is left in flight."""
+        self.record_io_error(request.type, errno.ECANCELED, request.offset, request.length)
+        return _IOERR
+
+    async def _failed(self, request: BlkRequest, error: int, known: int) -> Outcome | None:
+        """What becomes of a request that the disk has failed; None: try again.
+
+        Args:
+            known: revocations when it was tried.
+        """
         is_read = request.type == RequestType.IN
         action = self.policy.action(error, is_read=is_read)
+        if action is Action.STOP and self.parking.is_open and await self._has_changed(known):
+            return None
         if action is Action.STOP and not (self.parking.is_open and self._is_inside(request)):
             action = Action.REPORT
         if action is Action.STOP:
@@ -263,6 +295,27 @@ class BlkDevice:
         if action is Action.STOP and await self.parking.park():
             return None
         return _OK if action is Action.IGNORE else _IOERR
+
+    async def _has_changed(self, known: int) -> bool:
+        """Whether the disk may be another one than the one that has failed a request.
+
+        Asked before anybody has to wait. A block device says ENOSPC behind its end, and if it was removed: nobody will
+        make room there. And who makes room elsewhere, by a larger device, may have done so since. One look is for all
+        that have failed before it.
+        """
+        if any(node.device_number is not None for node in self._nodes()):
+            self._look.ask()
+            await self._look.wait()
+        return self.backend.revocations != known
+
+    async def _look_at_devices(self) -> None:
+        for node in self._nodes():
+            if node.device_number is not None:
+                with contextlib.suppress(BlockError):
+                    await node.refresh_length()
+
+    def _nodes(self) -> list[BlockNode]:
+        return parents_first([self.backend.node])
 
     def _is_inside(self, request: BlkRequest) -> bool:
         """Whether there is such a place on the disk; it may have shrunk since the request was checked."""

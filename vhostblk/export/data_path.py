@@ -6,13 +6,16 @@ control loop and is the reference the engine is measured against. The same contr
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from typing import Protocol
 
 from vhostblk import native
 from vhostblk.block.extent import PastWrites
 from vhostblk.errors import PeerError
+from vhostblk.export.inflight import QueueInflight
 from vhostblk.export.io_thread import IOThread
+from vhostblk.vhost.dirty_log import DirtyLog
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 
@@ -36,18 +39,32 @@ class DataPath(Protocol):
     async def open(self) -> None:
         """Get ready; call once, first."""
 
-    async def start_queue(self, vring: VringSnapshot, features: int) -> None:
+    async def start_queue(
+        self, vring: VringSnapshot, features: int, inflight: QueueInflight | None = None
+    ) -> int:
         """Begin to process a queue.
 
         Args:
             features: what the driver acknowledged.
+            inflight: where its requests are tracked, and what is in flight is found.
+
+        Returns:
+            How many requests somebody else has left in flight: they are served again, before all others.
 
         Raises:
-            PeerError: its rings are not in guest memory.
+            PeerError: its rings are not in guest memory, or `inflight` is not about them.
         """
 
-    async def stop_queue(self, index: int) -> int:
-        """Take no more requests, wait for those in flight, give the next available index."""
+    async def stop_queue(self, index: int, *, suspend: bool = False) -> int:
+        """Take no more requests, wait for those in flight, give the next available index.
+
+        In flight are also those that somebody else has left so, even if the queue was never enabled. Requests that the
+        disk has failed, and that are parked, are reported.
+
+        Args:
+            suspend: if the queue's requests are tracked, wait only for those that cannot be undone: the others, and
+                those that are parked, stay in flight. When this returns nothing touches guest memory for them.
+        """
 
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """Whether a started queue takes requests."""
@@ -76,6 +93,17 @@ class DataPath(Protocol):
         Raises:
             PeerError: nobody can wait for such a kick fd; the queue has none now, and is polled.
         """
+
+    async def set_log(self, log: DirtyLog | None, *, data: bool, fd: int | None) -> None:
+        """Mark in this log what is written to guest memory; returns when all do, and nobody uses what was before.
+
+        Args:
+            data: also what is written to buffers, not only to those rings that `set_queue_log` names.
+            fd: signalled after marks were made.
+        """
+
+    async def set_queue_log(self, index: int, gpa: int | None) -> None:
+        """Where a started queue's used ring is for the log; None: it is not marked. Returns when that is so."""
 
     async def set_write_through(self, write_through: bool) -> None:
         """Whether writes must be durable when they complete; returns when no write is in flight that began under the
@@ -114,6 +142,9 @@ class DataPathEvents(Protocol):
     def memory_faulted(self) -> None:
         """The front-end truncated memory it shares."""
 
+    def log_lost(self) -> None:
+        """The front-end's log of dirty memory lacks what was written."""
+
 
 def guarded(memory: MemTable) -> native.Memory:
     """A snapshot of this map whose truncation does not kill us; the caller closes it.
@@ -124,4 +155,6 @@ def guarded(memory: MemTable) -> native.Memory:
     try:
         return native.Memory(memory.regions)
     except OSError as exc:
-        raise PeerError(str(exc.strerror)) from None
+        if exc.errno == errno.ENOSPC:
+            raise PeerError("front-ends share too many regions with this process") from None
+        raise PeerError(f"guest memory: {exc.strerror}") from None

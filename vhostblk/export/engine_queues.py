@@ -24,10 +24,18 @@ from vhostblk.errors import BlockError, ConfigError, PeerError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPathEvents, guarded
 from vhostblk.export.disk_threads import DiskThreads, place
-from vhostblk.export.engine_terms import fd_or_none, insist, queue_config, why_not_started
+from vhostblk.export.engine_terms import (
+    answered,
+    fd_or_none,
+    insist,
+    queue_config,
+    why_not_started,
+)
+from vhostblk.export.inflight import QueueInflight
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.native import Message, MessageType
+from vhostblk.vhost.dirty_log import DirtyLog
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 
@@ -45,6 +53,7 @@ _VRING_FD = {VringFd.KICK: "kick_fd", VringFd.CALL: "call_fd", VringFd.ERR: "err
 class _Queue:
     vring: VringSnapshot  # as it would be started now, but for its base
     features: int
+    inflight: QueueInflight | None
     thread: IOThread
     key: int = 0
     is_broken: bool = False
@@ -81,6 +90,7 @@ class EngineQueues:
         self.memory: native.Memory | None = None
         """What requests are in."""
         self._memory_flags = 0
+        self._log: dict[str, Any] = {"pointer": 0, "result": -1}  # of VB_LOG_SET
         self._queues: dict[int, _Queue] = {}  # by index, while started
         self._by_key: dict[tuple[IOThread, int], _Queue] = {}
         self._paused = False
@@ -122,19 +132,48 @@ class EngineQueues:
     async def _send_memory(self, threads: Sequence[IOThread], memory: native.Memory | None) -> None:
         await self._threads.set_memory(threads, memory, self.memory, self._memory_flags)
 
-    async def start(self, vring: VringSnapshot, features: int) -> None:
+    async def set_log(self, log: DirtyLog | None, *, data: bool, fd: int | None) -> None:
+        """See `DataPath.set_log`."""
+        async with self._in_place():
+            self._log = {
+                "pointer": log.marks.pointer if log is not None else 0,
+                "flags": int(data),
+                "result": fd_or_none(fd),
+            }
+            await answered(self._threads.tell(MessageType.LOG_SET, **self._log))
+
+    async def set_queue_log(self, index: int, gpa: int | None) -> None:
+        """See `DataPath.set_queue_log`."""
+        async with self._in_place():
+            queue = self._queues[index]
+            queue.vring = replace(queue.vring, log_gpa=gpa)
+            if queue.stopped_at is None:
+                command = queue.thread.command(
+                    MessageType.QUEUE_LOG,
+                    queue=queue.key,
+                    flags=int(gpa is not None),
+                    offset=gpa or 0,
+                )
+                insist(await command)
+
+    async def start(
+        self, vring: VringSnapshot, features: int, inflight: QueueInflight | None
+    ) -> int:
         """See `DataPath.start_queue`."""
         async with self._in_place():
-            queue = _Queue(vring, features, self._threads.of_queue(vring.index))
-            await self._start(queue, queue.thread)
+            queue = _Queue(vring, features, inflight, self._threads.of_queue(vring.index))
+            replays = await self._start(queue, queue.thread)
             self._queues[vring.index] = queue
+            return replays
 
-    async def _start(self, queue: _Queue, thread: IOThread) -> None:
+    async def _start(self, queue: _Queue, thread: IOThread) -> int:
         vring = queue.vring
         queue.thread, queue.key = thread, thread.new_queue_key()
         stats = native.QueueStats(self._page.queue(vring.index))
         enabled = vring.enabled and not self._paused
-        config = queue_config(vring, queue.features, self._disk, stats, enabled=enabled)
+        config = queue_config(
+            vring, queue.features, self._disk, stats, queue.inflight, enabled=enabled
+        )
         self._by_key[thread, queue.key] = queue
         answer = await thread.command(
             MessageType.QUEUE_START,
@@ -145,23 +184,33 @@ class EngineQueues:
         )
         if answer[9] < 0:
             del self._by_key[thread, queue.key]
+            thread.forget_queue_key(queue.key)
             del (
                 config,
                 stats,
             )  # whoever keeps the exception keeps this frame, and must not keep the page
             raise PeerError(f"queue {vring.index}: {why_not_started(-answer[9])}")
+        return answer[10]
 
-    async def stop(self, index: int) -> int:
+    async def stop(self, index: int, *, suspend: bool) -> int:
         """See `DataPath.stop_queue`."""
         async with self._in_place():
             queue = self._queues.pop(index)
-            return await self._stop(queue)
+            if suspend and queue.inflight is not None:
+                return await self._stop(queue, suspend=True)
+            with self._device.parking.closed():
+                return await self._stop(queue)
 
-    async def _stop(self, queue: _Queue) -> int:
+    async def _stop(self, queue: _Queue, *, suspend: bool = False) -> int:
         if queue.stopped_at is not None:
             return queue.stopped_at
-        answer = insist(await queue.thread.command(MessageType.QUEUE_STOP, queue=queue.key))
-        del self._by_key[queue.thread, queue.key]
+        thread, key = queue.thread, queue.key
+        stopped = thread.command(MessageType.QUEUE_STOP, queue=key, flags=int(suspend))
+        if suspend:
+            thread.suspend_tasks(key)
+        answer = insist(await stopped)
+        del self._by_key[thread, key]
+        thread.forget_queue_key(key)
         return answer[10]
 
     async def enable(self, index: int, enabled: bool) -> None:
@@ -184,6 +233,7 @@ class EngineQueues:
             try:
                 await self._threads.attach(fresh)
                 await self._send_memory(fresh, self.memory)
+                await answered(self._threads.tell(MessageType.LOG_SET, **self._log))
                 for queue in self._queues.values():
                     before = queue.thread
                     await self._move(queue, place(threads, queue_threads, queue.vring.index))

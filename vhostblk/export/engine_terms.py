@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 
 from vhostblk import native
+from vhostblk.export.inflight import QueueInflight
 from vhostblk.native import Message
 from vhostblk.vhost.vring import VringSnapshot
 from vhostblk.virtio.features import Feature
@@ -18,6 +19,7 @@ def queue_config(
     features: int,
     disk: native.Disk,
     stats: native.QueueStats,
+    inflight: QueueInflight | None,
     *,
     enabled: bool,
 ) -> native.QueueConfig:
@@ -26,6 +28,7 @@ def queue_config(
     Args:
         features: what the driver acknowledged.
         stats: where the queue is counted.
+        inflight: where its requests are tracked.
         enabled: whether it takes requests, which is not the front-end's to decide alone.
     """
     return native.queue_config(
@@ -40,9 +43,12 @@ def queue_config(
         enabled=enabled,
         event_idx=bool(features & Feature.VIRTIO_F_EVENT_IDX),
         indirect=bool(features & Feature.VIRTIO_F_INDIRECT_DESC),
+        packed=bool(features & Feature.VIRTIO_F_RING_PACKED),
         kick_fd=fd_or_none(vring.kick_fd),
         call_fd=fd_or_none(vring.call_fd),
         err_fd=fd_or_none(vring.err_fd),
+        inflight=None if inflight is None else inflight.view,
+        log_gpa=vring.log_gpa,
     )
 
 
@@ -68,7 +74,8 @@ async def answered(commands: Iterable[asyncio.Future[Message]]) -> None:
 # What VB_QUEUE_START may be refused for by the front-end's fault, and by the machine's.
 _WHY_NOT_STARTED = {
     errno.EFAULT: "its rings are not in the memory that was shared",
-    errno.EINVAL: "its size is impossible",
+    errno.EINVAL: "its size or its base is impossible",
+    errno.EBADMSG: "its in-flight region was not written for this ring",
     errno.EPERM: "nobody can wait for such a kick fd",
     errno.EEXIST: "another queue has the same kick fd",
     errno.ENOMEM: "out of memory",

@@ -1,8 +1,7 @@
 """An export: a block node offered on a socket, to one front-end at a time.
 
 Life: `open` (permissions, locks), `listen`, `start`, any number of front-ends one after the other, `stop` (no more
-clients, the one there is drained), `close` (flush, release). A second client is accepted and closed at once, with a
-log line; a client that comes while its predecessor is still being drained waits for that.
+clients, the one there is drained), `close` (flush, release). Who is let in is reception.py's.
 """
 
 from __future__ import annotations
@@ -11,17 +10,18 @@ import asyncio
 import errno
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from vhostblk.block import activation
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.permissions import Perm, parents_first
-from vhostblk.errors import BlockError, ConfigError, PeerError, StateError
+from vhostblk.errors import BlockError, ConfigError
 from vhostblk.export.accounting import block_device_stats
+from vhostblk.export.again import Again
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.data_path import DataPath
 from vhostblk.export.error_log import ErrorLog
@@ -32,18 +32,18 @@ from vhostblk.export.events import (
     QueuesPaused,
     QueuesResumed,
 )
-from vhostblk.export.front_end import FrontEnd
+from vhostblk.export.front_end import LOG_LOST, FrontEnd
 from vhostblk.export.io_thread import IOThread
 from vhostblk.export.medium import Medium
 from vhostblk.export.native_path import NativeDataPath
 from vhostblk.export.options import ExportConfig
+from vhostblk.export.ownership import Ownership
 from vhostblk.export.python_path import PythonDataPath
+from vhostblk.export.reception import Reception
+from vhostblk.export.stall_watch import StallWatch
 from vhostblk.export.statistics import QueueStatistics, describe, total
 from vhostblk.export.stats_page import StatsPage, StatsPages
-from vhostblk.vhost.transport import Listener
-
-# How long to let things be when a client cannot be accepted for want of fds or memory, seconds.
-_ACCEPT_RETRY = 0.2
+from vhostblk.vhost.transport import Connection
 
 
 class _Prefix(logging.LoggerAdapter[logging.Logger]):
@@ -57,7 +57,7 @@ class Export:
     """One export; made by `open`.
 
     Context: the control loop.
-    Owns: the root edge of its node, the data path, the listener and the front-end.
+    Owns: the root edge of its node, the data path, the reception.
     """
 
     def __init__(
@@ -87,8 +87,7 @@ class Export:
         self.device.on_io_error = self._io_failed
         self.device.parking.paused = self._paused
         self._on_event = on_event
-        self._handed_over: BlockGraph | None = None  # whose image somebody else has
-        self._handing_over = asyncio.Lock()
+        self._ownership: Ownership
         self._path: DataPath = (
             NativeDataPath(
                 self.device,
@@ -108,12 +107,15 @@ class Export:
             changed=self._medium_changed,
             emit=on_event,
         )
-        self._listener: Listener | None = None
-        self._front_end: FrontEnd | None = None
-        self._serving: asyncio.Task[None] | None = None
-        self._accepting: asyncio.Task[None] | None = None
-        self._resizing: asyncio.Task[None] | None = None
-        self._resize_due = False
+        self._stalls = StallWatch(
+            config.stall_warning, page.in_flight, lambda: self.device.parking.is_paused, self.log
+        )
+        self._reception = Reception(
+            config, self._new_front_end, self, self.log, self._errors, self._offences
+        )
+        self.is_closed = False
+        """Nothing is left of it."""
+        self._looking = Again(self._refresh_size)
 
     @classmethod
     async def open(
@@ -123,6 +125,9 @@ class Export:
         threads: Sequence[IOThread],
         pages: StatsPages | None = None,
         on_event: OnEvent = lambda _event: None,
+        *,
+        graph: BlockGraph | None = None,
+        lock_timeout: float = 0.0,
     ) -> Export:
         """Take the node's permissions and get ready, without a socket yet.
 
@@ -130,6 +135,8 @@ class Export:
             threads: the engine threads that serve it; none: the Python data path does.
             pages: makes the statistics page; None: nobody outside can look.
             on_event: hears of what happens to the disk; called from the loop, must not raise.
+            graph: the node's, for exports that have the image only while queues run.
+            lock_timeout: how long such a one waits for it, seconds.
 
         Raises:
             ConfigError: the permissions are taken, or an option does not fit the disk.
@@ -149,6 +156,11 @@ class Export:
         )
         try:
             export = cls(config, backend, threads, page, on_event)
+            export._ownership = Ownership(
+                *(backend, config.id, export.log, export._is_in_use),
+                graph=graph,
+                lock_timeout=lock_timeout,
+            )
             await export._path.open()
         except BaseException:
             await backend.close()
@@ -168,17 +180,11 @@ class Export:
         Raises:
             ConfigError: it cannot be listened on.
         """
-        config = self.config
-        if config.socket_path is not None:
-            self._listener = Listener.bind(config.socket_path)
-        else:
-            assert config.fd is not None
-            self._listener = Listener.adopt(config.fd)
+        self._reception.listen()
 
     def start(self) -> None:
         """Serve whoever connects. `listen` comes first."""
         config = self.config
-        assert self._listener is not None
         self.log.info(
             "%s, %d bytes, %s, %s, listening on %s",
             f"node '{config.node_name}'",
@@ -187,17 +193,28 @@ class Export:
             self._path.description,
             config.socket_path or f"fd {config.fd}",
         )
-        self._accepting = asyncio.create_task(self._accept(self._listener))
+        self._reception.start()
 
     async def stop(self) -> None:
         """No more clients; the one there is is hung up on, once what it asked for has completed."""
-        if self._listener is not None:
-            self._listener.close()
-        if self._front_end is not None:
-            self._front_end.disconnect()
-        for task in (self._accepting, self._serving, self._resizing):
-            if task is not None:
-                await task
+        self._ownership.stop()
+        await self._reception.stop()
+        await self._looking.wait()
+
+    @property
+    def _front_end(self) -> FrontEnd | None:
+        return self._reception.front_end
+
+    def _new_front_end(self, connection: Connection) -> FrontEnd:
+        return FrontEnd(
+            connection,
+            self.device,
+            self._path,
+            self.config.num_queues,
+            self.log,
+            self._offences,
+            self._ownership,
+        )
 
     async def close(self) -> bool:
         """Stop, make everything durable and let go of the node.
@@ -218,7 +235,21 @@ class Export:
             for line in describe(served):
                 self.log.info("%s", line)
         self._page.close()  # not before: the engine writes to it as long as there are queues
+        self.is_closed = True
         return is_durable
+
+    def abandon(self) -> None:
+        """Say what a `close` that does not end leaves behind. The process ends without waiting for it."""
+        in_flight, oldest = self._page.in_flight()
+        if in_flight:
+            reason = (
+                f"{in_flight} requests are in flight, one for {(time.monotonic_ns() - oldest) / 1e9:.1f} s; the guest "
+                "was not told that they are done"
+            )
+        else:
+            reason = "its disk is not flushed; what was written last may be lost"
+        self.log.error("given up: %s", reason)
+        self._page.unlink()
 
     def statistics(self) -> QueueStatistics:
         """What was served so far, all queues together."""
@@ -233,20 +264,23 @@ class Export:
             "stats": block_device_stats(self.statistics(), node.highest_offset()),
         }
 
-    def refresh_size(self) -> None:
-        """Look at the size of the disk again; the guest is told if it changed."""
-        self._resize_due = True
-        if self._resizing is None or self._resizing.done():
-            self._resizing = asyncio.create_task(self._refresh_size())
+    def look_again(self) -> None:
+        """Look at the disk again: the guest is told if its size has changed, and what has paused is resumed then."""
+        self._looking.ask()
 
     async def _refresh_size(self) -> None:
-        # It may change once more while we look.
-        while self._resize_due:
-            self._resize_due = False
-            try:
-                await self._backend.node.refresh_length()
-            except BlockError as exc:
-                self.log.warning("cannot tell the size of the disk: %s", exc)
+        try:
+            await self._backend.node.refresh_length()
+        except BlockError as exc:
+            self.log.warning("cannot tell the size of the disk: %s", exc)
+        # Not before: requests behind a new end are to find that out, and not what the disk says there.
+        self.resume()
+
+    def has_room(self, node: BlockNode) -> None:
+        """A device has grown, whose node this is: requests that wait for room there are tried again."""
+        if self.io_status is IoStatus.NOSPACE and node in parents_first([self._backend.node]):
+            self.log.info("node '%s' has grown", node.node_name)
+            self.resume()
 
     def _resized(self, length: int) -> None:
         self.log.info("the disk has %d bytes now", self.device.capacity)
@@ -295,44 +329,15 @@ class Export:
     # ------------------------------------------------------------------ images that change hands (row B40)
 
     async def inactivate(self, graph: BlockGraph) -> None:
-        """Give the image up to another process: what was written is on the disk, its locks are free.
-
-        The next queue that is started takes it back, or `activate`.
-
-        Raises:
-            ConfigError: the guest uses it, or it cannot be given up; nothing has changed.
-        """
-        async with self._handing_over:
-            if self._is_in_use():
-                raise ConfigError(f"Export '{self.config.id}' is in use: queues run", errno.EBUSY)
-            await activation.inactivate(graph, self._nodes())
-            self._handed_over = graph
-        self.log.info("its image is given up")
+        """See `Ownership.inactivate`."""
+        await self._ownership.inactivate(graph)
 
     async def activate(self, graph: BlockGraph) -> None:
-        """Take the image back. Does nothing if it is ours.
-
-        Raises:
-            ConfigError: somebody else has it, or it cannot be read.
-        """
-        async with self._handing_over:
-            await activation.activate(graph, self._nodes())
-            self._handed_over = None
+        """See `Ownership.activate`."""
+        await self._ownership.activate(graph)
         # Whoever had it may have changed its size.
         if self._front_end is not None:
             self._front_end.config_changed()
-
-    def _nodes(self) -> list[BlockNode]:
-        return parents_first([self._backend.node])
-
-    async def _activate(self) -> None:
-        async with self._handing_over:
-            graph = self._handed_over
-        if graph is not None:
-            try:
-                await self.activate(graph)
-            except ConfigError as exc:
-                raise PeerError(f"the image belongs to somebody else: {exc}") from None
 
     # ------------------------------------------------------------------ errors of the disk
 
@@ -370,57 +375,25 @@ class Export:
         if not paused:
             self.log.info("its queues go on")
 
-    # ------------------------------------------------------------------ front-ends
+    # ------------------------------------------------------------------ Visitors
 
-    async def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                connection = await listener.accept()
-            except StateError:
-                return
-            except OSError as exc:
-                self._errors.record(f"cannot accept a client: {exc.strerror}")
-                await asyncio.sleep(_ACCEPT_RETRY)
-                continue
-            if self._serving is not None and not self._serving.done():
-                assert self._front_end is not None
-                if not self._front_end.is_leaving:
-                    connection.close()
-                    self._offences.record("refused a second front-end: one is connected")
-                    continue
-                await self._serving
-            if listener.fileno() < 0:
-                connection.close()
-                return
-            self._front_end = FrontEnd(
-                connection,
-                self.device,
-                self._path,
-                self.config.num_queues,
-                self.log,
-                self._offences,
-                self._activate,
-            )
-            self._serving = asyncio.create_task(self._serve(self._front_end))
-
-    async def _serve(self, front_end: FrontEnd) -> None:
-        self.log.info("a front-end has connected")
+    def front_end_came(self) -> None:
+        """Count it, and look after its requests."""
         self._page.front_end_came()
-        try:
-            await front_end.run()
-        except Exception:
-            self.log.exception("a bug: the session died")
-        finally:
-            self._front_end = None
-            self._page.front_end_left()
-            self._offences.summarize()
-        self.log.info("the front-end has left")
+        self._stalls.start()
+
+    def front_end_left(self) -> None:
+        """It has none any more."""
+        self._page.front_end_left()
+        self._stalls.stop()
 
     # ------------------------------------------------------------------ DataPathEvents
 
     def queue_broken(self, index: int, reason: str) -> None:
         """Log it: the front-end has been told through the queue's error fd."""
         self._offences.record(f"queue {index}: broken by the guest", f": {reason}")
+        if self._front_end is not None:
+            self._front_end.queue_broken(index)
 
     def queue_lost(self, reason: str) -> None:
         """The session cannot go on without it; the next one may find room again."""
@@ -431,5 +404,11 @@ class Export:
     def memory_faulted(self) -> None:
         """The session cannot go on in memory that is gone."""
         self._offences.record("the front-end truncated the memory it shares: the session ends")
+        if self._front_end is not None:
+            self._front_end.disconnect()
+
+    def log_lost(self) -> None:
+        """A front-end that migrates the guest would lose what the guest has read: it must know."""
+        self._offences.record(f"{LOG_LOST}: the session ends")
         if self._front_end is not None:
             self._front_end.disconnect()

@@ -14,14 +14,26 @@ from typing import Any, ClassVar
 from vhostblk import native
 from vhostblk.errors import BlockError, GuestError, PeerError, SessionError
 from vhostblk.export.blk_device import BlkDevice
+from vhostblk.export.cache_mode import CacheMode
 from vhostblk.export.data_path import DataPath
 from vhostblk.export.error_log import ErrorLog
+from vhostblk.export.inflight import QueueInflight, TrackedMemory
+from vhostblk.export.ownership import Ownership
+from vhostblk.export.state_transfer import StateTransfer
 from vhostblk.vhost import action
 from vhostblk.vhost.connection import BackendChannel, Connection
+from vhostblk.vhost.device_state import STATE_SIZE, DeviceState
+from vhostblk.vhost.dirty_log import DirtyLog
+from vhostblk.vhost.inflight_region import create_file
 from vhostblk.vhost.mem_table import MemTable, Region
-from vhostblk.vhost.message import FRONTEND_TABLE
-from vhostblk.vhost.session import MAX_MEM_SLOTS, Session
+from vhostblk.vhost.message import FRONTEND_TABLE, ProtocolFeature
+from vhostblk.vhost.session import MAX_MEM_SLOTS, PROTOCOL_FEATURES, Session
 from vhostblk.virtio.blk import CONFIG_SIZE, WRITEBACK_OFFSET
+
+LOG_LOST = "the front-end's log of dirty memory is too short, or was truncated"
+
+# Marks in the log of dirty memory are atomic operations, which are the engine's.
+_SERVED = PROTOCOL_FEATURES if native.available else PROTOCOL_FEATURES & ~ProtocolFeature.LOG_SHMFD
 
 Log = logging.LoggerAdapter[logging.Logger]
 Result = int | bytes | None
@@ -33,7 +45,7 @@ class FrontEnd:
     Args:
         connection: becomes this object's.
         device, data_path: the export's; nobody else uses them meanwhile.
-        activate: makes the image ours again if it was handed over; raises PeerError if that cannot be.
+        ownership: makes the image ours when queues start, if it is not, and maybe gives it up when none run.
         offences: where messages that are refused, and whatever else a guest can do all day, are counted.
 
     Context: the control loop. Owns: the connection, the session, guest memory, the back-end channel.
@@ -47,24 +59,32 @@ class FrontEnd:
         num_queues: int,
         log: Log,
         offences: ErrorLog,
-        activate: Callable[[], Awaitable[None]],
+        ownership: Ownership,
     ) -> None:
         self._connection = connection
         self._device = device
         self._path = data_path
         self._log = log
         self._offences = offences
-        self._activate = activate
+        self._ownership = ownership
         self._session = Session(
             device_features=device.offered_features,
             num_queues=num_queues,
             config_size=CONFIG_SIZE,
             writable_config=range(WRITEBACK_OFFSET, WRITEBACK_OFFSET + 1),
+            protocol_features=_SERVED,
         )
         self._memory = MemTable(native.address_of, MAX_MEM_SLOTS)
+        self._inflight: TrackedMemory | None = None
+        self._dirty_log: DirtyLog | None = None
+        self._logs_data = False
+        self._dirty_log_fd: int | None = None
         self._channel: BackendChannel | None = None
+        self._transfer = StateTransfer(STATE_SIZE)
+        self._mode = CacheMode(device, data_path, offences)
         self._running: set[int] = set()  # queues
         self._leaving = False
+        self._is_handling = False  # a message, to which it may want a reply before anything else
 
     @property
     def is_leaving(self) -> bool:
@@ -86,7 +106,10 @@ class FrontEnd:
             # no flush, so writes are durable.
             await self._perform(action.SetFeatures(0))
             while (message := await self._connection.receive()) is not None:
+                self._is_handling = True
                 await self._handle(message)
+                self._is_handling = False
+                self._send_pending()
         except SessionError as exc:
             self._log.warning("the session ends: %s", exc)
         finally:
@@ -100,7 +123,12 @@ class FrontEnd:
     def config_changed(self) -> None:
         """Tell the guest to look at the configuration space again, as soon as that is possible."""
         self._session.config_changed()
-        self._send_pending()
+        if not self._is_handling:
+            self._send_pending()
+
+    def queue_broken(self, index: int) -> None:
+        """A queue is idle until it is stopped: the device status says so."""
+        self._session.vring_broke(index)
 
     async def _handle(self, message: Any) -> None:
         result: Result = None
@@ -119,6 +147,9 @@ class FrontEnd:
                 raise
             else:
                 result = answer if answer is not None else result
+        if self._dirty_log is not None and self._dirty_log.lost:
+            # The last chance to say so: a queue that has stopped was the last thing before the guest runs elsewhere.
+            raise SessionError(LOG_LOST)
         refusal = error or self._session.refusal
         if refusal is not None:
             known = message.request in FRONTEND_TABLE
@@ -130,13 +161,17 @@ class FrontEnd:
             # An exception that names the frame that names it would keep guest memory mapped until it is collected.
             error = refusal = None
         if reply is not None:
-            await self._connection.send(reply)
-        self._send_pending()
+            try:
+                await self._connection.send(reply)
+            finally:
+                for fd in reply.fds:
+                    os.close(fd)
 
     def _send_pending(self) -> None:
         message = self._session.take_backend_message()
         if message is not None and self._channel is not None and not self._channel.send(message):
-            self._log.warning("the front-end does not take messages: %s is lost", message.name())
+            lost = f": {message.name()} is lost"
+            self._offences.record("the front-end does not take messages", lost)
 
     async def _leave(self) -> None:
         self._leaving = True
@@ -147,7 +182,12 @@ class FrontEnd:
         # Not before the queues are drained: from what the used ring says when we hang up, a front-end concludes what is
         # done. QEMU has the next back-end begin there, and a request that completed later would be done twice.
         self._connection.close()
+        self._transfer.close()
+        await self._use_log(None)
         await self._use_memory(MemTable(native.address_of, MAX_MEM_SLOTS))
+        if self._inflight is not None:
+            await self._mode.use_note(None)
+            self._inflight.close()
         if self._channel is not None:
             self._channel.close()
 
@@ -190,19 +230,35 @@ class FrontEnd:
         memory.close()
 
     async def _start_vring(self, step: action.StartVring) -> None:
+        if self._transfer.is_incomplete:
+            raise PeerError(f"vring {step.index}: device state was sent, and not checked yet")
         self._running.add(step.index)  # first: from here on the image is in use
         try:
-            await self._activate()
-            await self._path.start_queue(step.vring, self._session.features)
+            await self._ownership.before_queues()
+            inflight = self._part(step.vring.inflight)
+            replays = await self._path.start_queue(step.vring, self._session.features, inflight)
         except BaseException:
             self._running.discard(step.index)
+            await self._release_if_idle()
             raise
         self._log.debug("queue %d: started, size %d", step.index, step.vring.size)
+        if replays:
+            self._log.info(
+                "queue %d: %d requests were in flight, and are served again", step.index, replays
+            )
+
+    def _part(self, part: range | None) -> QueueInflight | None:
+        if part is None:
+            return None
+        if self._inflight is None:
+            raise PeerError("the in-flight region could not be mapped")
+        return self._inflight.part(part)
 
     async def _stop_vring(self, step: action.StopVring) -> int:
         self._running.discard(step.index)
-        with self._device.parking.closed():
-            base = await self._path.stop_queue(step.index)
+        base = await self._path.stop_queue(step.index, suspend=step.suspend)
+        self._session.vring_stopped(step.index, base)
+        await self._release_if_idle()
         self._log.debug("queue %d: stopped at %d", step.index, base)
         return base
 
@@ -212,31 +268,58 @@ class FrontEnd:
     async def _set_vring_fd(self, step: action.SetVringFd) -> None:
         await self._path.set_queue_fd(step.index, step.which, step.fd)
 
+    async def _set_log_area(self, step: action.SetLogArea) -> None:
+        await self._use_log(DirtyLog(step.size, step.offset, step.fd))
+
+    async def _set_log_fd(self, step: action.SetLogFd) -> None:
+        self._dirty_log_fd = step.fd
+        await self._tell_log(self._dirty_log)
+
+    async def _set_logging(self, step: action.SetLogging) -> None:
+        self._logs_data = step.enabled
+        await self._tell_log(self._dirty_log)
+
+    async def _use_log(self, log: DirtyLog | None) -> None:
+        """Move the data path over, then let go of what is old."""
+        await self._tell_log(log)
+        old, self._dirty_log = self._dirty_log, log
+        if old is not None:
+            old.close()
+
+    async def _tell_log(self, log: DirtyLog | None) -> None:
+        await self._path.set_log(log, data=self._logs_data, fd=self._dirty_log_fd)
+
+    async def _set_vring_log(self, step: action.SetVringLog) -> None:
+        await self._path.set_queue_log(step.index, step.gpa)
+
     async def _read_config(self, step: action.ReadConfig) -> bytes:
         return self._device.config().read(step.offset, step.size)
 
     async def _write_config(self, step: action.WriteConfig) -> None:
-        before = self._device.write_through
         try:
-            self._device.write_config(step.offset, step.data)
+            await self._mode.change(lambda: self._device.write_config(step.offset, step.data))
         except GuestError as exc:
             raise PeerError(str(exc)) from None
-        after = self._device.write_through
-        if after != before:
-            mode = "write through" if after else "write back"
-            self._offences.record(f"the guest made its write cache {mode}", level=logging.INFO)
-            await self._path.set_write_through(after)
-            if after:
-                await self._make_durable()
 
-    async def _make_durable(self) -> None:
-        """Everything that completed while the guest had a write cache is on the disk when this returns."""
-        try:
-            # Only ours: a guest that does this all day must not hold up the node's other users.
-            await self._device.backend.settle()
-            await self._device.backend.flush()
-        except BlockError as exc:
-            raise PeerError(f"the flush that ends write-back failed: {exc}") from None
+    async def _save_state(self, step: action.SaveState) -> None:
+        self._transfer.save(step.fd, self._mode.state().pack())
+
+    async def _load_state(self, step: action.LoadState) -> None:
+        self._transfer.load(step.fd)
+
+    async def _check_state(self, _step: action.CheckState) -> None:
+        data = await self._transfer.check()
+        if data is not None:
+            await self._take_over(DeviceState.unpack(data))
+
+    async def _take_over(self, state: DeviceState) -> None:
+        device = self._device
+        if state.capacity > device.capacity:
+            raise PeerError(
+                f"device state: of a disk of {state.capacity} bytes; this one has {device.capacity}"
+            )
+        if await self._mode.take_over(state):
+            self._session.config_changed()
 
     async def _set_backend_channel(self, step: action.SetBackendChannel) -> None:
         channel = BackendChannel(step.fd)
@@ -245,12 +328,37 @@ class FrontEnd:
         self._channel = channel
 
     async def _reset_device(self, _step: action.ResetDevice) -> None:
-        with self._device.parking.closed():
-            for index in sorted(self._running):
-                await self._path.stop_queue(index)
+        for index in sorted(self._running):
+            await self._path.stop_queue(index)
         self._running.clear()
         self._device.reset()
+        self._mode.remember()
         await self._path.set_write_through(self._device.write_through)
+        await self._release_if_idle()
+
+    async def _release_if_idle(self) -> None:
+        if not self._running:
+            await self._ownership.after_queues()
+
+    async def _create_inflight(self, step: action.CreateInflight) -> int:
+        return create_file(step.size)
+
+    async def _map_inflight(self, step: action.MapInflight) -> None:
+        await self._mode.use_note(None)
+        if self._inflight is not None:
+            self._inflight.close()
+            self._inflight = None
+        self._inflight = TrackedMemory(step)
+        try:
+            await self._device.backend.be_outlived()
+        except BlockError as exc:
+            raise PeerError(f"what is not in the image yet cannot be written: {exc}") from None
+        if step.note is not None and await self._mode.use_note(self._inflight.note(step.note)):
+            self._session.config_changed()
+
+    async def _forget_inflight(self, step: action.ForgetInflight) -> None:
+        if self._inflight is not None:
+            self._inflight.forget(step.versions)
 
     async def _close_fds(self, step: action.CloseFds) -> None:
         for fd in step.fds:
@@ -267,10 +375,20 @@ class FrontEnd:
         action.StopVring: _stop_vring,
         action.EnableVring: _enable_vring,
         action.SetVringFd: _set_vring_fd,
+        action.SetVringLog: _set_vring_log,
+        action.SetLogArea: _set_log_area,
+        action.SetLogFd: _set_log_fd,
+        action.SetLogging: _set_logging,
         action.ReadConfig: _read_config,
         action.WriteConfig: _write_config,
+        action.SaveState: _save_state,
+        action.LoadState: _load_state,
+        action.CheckState: _check_state,
         action.SetBackendChannel: _set_backend_channel,
         action.ResetDevice: _reset_device,
+        action.CreateInflight: _create_inflight,
+        action.MapInflight: _map_inflight,
+        action.ForgetInflight: _forget_inflight,
         action.CloseFds: _close_fds,
     }
 

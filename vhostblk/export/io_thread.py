@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from operator import length_hint
 from time import monotonic
 from typing import Any, Protocol
 
@@ -33,11 +32,25 @@ _TURN = 0.002
 
 
 class Sink(Protocol):
-    """Who takes what the engine says about one disk."""
+    """Who takes what the engine says about one disk.
 
-    def engine_request(self, thread: IOThread, message: Message) -> None: ...
+    `engine_requests` leaves those of the messages that it has not looked at `until` (`monotonic`).
+    """
+
+    def engine_requests(
+        self, thread: IOThread, messages: Iterator[Message], until: float
+    ) -> None: ...
 
     def engine_event(self, thread: IOThread, message: Message) -> None: ...
+
+
+class SuspendedTasks(set["asyncio.Task[None]"]):
+    """Tasks of requests that are to be left as they are."""
+
+    def add(self, task: asyncio.Task[None]) -> None:
+        """Cancel it."""
+        super().add(task)
+        task.cancel()
 
 
 class IOThread:
@@ -62,12 +75,19 @@ class IOThread:
         )
         self._sinks: dict[int, Sink] = {}
         self._inbox: Iterator[Message] = iter(())  # what was received and not yet looked at
+        self._asked: Sink | None = None  # of whom all of that are requests
+        self.has_more = False
+        """Whether more than one message came at a time."""
         self._outbox: list[bytes] = []
+        self.answer: Callable[[bytes], None] = self._outbox.append
+        """Send a packed message; only for sinks, while they look at requests."""
         self._flush_scheduled = False
         self._receiving = False
         self._turn_ends: list[Callable[[], None]] = []
         self._next_cookie = 1
         self._last_queue_key = 0
+        self.tasks: dict[int, set[asyncio.Task[None]]] = {}
+        """Of requests that control serves, by the key of their queue."""
         # cookie -> who waits, and what must stay in memory until the engine has answered
         self._commands: dict[int, tuple[asyncio.Future[Message], Any]] = {}
         self._loop.add_reader(self._thread.fd, self._receive)
@@ -80,7 +100,19 @@ class IOThread:
     def new_queue_key(self) -> int:
         """A name for a queue on this thread."""
         self._last_queue_key += 1
+        self.tasks[self._last_queue_key] = set()
         return self._last_queue_key
+
+    def forget_queue_key(self, key: int) -> None:
+        """The queue is stopped, or was not started."""
+        del self.tasks[key]
+
+    def suspend_tasks(self, key: int) -> None:
+        """Cancel the tasks of a queue's requests, also of those that the engine has sent us already."""
+        tasks = self.tasks[key]
+        self.tasks[key] = SuspendedTasks()
+        for task in tuple(tasks):
+            task.cancel()
 
     def add_sink(self, disk_id: int, sink: Sink) -> None:
         """From now on `sink` gets what the engine says of the disk with this id."""
@@ -142,11 +174,6 @@ class IOThread:
         if not self._receiving:
             self._flush()
 
-    @property
-    def has_more(self) -> bool:
-        """Whether other messages follow the one that a sink is told of, in the same turn."""
-        return length_hint(self._inbox) > 0
-
     def at_end_of_turn(self, function: Callable[[], None]) -> None:
         """Call `function` when this turn's messages have been looked at; for sinks."""
         self._turn_ends.append(function)
@@ -180,18 +207,19 @@ class IOThread:
         self._receiving = True
         try:
             while True:
-                for message in self._inbox:
-                    if message[0] == _REQUEST:
-                        self._sinks[message[4]].engine_request(self, message)
-                    else:
-                        self._hear(message)
-                    if monotonic() >= until:
-                        return
+                if self._asked is not None:
+                    self._asked.engine_requests(self, self._inbox, until)
+                else:
+                    self._hear_all(until)
+                if monotonic() >= until:
+                    return
                 self._flush()
                 batch = self._thread.receive()
                 if not batch:
                     return
                 self._inbox = iter(batch)
+                self._asked = self._sinks[batch[0][4]] if self._thread.are_alike else None
+                self.has_more = len(batch) > 1
         finally:
             self._receiving = False
             self._flush()
@@ -199,8 +227,16 @@ class IOThread:
             for function in ends:
                 function()
 
-    def _hear(self, message: Message) -> None:
-        if message[0] == _ACK:
+    def _hear_all(self, until: float) -> None:
+        for message in self._inbox:
+            self._hear(message, until)
+            if monotonic() >= until:
+                return
+
+    def _hear(self, message: Message, until: float) -> None:
+        if message[0] == _REQUEST:
+            self._sinks[message[4]].engine_requests(self, iter((message,)), until)
+        elif message[0] == _ACK:
             future, _ = self._commands.pop(message[3])
             if not future.cancelled():
                 future.set_result(message)

@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from time import monotonic
 
 from vhostblk import native
 from vhostblk.block.eager import DONE, Request
-from vhostblk.block.iov import IoVec
+from vhostblk.block.iov import IoVec, in_one_piece
 from vhostblk.block.node import ExtentFlag, HostExtent, PastWrites
 from vhostblk.errors import BlockError
 from vhostblk.export import offload
@@ -27,10 +28,12 @@ from vhostblk.export.eager import run_eagerly
 from vhostblk.export.engine_queues import EngineQueues
 from vhostblk.export.engine_terms import answered
 from vhostblk.export.error_policy import ErrorPolicy, OnError
-from vhostblk.export.io_thread import IOThread
+from vhostblk.export.inflight import QueueInflight
+from vhostblk.export.io_thread import IOThread, SuspendedTasks
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.export.write_record import WriteRecord
-from vhostblk.native import Message, MessageType, Op
+from vhostblk.native import ADDRESS_SPACE, Message, MessageType, Op, packed_completion
+from vhostblk.vhost.dirty_log import DirtyLog
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 from vhostblk.virtio.blk import RequestType, Status
@@ -127,17 +130,27 @@ class NativeDataPath:
         pins = memory is not None and self._pin_memory and await self._maps_with(ExtentFlag.FIXED)
         await self._queues.set_memory(memory, pins=pins)
 
-    async def start_queue(self, vring: VringSnapshot, features: int) -> None:
+    async def start_queue(
+        self, vring: VringSnapshot, features: int, inflight: QueueInflight | None = None
+    ) -> int:
         """See `DataPath.start_queue`."""
-        await self._queues.start(vring, features)
+        return await self._queues.start(vring, features, inflight)
 
-    async def stop_queue(self, index: int) -> int:
+    async def stop_queue(self, index: int, *, suspend: bool = False) -> int:
         """See `DataPath.stop_queue`."""
-        return await self._queues.stop(index)
+        return await self._queues.stop(index, suspend=suspend)
 
     async def enable_queue(self, index: int, enabled: bool) -> None:
         """See `DataPath.enable_queue`."""
         await self._queues.enable(index, enabled)
+
+    async def set_log(self, log: DirtyLog | None, *, data: bool, fd: int | None) -> None:
+        """See `DataPath.set_log`."""
+        await self._queues.set_log(log, data=data, fd=fd)
+
+    async def set_queue_log(self, index: int, gpa: int | None) -> None:
+        """See `DataPath.set_queue_log`."""
+        await self._queues.set_queue_log(index, gpa)
 
     async def set_queue_fd(self, index: int, which: VringFd, fd: int | None) -> None:
         """See `DataPath.set_queue_fd`."""
@@ -194,30 +207,44 @@ class NativeDataPath:
 
     # ------------------------------------------------------------------ Sink: what the engine says
 
-    def engine_request(self, thread: IOThread, message: Message) -> None:
-        """A request that missed: map its range and give it back, or execute it."""
-        _, flags, _, cookie, _, offset, length, pointer, count, _, kind = message
+    def engine_requests(self, thread: IOThread, messages: Iterator[Message], until: float) -> None:
+        """Requests that missed: map their ranges and give them back, or execute them."""
         backend = self._backend
-        if kind == _OUT and not flags and backend.prepares_writes:
-            if not self._first_writes:
-                thread.at_end_of_turn(self._begin_first_writes)
-            self._first_writes.append((thread, message))
-            return
-        if not self._plugged and thread.has_more:
+        if thread.has_more and not self._plugged:
             self._plugged = True
             backend.plug()
             thread.at_end_of_turn(self._unplug)
-        transfer: Request | None = None
-        if not flags and not backend.may_map and kind in _TRANSFERS:
-            # Nothing has to be found out before, as for most requests of disks that are served here.
-            try:
-                transfer = self._transfer(kind, flags, offset, length, pointer, count)
-            except Exception as exc:
-                transfer = _failed(exc)
-            if transfer is DONE:
-                thread.complete(cookie, _OK, length if kind == _IN else 0)
+        read, write, answer = backend.begin_preadv, backend.begin_pwritev, thread.answer
+        for message in messages:
+            _, flags, key, cookie, _, offset, length, pointer, count, _, kind = message
+            if flags or kind > _OUT or backend.may_map:
+                self._find_out(thread, message)
+            else:
+                # Nothing has to be found out before, as for most requests of disks that are served here.
+                if count == 1:
+                    data = in_one_piece(ADDRESS_SPACE[pointer : pointer + length], length)
+                else:
+                    data = IoVec(native.iov_views(pointer, count, length))
+                try:
+                    request = read(offset, data) if kind == _IN else write(offset, data)
+                except Exception as exc:
+                    request = _failed(exc)
+                if request is DONE:
+                    answer(packed_completion(cookie, length, _OK))
+                else:
+                    run_eagerly(self._serve(thread, message, request), thread.tasks[key])
+            if monotonic() >= until:
                 return
-        run_eagerly(self._serve(thread, message, transfer), self._tasks)
+
+    def _find_out(self, thread: IOThread, message: Message) -> None:
+        """Whether the engine can do it, or has tried."""
+        flags, kind = message[1], message[10]
+        if kind == _OUT and not flags and self._backend.prepares_writes:
+            if not self._first_writes:
+                thread.at_end_of_turn(self._begin_first_writes)
+            self._first_writes.append((thread, message))
+        else:
+            run_eagerly(self._serve(thread, message), thread.tasks[message[2]])
 
     def _transfer(
         self, kind: int, flags: int, offset: int, length: int, pointer: int, count: int
@@ -297,9 +324,11 @@ class NativeDataPath:
                 request = BlkRequest(0, _NOWHERE, kind, segments=segments)
             outcome = None if retry else await self._device.execute(request, -error)
         except asyncio.CancelledError:
-            # What `execute` begins it also answers.
-            self._device.record_io_error(kind, errno.ECANCELED, offset, length)
-            outcome = int(Status.IOERR), 0
+            if isinstance(thread.tasks[message[2]], SuspendedTasks):
+                outcome = native.SUSPENDED, 0
+            else:
+                self._device.record_io_error(kind, errno.ECANCELED, offset, length)
+                outcome = int(Status.IOERR), 0
         except Exception:
             # A request without an answer would keep its queue from ever stopping.
             log.exception("a bug: a request failed")
@@ -316,6 +345,8 @@ class NativeDataPath:
             index = self._queues.broken(thread, key)
             if result == native.Broken.MEMORY_FAULT:
                 self._events.memory_faulted()
+            elif result == native.Broken.LOG:
+                self._events.log_lost()
             elif index is not None:
                 self._events.queue_broken(index, native.Broken(result).name.lower())
         elif kind == MessageType.IO_ERROR:

@@ -12,12 +12,12 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from vhostblk.export.ages import Ages
 from vhostblk.export.stats_layout import (
     LATENCY_BUCKETS,
     OPERATION_FIELDS,
     OPERATION_WORDS,
     OPERATIONS,
-    QUEUE_FIELDS,
     QUEUE_FIELDS_AT,
     latency_bound,
     latency_bucket,
@@ -29,7 +29,8 @@ _BUCKETS = len(OPERATION_FIELDS)
 _KICKS, _CALLS, _CALLS_SUPPRESSED, _HITS, _MISSES, _IN_FLIGHT = range(
     QUEUE_FIELDS_AT, QUEUE_FIELDS_AT + 6
 )
-_INVALID, _LAST = QUEUE_FIELDS_AT + 6, QUEUE_FIELDS_AT + len(QUEUE_FIELDS) - 1
+_INVALID = QUEUE_FIELDS_AT + 6
+_LAST, _OLDEST = _INVALID + len(OPERATIONS), _INVALID + len(OPERATIONS) + 1
 
 
 class QueueCounters:
@@ -41,10 +42,11 @@ class QueueCounters:
     Context: the control loop, one writer.
     """
 
-    __slots__ = ("_words",)
+    __slots__ = ("_ages", "_words")
 
     def __init__(self, words: memoryview) -> None:
         self._words = words
+        self._ages = Ages()
 
     def kicked(self) -> None:
         """The driver has notified us."""
@@ -58,13 +60,20 @@ class QueueCounters:
         """The driver did not want to be notified."""
         self._words[_CALLS_SUPPRESSED] += 1
 
-    def began(self) -> None:
-        """A request was taken. All go through Python here, so none is a hit."""
+    def began(self) -> int:
+        """A request was taken; gives what `finished` has to be told. All go through Python here, so none is a hit."""
+        age = self._ages.begin(time.monotonic_ns())
         self._words[_MISSES] += 1
         self._words[_IN_FLIGHT] += 1
+        self._words[_OLDEST] = self._ages.oldest
+        return age
+
+    def suspended(self) -> None:
+        """A request was left in flight, and is somebody else's."""
+        self._words[_IN_FLIGHT] -= 1
 
     def finished(
-        self, operation: str, length: int, failed: bool, ns: int, *, refused: bool = False
+        self, operation: str, length: int, failed: bool, ns: int, age: int, *, refused: bool = False
     ) -> None:
         """A request was answered.
 
@@ -72,6 +81,7 @@ class QueueCounters:
             operation: one of `OPERATIONS`.
             length: bytes, not counted if it failed.
             ns: how long it took.
+            age: what `began` has given.
             refused: it broke a rule, and so was not tried; it has failed, too.
         """
         words, number = self._words, OPERATIONS.index(operation)
@@ -83,8 +93,15 @@ class QueueCounters:
         words[at + _LATENCY_MAX] = max(words[at + _LATENCY_MAX], ns)
         words[at + _BUCKETS + latency_bucket(ns)] += 1
         words[_IN_FLIGHT] -= 1
+        self._ages.end(age)
+        words[_OLDEST] = self._ages.oldest
         words[_INVALID + number] += refused
         words[_LAST] = time.monotonic_ns()
+
+
+def in_flight_in(words: memoryview) -> tuple[int, int]:
+    """Of a queue's words: how many requests are in flight, and `oldest_ns`."""
+    return words[_IN_FLIGHT], words[_OLDEST]
 
 
 @dataclass(slots=True)
@@ -176,6 +193,9 @@ class QueueStatistics:
     misses: int = 0  # served with the help of Python
     in_flight: int = 0
     last_ns: int = 0  # CLOCK_MONOTONIC, when a request was answered last; 0: none was
+    oldest_ns: int = (
+        0  # the same, when the oldest in flight was taken, at the earliest; 0: none is in flight
+    )
 
     @classmethod
     def of(cls, words: memoryview | Sequence[int]) -> QueueStatistics:
@@ -187,7 +207,7 @@ class QueueStatistics:
             )
             for at, name in enumerate(OPERATIONS)
         }
-        return cls(operations, *(*copy[QUEUE_FIELDS_AT:_INVALID], copy[_LAST]))
+        return cls(operations, *(*copy[QUEUE_FIELDS_AT:_INVALID], copy[_LAST], copy[_OLDEST]))
 
     def add(self, other: QueueStatistics) -> None:
         """Count all that another has counted."""
@@ -200,6 +220,8 @@ class QueueStatistics:
         self.misses += other.misses
         self.in_flight += other.in_flight
         self.last_ns = max(self.last_ns, other.last_ns)
+        both = [at for at in (self.oldest_ns, other.oldest_ns) if at]
+        self.oldest_ns = min(both, default=0)
 
     def since(self, earlier: QueueStatistics) -> QueueStatistics:
         """What was counted after an earlier copy; what is in flight is so now."""
@@ -216,12 +238,18 @@ class QueueStatistics:
             max(self.misses - earlier.misses, 0),
             self.in_flight,
             self.last_ns,
+            self.oldest_ns,
         )
 
     @property
     def idle_ns(self) -> int | None:
         """How long ago the last request was answered, until now; None if there was none."""
         return max(time.monotonic_ns() - self.last_ns, 0) if self.last_ns else None
+
+    @property
+    def oldest_age_ns(self) -> int | None:
+        """How long the oldest request has been in flight, at most, until now; None if none is."""
+        return max(time.monotonic_ns() - self.oldest_ns, 0) if self.oldest_ns else None
 
     @property
     def requests(self) -> int:

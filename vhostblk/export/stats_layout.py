@@ -32,7 +32,7 @@ OPERATION_WORDS = len(OPERATION_FIELDS) + LATENCY_BUCKETS
 QUEUE_FIELDS = (
     *("kicks", "calls", "calls_suppressed", "hits", "misses", "in_flight"),
     *(f"invalid[{at}]" for at in range(len(OPERATIONS))),
-    "last_ns",
+    *("last_ns", "oldest_ns"),
 )
 """`struct vb_queue_stats`, behind its operations."""
 QUEUE_FIELDS_AT = len(OPERATIONS) * OPERATION_WORDS

@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from vhostblk.export import stats_reader
-from vhostblk.export.statistics import QueueStatistics
+from vhostblk.export.statistics import QueueStatistics, in_flight_in
 from vhostblk.export.stats_layout import (
     HEADER_FIELDS,
     MAGIC,
@@ -67,14 +67,17 @@ class StatsPages:
     def __init__(self) -> None:
         self._has_removed_stale = False
         self._has_warned = False
+        self._prepared: dict[str, StatsPage] = {}
 
     def create(self, export: str, queues: int, *, is_native: bool) -> StatsPage:
-        """A page for an export; where that cannot be, memory of our own.
+        """A page for an export, the prepared one if there is; where that cannot be, memory of our own.
 
         Args:
             export: its id.
             queues: how many it may have.
         """
+        if export in self._prepared:
+            return self._prepared.pop(export)
         if not self._has_removed_stale:
             self._has_removed_stale = True
             remove_stale()
@@ -83,6 +86,17 @@ class StatsPages:
         except OSError as exc:
             self._warn(export, exc)
             return StatsPage.private(export, queues)
+
+    def prepare(self, export: str, queues: int, *, is_native: bool) -> None:
+        """Make what `create` is going to return, while files can be made."""
+        self._prepared[export] = self.create(export, queues, is_native=is_native)
+
+    def close(self) -> None:
+        """Remove what was prepared for nobody."""
+        for page in self._prepared.values():
+            page.unlink()
+            page.close()
+        self._prepared.clear()
 
     def _warn(self, export: str, error: OSError) -> None:
         if not self._has_warned:
@@ -180,6 +194,11 @@ class StatsPage:
     def read(self) -> dict[int, QueueStatistics]:
         """A copy, by the index of the queue; of those that were ever started."""
         return {index: QueueStatistics.of(words) for index, words in sorted(self._queues.items())}
+
+    def in_flight(self) -> tuple[int, int]:
+        """How many requests are, and when the oldest was taken (CLOCK_MONOTONIC, ns; 0: none is)."""
+        counted = [in_flight_in(words) for words in self._queues.values()]
+        return sum(count for count, _ in counted), min((at for _, at in counted if at), default=0)
 
     def close(self) -> None:
         """Let go of the memory, and of the name. Nobody counts any more."""

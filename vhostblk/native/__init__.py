@@ -12,11 +12,12 @@ Where the extension was not built (`available` is False) everything that needs i
 
 from __future__ import annotations
 
-from vhostblk.native.binding import address_of, available, io_uring_error
+from vhostblk.native.binding import ADDRESS_SPACE, address_of, available, io_uring_error
 from vhostblk.native.constants import (
     FLUSH_MISS,
     FLUSH_NOTHING,
     LATENCY_BUCKETS,
+    SUSPENDED,
     Broken,
     ExtentFlag,
     IOOp,
@@ -28,7 +29,8 @@ from vhostblk.native.constants import (
 from vhostblk.native.dirty import DirtyMap
 from vhostblk.native.disk import Disk, Extents, extents
 from vhostblk.native.guest_memory import Memory, Region
-from vhostblk.native.host_io import HostIO, IORequest
+from vhostblk.native.host_io import HostIO, IOPart, IORequest
+from vhostblk.native.memory_log import MemoryLog
 from vhostblk.native.queues import (
     QueueConfig,
     QueueStats,
@@ -40,8 +42,10 @@ from vhostblk.native.queues import (
 from vhostblk.native.thread import EngineThread, Message, packed, packed_completion, packed_retry
 
 __all__ = [
+    "ADDRESS_SPACE",
     "FLUSH_MISS",
     "FLUSH_NOTHING",
+    "SUSPENDED",
     "LATENCY_BUCKETS",
     "Broken",
     "DirtyMap",
@@ -51,8 +55,10 @@ __all__ = [
     "Extents",
     "HostIO",
     "IOOp",
+    "IOPart",
     "IORequest",
     "Memory",
+    "MemoryLog",
     "Message",
     "MessageType",
     "Op",

@@ -18,6 +18,7 @@ __all__ = [
     "MessageType",
     "Op",
     "QueueFd",
+    "SUSPENDED",
     "RequestFlag",
 ]
 
@@ -25,6 +26,8 @@ FLUSH_MISS = -1
 """VB_FLUSH_SET: flushes go to control."""
 FLUSH_NOTHING = -2
 """VB_FLUSH_SET: there is nothing to flush."""
+SUSPENDED = -1
+"""VB_COMPLETE: the request is not done, and stays in flight."""
 
 LATENCY_BUCKETS = 160
 """Length of a latency histogram."""
@@ -57,6 +60,8 @@ class MessageType(enum.IntEnum):
     QUEUE_FD = 10
     COMPLETE = 11
     RETRY = 12
+    LOG_SET = 13
+    QUEUE_LOG = 14
     ACK = 64
     REQUEST = 65
     QUEUE_BROKEN = 66
@@ -76,6 +81,7 @@ class Broken(enum.IntEnum):
     NO_STATUS = 8
     RING_ADDRESS = 9
     MEMORY_FAULT = 10
+    LOG = 11
 
 
 class ExtentFlag(enum.IntFlag):
@@ -106,6 +112,8 @@ class IOOp(enum.IntEnum):
     WRITE = 1
     FDATASYNC = 2
     FALLOCATE = 3
+    READ_MANY = 4
+    WRITE_MANY = 5
 
 
 class RequestFlag(enum.IntFlag):

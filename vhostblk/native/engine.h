@@ -40,6 +40,24 @@ void vb_memory_unref(struct vb_memory *memory);
 uint32_t vb_memory_refs(const struct vb_memory *memory);
 int vb_memory_faulted(const struct vb_memory *memory);
 
+/* ---------------------------------------------------------------- the log of guest memory (memory_log.c) */
+
+/*
+ * A bitmap in memory that the front-end shares, for live migration: a bit for each 4096 bytes of guest physical memory
+ * that were written. Its mapping is control's, and comes under the SIGBUS guard. Destroy it when every thread has answered
+ * a VB_LOG_SET that came after the last one that named it.
+ */
+struct vb_memory_log;
+
+int vb_memory_log_create(uint64_t address, uint64_t size, struct vb_memory_log **ret);
+void vb_memory_log_destroy(struct vb_memory_log *log);
+/* Non-zero: something was written beyond its end, or the front-end has truncated it, so it does not tell the truth.
+ * Context: any. */
+int vb_memory_log_lost(const struct vb_memory_log *log);
+/* What was written, by its guest physical address, or by its address in this process. Context: any. */
+void vb_memory_log_mark(struct vb_memory_log *log, uint64_t gpa, uint64_t length);
+void vb_memory_log_mark_at(struct vb_memory_log *log, const struct vb_memory *memory, uint64_t hva, uint64_t length);
+
 /* ---------------------------------------------------------------- disks (blk.c) */
 
 /* What the engine knows of an export: shared by the threads that serve its queues; counted like memory. */
@@ -142,7 +160,7 @@ struct vb_op_stats {
 	uint64_t latency[VB_LATENCY_BUCKETS];
 };
 
-/* Written by one engine thread, read by anyone; every field only grows, except in_flight. Memory is the caller's, so
+/* Written by one engine thread, read by anyone; every field only grows, except in_flight and oldest_ns. Memory is the caller's, so
  * that it can live in a shared page. */
 struct vb_queue_stats {
 	struct vb_op_stats op[VB_OPS];
@@ -154,6 +172,7 @@ struct vb_queue_stats {
 	uint64_t in_flight;
 	uint64_t invalid[VB_OPS]; /* of the errors: refused because they broke a rule, never tried */
 	uint64_t last_ns;         /* CLOCK_MONOTONIC, when a request was answered last; 0: none was */
+	uint64_t oldest_ns;       /* the same, no request in flight was taken before that; 0: none is in flight */
 };
 
 /* Lower bound of a bucket, ns. Context: any. */
@@ -162,32 +181,44 @@ uint64_t vb_latency_bound(uint32_t bucket);
 struct vb_queue_config {
 	struct vb_disk *disk;
 	struct vb_queue_stats *stats; /* may be shared with readers; must outlive the queue */
-	uint64_t desc_uva; /* addresses as the front-end gave them; resolved here, and again on VB_MEMORY_SET */
+	/* Addresses as the front-end gave them; resolved here, and again on VB_MEMORY_SET. Packed: the descriptor, driver
+	 * and device areas. */
+	uint64_t desc_uva;
 	uint64_t avail_uva;
 	uint64_t used_uva;
-	uint32_t size;  /* power of two, 1..32768 */
+	uint32_t size;  /* 1..32768, a power of two unless it is packed */
 	uint32_t index; /* the guest's number of the queue, for logs */
-	uint16_t base;  /* next available index */
+	/* Where it goes on. Split: the next available index. Packed: the slot of the next available descriptor, bit 15 its
+	 * wrap counter; above, the same of the next used one. It begins with 0x80008000. */
+	uint32_t base;
 	uint8_t enabled;
 	uint8_t event_idx; /* VIRTIO_F_EVENT_IDX negotiated */
 	uint8_t indirect;  /* VIRTIO_F_INDIRECT_DESC negotiated */
+	uint8_t packed;    /* VIRTIO_F_RING_PACKED negotiated */
 	int32_t kick_fd;   /* -1: none was given, look at the ring every 50 us, while idle down to every ms */
 	int32_t call_fd;   /* -1: the driver polls */
 	int32_t err_fd;    /* -1: none */
+	/* Where requests in flight are tracked, in this process: the queue's part of the region, aligned to 8; 0:
+	 * nowhere. What it says is in flight is served first. */
+	uint64_t inflight;
+	uint64_t inflight_size; /* bytes */
+	uint8_t logged;         /* what is written to the ring is marked, if there is a log: see VB_QUEUE_LOG */
+	uint64_t log_gpa;       /* where the used ring is for the log */
 };
 
 /* Why a queue was declared broken (VB_QUEUE_BROKEN.result). */
 enum vb_broken {
-	VB_BROKEN_AVAIL_IDX = 1, /* avail.idx runs further ahead than the ring is long */
+	VB_BROKEN_AVAIL_IDX = 1, /* more is available than the ring has room for */
 	VB_BROKEN_HEAD,          /* a head outside the descriptor table */
 	VB_BROKEN_CHAIN_LOOP,    /* more descriptors than a chain may have */
 	VB_BROKEN_CHAIN_NEXT,    /* a next index outside its table */
 	VB_BROKEN_INDIRECT,      /* indirect table: not negotiated, nested, continued, empty, or of a wrong size */
-	VB_BROKEN_ADDRESS,       /* a buffer outside guest memory, or wrapping */
+	VB_BROKEN_ADDRESS,       /* the status byte, or an indirect table, is outside guest memory */
 	VB_BROKEN_ORDER,         /* a readable descriptor behind a writable one */
 	VB_BROKEN_NO_STATUS,     /* nowhere to put the status byte */
 	VB_BROKEN_RING_ADDRESS,  /* the rings themselves are outside guest memory or misaligned */
-	VB_BROKEN_MEMORY_FAULT   /* the memory file was truncated under us */
+	VB_BROKEN_MEMORY_FAULT,  /* the memory file was truncated under us */
+	VB_BROKEN_LOG            /* vb_memory_log_lost */
 };
 
 /* ---------------------------------------------------------------- threads and their messages (engine.c) */
@@ -224,10 +255,14 @@ enum vb_message_type {
 	VB_MAP,
 	/* disk, offset, length: forgotten at once; acknowledged when no I/O of the engine's touches it any more. */
 	VB_REVOKE,
-	/* queue, disk, pointer = vb_queue_config: copied. -EFAULT: the rings are not in memory; -EINVAL: the size;
-	 * -EPERM: nobody can wait for that kick fd. The call fd is signalled once. */
+	/* queue, disk, pointer = vb_queue_config: copied. -EFAULT: the rings are not in memory; -EINVAL: the size or the base;
+	 * -EPERM: nobody can wait for that kick fd; -EBADMSG: what is in `inflight` was not written for this ring. The
+	 * call fd is signalled once. ACK.aux = requests that somebody else has left in flight, and that are served
+	 * again. */
 	VB_QUEUE_START,
-	/* queue: pop no more; acknowledged when drained, ACK.aux = next available index. */
+	/* queue: pop no more; acknowledged when drained, ACK.aux = vb_queue_config.base to go on from. flags & 1: what
+	 * nobody is at is not begun, and stays in flight in `inflight` for whoever starts the ring next; what the kernel
+	 * is at is waited for, and control answers what it has, maybe with VB_SUSPENDED. Without `inflight` as ever. */
 	VB_QUEUE_STOP,
 	/* queue, flags = 0 or 1: whether to pop. */
 	VB_QUEUE_ENABLE,
@@ -238,6 +273,12 @@ enum vb_message_type {
 	VB_COMPLETE,
 	/* cookie = the request's: the extent map can serve it now. No ACK. */
 	VB_RETRY,
+	/* disk, pointer = vb_memory_log (or 0), result = an eventfd that is signalled after pages were marked, or -1:
+	 * in use when acknowledged, and the one before out of use. flags & 1: what is written to buffers is marked. */
+	VB_LOG_SET,
+	/* queue, flags = 0 or 1: whether what is written to its ring is marked; offset = where its used ring is for the
+	 * log (guest physical). */
+	VB_QUEUE_LOG,
 
 	/*
 	 * Engine -> control.
@@ -259,6 +300,8 @@ enum vb_message_type {
 };
 
 enum { VB_FLUSH_MISS = -1, VB_FLUSH_NOTHING = -2 };
+/* VB_COMPLETE.result, for a queue that stops with flags & 1: the request is not done, and stays in flight. */
+enum { VB_SUSPENDED = -1 };
 enum vb_request_flag {
 	VB_REQUEST_RETRIED = 1,     /* it was given back by VB_RETRY once already */
 	VB_REQUEST_UNALIGNED = 2,   /* an extent has its range, but it is not aligned enough: do not map, serve */
@@ -314,23 +357,33 @@ int vb_thread_fd(const struct vb_thread *thread);
 /* How many of the messages were taken (all, unless the ring is full: keep the rest and try again after a receive). */
 int vb_thread_send(struct vb_thread *thread, const struct vb_message *messages, uint32_t count);
 /* How many messages were stored; 0 when there are none, and then the eventfd is armed again. Every page of what is to be
- * written was touched: what was truncated before reads as zeroes, and VB_REQUEST_FAULTED says so. */
-int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max);
+ * written was touched: what was truncated before reads as zeroes, and VB_REQUEST_FAULTED says so. `alike`: whether all
+ * are VB_REQUESTs of one disk, as they are most often. */
+int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max, uint32_t *alike);
 /* enum vb_io_kind that it ended up with. */
 int vb_thread_io_kind(const struct vb_thread *thread);
 
 /* ---------------------------------------------------------------- file I/O for the block layer (aio.c) */
 
 /* The same file I/O the engine threads use, for requests that Python serves: one per event loop. */
-enum vb_io_op { VB_IO_READ, VB_IO_WRITE, VB_IO_FDATASYNC, VB_IO_FALLOCATE };
+enum vb_io_op { VB_IO_READ, VB_IO_WRITE, VB_IO_FDATASYNC, VB_IO_FALLOCATE, VB_IO_READ_MANY, VB_IO_WRITE_MANY };
+
+/* A part of READ_MANY and WRITE_MANY, which one thread does in their order until one fails, or its file ends early. */
+struct vb_io_part {
+	uint64_t offset; /* in the file */
+	uint64_t address;
+	uint64_t length; /* not 0 */
+	int32_t fd;
+	uint32_t unused;
+};
 
 struct vb_io_request {
 	uint64_t cookie;
 	uint64_t offset;
 	uint64_t length; /* READ, WRITE: the sum of the vector */
-	uint64_t iov;    /* struct vb_iov[niov], which must live until the result is reaped */
+	uint64_t iov;    /* struct vb_iov[niov], *_MANY: vb_io_part[niov], which must live until the result is reaped */
 	uint32_t niov;
-	int32_t fd;
+	int32_t fd;     /* not of *_MANY */
 	uint32_t op;    /* enum vb_io_op */
 	uint32_t flags; /* WRITE: 1 = RWF_DSYNC. FALLOCATE: the mode */
 };

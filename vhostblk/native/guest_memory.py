@@ -7,7 +7,7 @@ reference than ours. Knows nothing of how regions came to be mapped.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 from vhostblk.native.binding import check, engine, ffi, lib, pointer_of
 
@@ -53,6 +53,11 @@ class Memory:
     def pointer(self) -> int:
         """For VB_MEMORY_SET."""
         return pointer_of(self._memory)
+
+    @property
+    def handle(self) -> Any:
+        """For functions of this package."""
+        return self._memory
 
     @property
     def references(self) -> int:

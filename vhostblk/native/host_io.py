@@ -22,10 +22,22 @@ from vhostblk.native.binding import (
 )
 from vhostblk.native.constants import IOOp
 
-__all__ = ["HostIO", "IORequest"]
+__all__ = ["HostIO", "IOPart", "IORequest"]
 
+_IO_PART = struct.Struct("=QQQiI")
 _IO_REQUEST = struct.Struct("=QQQQIiII")
 _IO_RESULT = struct.Struct("=Qq")
+
+
+class IOPart(NamedTuple):
+    """One of many transfers that are one operation."""
+
+    fd: int
+    """Of the file; must stay open."""
+    offset: int
+    """Bytes."""
+    buffer: Any
+    """Contiguous, not empty; READ_MANY: writable. `HostIO` keeps it alive."""
 
 
 class IORequest(NamedTuple):
@@ -35,7 +47,7 @@ class IORequest(NamedTuple):
     """Names it in `reap`; unique among those in flight."""
     op: IOOp
     fd: int
-    """Of the file; must stay open."""
+    """Of the file; must stay open. Not of *_MANY."""
     offset: int = 0
     """Bytes."""
     buffers: Sequence[Any] = ()
@@ -44,6 +56,8 @@ class IORequest(NamedTuple):
     """FALLOCATE: bytes."""
     flags: int = 0
     """WRITE: 1 for a durable write. FALLOCATE: the mode."""
+    parts: Sequence[IOPart] = ()
+    """READ_MANY, WRITE_MANY: a thread does them in this order, until one fails, or its file ends early."""
 
 
 class HostIO:
@@ -86,17 +100,27 @@ class HostIO:
             for request in requests
             for buffer in request.buffers
         ]
+        parts = [
+            _IO_PART.pack(offset, address_of(buffer), memoryview(buffer).nbytes, fd, 0)
+            for request in requests
+            for fd, offset, buffer in request.parts
+        ]
         # Copied into memory of its own: the engine moves along the vectors while it works.
-        vectors = ffi.new("char[]", b"".join(pieces))
+        vectors = ffi.new("char[]", b"".join(pieces + parts))
         vector, table = pointer_of(vectors), []
-        for cookie, op, fd, offset, buffers, length, flags in requests:
+        part = vector + len(pieces) * IOV.size
+        for cookie, op, fd, offset, buffers, length, flags, many in requests:
+            if many:
+                table.append(_IO_REQUEST.pack(cookie, 0, 0, part, len(many), -1, op, 0))
+                part += len(many) * _IO_PART.size
+                continue
             count = len(buffers)
             table.append(_IO_REQUEST.pack(cookie, offset, length, vector, count, fd, op, flags))
             vector += count * IOV.size
         packed = ffi.from_buffer("struct vb_io_request[]", b"".join(table))
         taken = int(lib.vb_io_submit(self._io, packed, len(requests)))
         for request in requests[:taken]:
-            self._in_flight[request.cookie] = (request.buffers, vectors)
+            self._in_flight[request.cookie] = (request, vectors)
         return taken
 
     def reap(self) -> list[tuple[int, int]]:

@@ -46,6 +46,7 @@ struct vb_load_options {
 	uint32_t batch;       /* requests put into the ring before the device is shown them; 0: a sensible number */
 	uint32_t indirect;    /* each request is a table of its own; VIRTIO_F_INDIRECT_DESC was negotiated */
 	uint32_t event_idx;   /* VIRTIO_F_EVENT_IDX was negotiated */
+	uint32_t packed;      /* VIRTIO_F_RING_PACKED was negotiated; then rings must be new */
 	uint32_t sleep;       /* wait for calls when there is nothing to do; 0: poll the used ring */
 	uint32_t threads;     /* queue i is driven by thread i modulo threads */
 	uint64_t rate;        /* requests per second of all threads; 0: as many as possible */

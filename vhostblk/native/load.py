@@ -98,6 +98,7 @@ class LoadOptions:
     batch: int = 0
     indirect: bool = True
     event_idx: bool = True
+    packed: bool = False
     sleep: bool = False
     threads: int = 1
     rate: int = 0

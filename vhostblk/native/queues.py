@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from vhostblk.native.binding import ADDRESS_SPACE, IOV, engine, ffi, pointer_of
+from vhostblk.native.binding import ADDRESS_SPACE, IOV, address_of, engine, ffi, pointer_of
 from vhostblk.native.constants import LATENCY_BUCKETS
 from vhostblk.native.disk import Disk
 
@@ -55,7 +55,7 @@ class QueueStats:
             It must outlive the queue.
     """
 
-    SIZE = 8 * (7 * (5 + LATENCY_BUCKETS) + 6 + 7 + 1)
+    SIZE = 8 * (7 * (5 + LATENCY_BUCKETS) + 6 + 7 + 2)
     """Bytes of `struct vb_queue_stats`."""
 
     def __init__(self, buffer: Any = None) -> None:
@@ -99,9 +99,12 @@ def queue_config(
     enabled: bool = True,
     event_idx: bool = False,
     indirect: bool = False,
+    packed: bool = False,
     kick_fd: int = -1,
     call_fd: int = -1,
     err_fd: int = -1,
+    inflight: memoryview | None = None,
+    log_gpa: int | None = None,
 ) -> QueueConfig:
     """Build the argument of VB_QUEUE_START; see `struct vb_queue_config`."""
     engine()
@@ -111,5 +114,9 @@ def queue_config(
     config.desc_uva, config.avail_uva, config.used_uva = desc_uva, avail_uva, used_uva
     config.size, config.index, config.base = size, index, base
     config.enabled, config.event_idx, config.indirect = enabled, event_idx, indirect
+    config.packed = packed
     config.kick_fd, config.call_fd, config.err_fd = kick_fd, call_fd, err_fd
-    return QueueConfig(config, (disk, stats))
+    config.logged, config.log_gpa = log_gpa is not None, log_gpa or 0
+    if inflight is not None:
+        config.inflight, config.inflight_size = address_of(inflight), len(inflight)
+    return QueueConfig(config, (disk, stats, inflight))

@@ -83,6 +83,9 @@ class EngineThread:
         check(lib.vb_thread_create(options, ret), f"engine thread {name}")
         self._thread = ret[0]
         self._in = ffi.new("struct vb_message[]", self.BATCH)
+        self._alike = ffi.new("uint32_t *")
+        self.are_alike = False
+        """Whether what `receive` has returned last is nothing but requests of one disk."""
         self._in_buffer = ffi.buffer(self._in)
         # Slices of the buffer are made once, not per batch.
         self._batches = [memoryview(self._in_buffer)[: 64 * n] for n in range(self.BATCH + 1)]
@@ -106,7 +109,8 @@ class EngineThread:
         Returns:
             Nothing, when there are none: only then will `fd` become readable for the next one.
         """
-        count = lib.vb_thread_receive(self._thread, self._in, self.BATCH)
+        count = lib.vb_thread_receive(self._thread, self._in, self.BATCH, self._alike)
+        self.are_alike = self._alike[0] != 0
         return list(_MESSAGE.iter_unpack(self._batches[count]))
 
     def close(self) -> None:

@@ -174,6 +174,7 @@ class Guest:
         kernel_arguments: added to the kernel's command line.
         extra_arguments: added to QEMU's.
         accelerator: None to try.
+        incoming: where a guest comes from that runs elsewhere, as `-incoming` says it; it is not waited for.
 
     Context: any one thread.
     Owns: QEMU, a thread that reads its console, its descriptors.
@@ -190,7 +191,9 @@ class Guest:
         kernel_arguments: str = "",
         extra_arguments: Iterable[str] = (),
         accelerator: Accelerator | None = None,
+        incoming: str | None = None,
     ) -> None:
+        self._incoming = incoming
         self._disks = tuple(disks)
         self._cpus = cpus
         self._memory_mib = memory_mib
@@ -343,6 +346,8 @@ class Guest:
         self._resources.callback(output.close)
         streams = {output.fileno(): self._console, shell.fileno(): self._talk}
         self._resources.callback(pump(streams, "guest-console").join)
+        if self._incoming is not None:
+            return
         deadline = time.monotonic() + BOOT_SECONDS * accelerator.slowness
         if self._talk.wait_for(_READY.encode(), start=0, deadline=deadline) is None:
             why = "ended before" if self._talk.ended else "did not reach in time"
@@ -363,6 +368,8 @@ class Guest:
         # The first PCI device, so that the disks come after it in the order they were given.
         command += ["-device", "virtio-serial-pci", "-chardev", f"socket,id=shell,fd={shell}"]
         command += ["-device", "virtserialport,chardev=shell,name=shell,nr=1"]
+        if self._incoming is not None:
+            command += ["-incoming", self._incoming]
         for index, disk in enumerate(self._disks):
             command += disk.arguments(index)
         return [*command, *self._extra_arguments]

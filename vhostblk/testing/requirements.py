@@ -23,8 +23,8 @@ def require(tool: str, *more: str, group: str | None = None) -> str:
 
     Args:
         tool, more: "qemu" (the emulator, a guest kernel with its modules, static busybox),
-            "engine" (the C extension), "io_uring" (the kernel allows it), "root", or a program's
-            name.
+            "engine" (the C extension), "io_uring" (the kernel allows it), "root", "fuse" (file
+            systems can be mounted), "sandbox" (its packages, and Landlock), or a program's name.
         group: another name for them in VHOSTBLK_REQUIRE, for example "compiler".
 
     Returns:
@@ -74,11 +74,31 @@ def _missing_root() -> str | None:
     return None if os.geteuid() == 0 else "not running as root"
 
 
+def _missing_sandbox() -> str | None:
+    from vhostblk.errors import ConfigError
+    from vhostblk.sandbox import libraries
+
+    try:
+        for library in (libraries.seccomp, libraries.landlock, libraries.prctl):
+            library()
+        return None if libraries.landlock().supported() else "this kernel has no Landlock"
+    except ConfigError as error:
+        return str(error)
+
+
+def _missing_fuse() -> str | None:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "/dev/fuse cannot be used"
+    return _missing_root()
+
+
 _CHECKS: Mapping[str, Callable[[], str | None]] = MappingProxyType(
     {
         "qemu": missing_guest,
         "engine": _missing_engine,
         "io_uring": _missing_io_uring,
         "root": _missing_root,
+        "sandbox": _missing_sandbox,
+        "fuse": _missing_fuse,
     }
 )

@@ -14,15 +14,25 @@ from vhostblk.vhost.vring import VringFd, VringSnapshot
 __all__ = [
     "Action",
     "AddRegion",
+    "CheckState",
     "CloseFds",
+    "CreateInflight",
     "EnableVring",
+    "ForgetInflight",
+    "LoadState",
+    "MapInflight",
     "MapMemory",
     "ReadConfig",
     "RemoveRegion",
     "ResetDevice",
+    "SaveState",
     "SetBackendChannel",
     "SetFeatures",
+    "SetLogArea",
+    "SetLogFd",
+    "SetLogging",
     "SetVringFd",
+    "SetVringLog",
     "StartVring",
     "StopVring",
     "WriteConfig",
@@ -64,6 +74,64 @@ class RemoveRegion(Action):
 
 
 @dataclass(frozen=True)
+class SetLogArea(Action):
+    """Mark in this log from now on; done when nobody marks in the one before."""
+
+    size: int
+    offset: int
+    fd: int
+
+
+@dataclass(frozen=True)
+class SetLogFd(Action):
+    """Signal this eventfd when pages were marked; None: no more. Done when the old one is out of use."""
+
+    fd: int | None
+
+
+@dataclass(frozen=True)
+class SetLogging(Action):
+    """Whether what is written to buffers is marked; done when everybody who writes does so."""
+
+    enabled: bool
+
+
+@dataclass(frozen=True)
+class SetVringLog(Action):
+    """Where in the log a started ring's used ring is; None: it is not marked. Done when that is so."""
+
+    index: int
+    gpa: int | None
+
+
+@dataclass(frozen=True)
+class CreateInflight(Action):
+    """The result is the fd of a new file of so many zero bytes; it is sent, and then to be closed."""
+
+    size: int
+
+
+@dataclass(frozen=True)
+class MapInflight(Action):
+    """Track requests in flight here, `size` bytes at `offset` of the file, and nowhere else.
+
+    `note` is where in these bytes a `DeviceNote` is, if there is room for one: what it says is so from now on.
+    """
+
+    offset: int
+    size: int
+    fd: int
+    note: int | None = None
+
+
+@dataclass(frozen=True)
+class ForgetInflight(Action):
+    """Zero the 16 bits at each of these offsets of the region: nothing is in flight any more."""
+
+    versions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StartVring(Action):
     """Start serving a ring, popping only if `vring.enabled`. Fails if it lies outside memory."""
 
@@ -73,9 +141,14 @@ class StartVring(Action):
 
 @dataclass(frozen=True)
 class StopVring(Action):
-    """Complete what is in flight and stop. The result is the next available index (16 bits)."""
+    """Complete what is in flight and stop. The result is where the ring is to be started again.
+
+    With `suspend`, requests that are tracked need not be completed: they stay in flight in their region, and are
+    not begun, or waited for where that cannot be undone.
+    """
 
     index: int
+    suspend: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,6 +199,25 @@ class SetBackendChannel(Action):
 @dataclass(frozen=True)
 class ResetDevice(Action):
     """Stop all rings and bring the device back to its initial state; memory stays mapped."""
+
+
+@dataclass(frozen=True)
+class SaveState(Action):
+    """Write what the next back-end has to know to this fd; no ring is started."""
+
+    fd: int
+
+
+@dataclass(frozen=True)
+class LoadState(Action):
+    """Take this fd, for good, and read what the back-end before has said, up to its end."""
+
+    fd: int
+
+
+@dataclass(frozen=True)
+class CheckState(Action):
+    """Done when the state that was saved, or loaded, last is whole and in force."""
 
 
 @dataclass(frozen=True)

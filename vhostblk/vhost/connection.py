@@ -4,6 +4,9 @@ vhost-user, "Communication". A message is read in two steps, header and payload,
 fds that a recvmsg returns belong to the message it began with. What a front-end sends and we have
 not read waits in the kernel; what it does not read makes `send` wait: nothing is buffered here.
 
+Silence between messages is legal, however long: a guest that is paused says nothing. Half a message is not, nor is a
+front-end that asks and does not read: `message_timeout` bounds both.
+
 File descriptors arrive close-on-exec. The kernel passes at most 253 at once and there is room for
 all, so MSG_CTRUNC can only mean that this process may not have more of them: the session ends.
 
@@ -22,6 +25,7 @@ import time
 from collections.abc import Mapping
 
 from vhostblk.errors import SessionError
+from vhostblk.vhost.access import Peer, peer_of
 from vhostblk.vhost.message import FRONTEND_TABLE, Decoder, Message, Row
 
 __all__ = ["BackendChannel", "BlockingConnection", "Connection"]
@@ -97,6 +101,10 @@ class Connection(_Stream):
         sock: connected; becomes this object's and non-blocking.
         table: rows of the messages that are received.
 
+    Attributes:
+        message_timeout: seconds that a message may take once its first byte has come, and that may pass until the peer
+            has read one; 0: for ever.
+
     Context: one task reads, one task writes; `close` from anywhere on the loop.
     Owns: the socket, and the fds of a message until it is handed out.
     """
@@ -104,8 +112,22 @@ class Connection(_Stream):
     def __init__(self, sock: socket.socket, table: Mapping[int, Row] = FRONTEND_TABLE) -> None:
         super().__init__(sock, table)
         sock.setblocking(False)
+        self.message_timeout = 0.0
+        self._unread: Message | None = None
         self._finished = False
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: set[asyncio.Future[bool]] = set()
+
+    async def first_message(self, timeout: float) -> bool:
+        """Wait until a message is whole, which `receive` gives then; whether there is one.
+
+        Args:
+            timeout: seconds from now; 0: for ever.
+
+        Raises:
+            SessionError: the stream is broken, or the time is over.
+        """
+        self._unread = await self._next(self._deadline(timeout), timeout)
+        return self._unread is not None
 
     async def receive(self) -> Message | None:
         """Give the next message; its fds are the caller's.
@@ -114,19 +136,41 @@ class Connection(_Stream):
             None at the end of the stream, or once `finish` or `close` was called.
 
         Raises:
-            SessionError: the stream is broken; see `Decoder` and the module.
+            SessionError: the stream is broken, or a message takes too long; see `Decoder` and the module.
         """
+        message, self._unread = self._unread, None
+        if message is not None and not self._finished:
+            return message
+        if message is not None:
+            _close_all(message.fds)
+        return await self._next(None, self.message_timeout)
+
+    async def _next(self, until: float | None, timeout: float) -> Message | None:
+        """The next message; `until`: when it has to be there (the loop's time), None: `timeout` from its first byte."""
         while not self.is_closed and not self._finished:
             try:
                 goes_on, message = self._take()
             except BlockingIOError:
-                await self._wait(write=False)
-                continue
+                if until is None and not self._decoder.is_between_messages:
+                    until = self._deadline(timeout)
+                if await self._wait(write=False, until=until):
+                    continue
+                if self._decoder.is_between_messages:
+                    raise SessionError(f"nothing was said in {timeout:g} s") from None
+                raise SessionError(f"a message is not whole after {timeout:g} s") from None
             if message is not None:
                 return message
             if not goes_on:
                 break
         return None
+
+    def peer(self) -> Peer:
+        """Who has connected. Raises: OSError: it is not connected."""
+        return peer_of(self._socket)
+
+    @staticmethod
+    def _deadline(timeout: float) -> float | None:
+        return asyncio.get_running_loop().time() + timeout if timeout else None
 
     def has_hung_up(self) -> bool:
         """Whether the peer has closed its end; what it sent before may still be unread."""
@@ -140,10 +184,12 @@ class Connection(_Stream):
         """Send a message; its fds stay the caller's. Waits while the peer does not read.
 
         Raises:
-            SessionError: the peer is gone, `close` was called, or `finish` was and the peer does not read.
+            SessionError: the peer is gone, does not read for too long, or `close` was called; or `finish` was, and the
+                peer does not read now.
         """
         data = memoryview(message.encode())
         fds = message.fds
+        until: float | None = None
         while data:
             if self.is_closed:
                 raise SessionError("the connection is closed")
@@ -152,8 +198,12 @@ class Connection(_Stream):
             except BlockingIOError:
                 if self._finished:
                     raise SessionError(f"cannot send {message.name()}: nobody reads it") from None
-                await self._wait(write=True)
-                continue
+                until = until or self._deadline(self.message_timeout)
+                if await self._wait(write=True, until=until):
+                    continue
+                raise SessionError(
+                    f"cannot send {message.name()}: nobody has read for {self.message_timeout:g} s"
+                ) from None
             except OSError as error:
                 raise SessionError(f"cannot send {message.name()}: {error}") from error
             data, fds = data[sent:], ()
@@ -162,13 +212,16 @@ class Connection(_Stream):
         """Hand out no more messages and wait for nothing any more; the peer does not notice until `close`."""
         self._finished = True
         for waiter in self._waiters:
-            wake(waiter)
+            _settle(waiter, True)
 
     def close(self) -> None:
         """Close the socket; a `receive` or `send` that waits ends. Idempotent."""
         if self.is_closed:
             return
         self.finish()
+        if self._unread is not None:
+            _close_all(self._unread.fds)
+            self._unread = None
         if self._waiters:
             # Before the descriptor is closed, and its number perhaps used again.
             loop = asyncio.get_running_loop()
@@ -176,17 +229,22 @@ class Connection(_Stream):
             loop.remove_writer(self._socket)
         super().close()
 
-    async def _wait(self, *, write: bool) -> None:
+    async def _wait(self, *, write: bool, until: float | None) -> bool:
+        """Wait for the socket; False: it is not ready, and the time is over."""
         loop = asyncio.get_running_loop()
-        waiter = loop.create_future()
+        waiter: asyncio.Future[bool] = loop.create_future()
         self._waiters.add(waiter)
+        # The loop looks at sockets before it looks at the clock: after a stop of this process, what has come counts.
+        timer = loop.call_at(until, _settle, waiter, False) if until is not None else None
         if write:
-            loop.add_writer(self._socket, wake, waiter)
+            loop.add_writer(self._socket, _settle, waiter, True)
         else:
-            loop.add_reader(self._socket, wake, waiter)
+            loop.add_reader(self._socket, _settle, waiter, True)
         try:
-            await waiter
+            return await waiter
         finally:
+            if timer is not None:
+                timer.cancel()
             self._waiters.discard(waiter)
             if not self.is_closed:
                 if write:
@@ -199,6 +257,11 @@ def wake(waiter: asyncio.Future[None]) -> None:
     """End a wait, once. Context: the event loop."""
     if not waiter.done():
         waiter.set_result(None)
+
+
+def _settle(waiter: asyncio.Future[bool], ready: bool) -> None:
+    if not waiter.done():
+        waiter.set_result(ready)
 
 
 class BlockingConnection(_Stream):

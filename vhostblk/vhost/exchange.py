@@ -10,7 +10,7 @@ Knows nothing about what the request means.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vhostblk.errors import PeerError, SessionError
@@ -19,6 +19,7 @@ from vhostblk.vhost.message import (
     U64,
     ConfigSpace,
     Empty,
+    InflightDescription,
     Message,
     Payload,
 )
@@ -34,6 +35,8 @@ class Exchange:
     message: Message
     own_reply: Callable[[Any], Payload] | None = None
     """Makes the reply's payload out of the last action's result."""
+    gives_fd: bool = False
+    """The last action's result is an fd that goes with the reply."""
     starting: Vring | None = None
     """The vring that is started once the actions have succeeded."""
     refusal: PeerError | None = None
@@ -46,7 +49,8 @@ class Exchange:
             acks: REPLY_ACK is negotiated.
         """
         if self.own_reply is not None:
-            return self.message.reply(self.own_reply(result))
+            fds = (result,) if self.gives_fd and isinstance(result, int) else ()
+            return self.message.reply(self.own_reply(result), fds)
         # "REPLY_ACK": messages that have a reply of their own get no other.
         if acks and self.message.needs_reply:
             return self.message.reply(U64(0))
@@ -67,6 +71,12 @@ class Exchange:
         if row is not None and row.reply is ConfigSpace:
             # GET_CONFIG: a payload of zero length indicates an error.
             return self.message.reply(Empty())
+        if row is not None and row.refusal is not None:
+            return self.message.reply(U64(row.refusal))
+        asked = self.message.payload
+        if row is not None and row.reply is InflightDescription is type(asked):
+            # GET_INFLIGHT_FD: front-ends take a size of zero for "not tracked".
+            return self.message.reply(replace(asked, mmap_size=0, mmap_offset=0))
         # A non-zero u64 in the place of another reply would be taken for that reply.
         if (row is None or row.reply is None) and acks and self.message.needs_reply:
             return self.message.reply(U64(1))

@@ -23,7 +23,10 @@ from vhostblk.vhost.message import (
     FRONTEND_TABLE,
     U64,
     ConfigSpace,
+    DeviceStateTransfer,
     Empty,
+    InflightDescription,
+    LogArea,
     Malformed,
     MemoryRegion,
     MemoryTable,
@@ -128,7 +131,8 @@ class Frontend:
             raise StateError(f"{reply.name()}: nothing was asked")
         asked = self._expected.popleft()
         row = FRONTEND_TABLE.get(asked.request)
-        if reply.request != asked.request or not reply.is_reply or reply.fds:
+        fds = row.reply_fds if row is not None else 0
+        if reply.request != asked.request or not reply.is_reply or len(reply.fds) > fds:
             raise SessionError(f"{asked.name()} was answered by {reply.name()} {reply.flags:#x}")
         payload = reply.payload
         if isinstance(payload, Malformed):
@@ -167,17 +171,27 @@ class Frontend:
     def rem_mem_reg(self, region: MemoryRegion) -> Message:
         return self.request(Request.REM_MEM_REG, SingleRegion(region))
 
+    def set_log_base(self, size: int, offset: int, fd: int) -> Message:
+        return self.request(Request.SET_LOG_BASE, LogArea(size, offset), (fd,), need_reply=False)
+
+    def set_log_fd(self, fd: int) -> Message:
+        return self.request(Request.SET_LOG_FD, fds=(fd,))
+
     def set_vring_num(self, index: int, size: int) -> Message:
         return self.request(Request.SET_VRING_NUM, VringState(index, size))
 
     def set_vring_base(self, index: int, base: int) -> Message:
         return self.request(Request.SET_VRING_BASE, VringState(index, base))
 
-    def get_vring_base(self, index: int) -> Message:
-        return self.request(Request.GET_VRING_BASE, VringState(index, 0))
+    def get_vring_base(self, index: int, *, skip_drain: bool = False) -> Message:
+        request = Request.GET_VRING_BASE_SKIP_DRAIN if skip_drain else Request.GET_VRING_BASE
+        return self.request(request, VringState(index, 0))
 
-    def set_vring_addr(self, index: int, *, desc: int, avail: int, used: int) -> Message:
-        address = VringAddress(index, flags=0, desc=desc, used=used, avail=avail, log=0)
+    def set_vring_addr(
+        self, index: int, *, desc: int, avail: int, used: int, log: int | None = None
+    ) -> Message:
+        flags = int(log is not None)
+        address = VringAddress(index, flags, desc=desc, used=used, avail=avail, log=log or 0)
         return self.request(Request.SET_VRING_ADDR, address)
 
     def set_vring_fd(self, index: int, which: VringFd, fd: int | None) -> Message:
@@ -196,6 +210,26 @@ class Frontend:
     def set_config(self, offset: int, data: bytes, *, migration: bool = False) -> Message:
         config = ConfigSpace(offset, len(data), int(migration), data)
         return self.request(Request.SET_CONFIG, config)
+
+    def get_inflight_fd(self, num_queues: int, queue_size: int) -> Message:
+        asked = InflightDescription(0, 0, num_queues, queue_size)
+        return self.request(Request.GET_INFLIGHT_FD, asked)
+
+    def set_inflight_fd(self, description: InflightDescription, fd: int) -> Message:
+        return self.request(Request.SET_INFLIGHT_FD, description, (fd,))
+
+    def set_status(self, status: int) -> Message:
+        return self.request(Request.SET_STATUS, U64(status))
+
+    def get_status(self) -> Message:
+        return self.request(Request.GET_STATUS)
+
+    def set_device_state_fd(self, fd: int, *, load: bool) -> Message:
+        transfer = DeviceStateTransfer(int(load), 0)
+        return self.request(Request.SET_DEVICE_STATE_FD, transfer, (fd,), need_reply=False)
+
+    def check_device_state(self) -> Message:
+        return self.request(Request.CHECK_DEVICE_STATE, need_reply=False)
 
     # ------------------------------------------------------------------ checks
 

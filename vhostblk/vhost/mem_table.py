@@ -19,21 +19,17 @@ Knows nothing about sessions, and nothing about what the memory contains.
 from __future__ import annotations
 
 import mmap
-import os
-import stat
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from vhostblk.errors import GuestError, PeerError
 from vhostblk.vhost.payload import MemoryRegion
+from vhostblk.vhost.shared_file import map_file
 
 __all__ = ["MemTable", "Region"]
 
 _LIMIT = 1 << 64
-# Until 3.13 a mapping keeps a duplicate of its file descriptor, which nobody here needs.
-_NO_FD: dict[str, bool] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
 
 
 class Region:
@@ -43,13 +39,17 @@ class Region:
     """
 
     def __init__(
-        self, region: MemoryRegion, mapping: mmap.mmap, skip: int, address_of: Callable[..., int]
+        self,
+        region: MemoryRegion,
+        mapping: mmap.mmap,
+        view: memoryview,
+        address_of: Callable[..., int],
     ) -> None:
         self.gpa = region.gpa
         self.uva = region.uva
         self.size = region.size
         self._mapping: mmap.mmap | None = mapping
-        self._view = memoryview(mapping)[skip : skip + region.size]
+        self._view = view
         self._holders = 0
         self.hva = address_of(self._view)
         """Address of the first byte in this process."""
@@ -191,45 +191,14 @@ class MemTable:
         mapped: list[Region] = []
         try:
             for region, fd in new:
-                mapped.append(self._map(region, fd))
+                mapping, view = map_file(fd, region.mmap_offset, region.size, region)
+                mapped.append(Region(region, mapping, view, self._address_of))
         except PeerError:
             for done in mapped:
                 done.hold()
                 done.release()
             raise
         return MemTable(self._address_of, self._max_slots, [*kept, *mapped])
-
-    def _map(self, region: MemoryRegion, fd: int) -> Region:
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise PeerError(f"{region}: the fd is not a file")
-            if region.mmap_offset + region.size > status.st_size:
-                raise PeerError(
-                    f"{region}: the file has {status.st_size:#x} bytes, the region begins at"
-                    f" {region.mmap_offset:#x}"
-                )
-            # Huge pages: offset and length must be multiples of the page size, which is hugetlbfs's
-            # block size. Other file systems may state anything; more alignment does no harm there.
-            alignment = max(mmap.ALLOCATIONGRANULARITY, status.st_blksize)
-            if alignment & (alignment - 1):
-                alignment = mmap.ALLOCATIONGRANULARITY
-            start = region.mmap_offset & -alignment
-            end = (region.mmap_offset + region.size + alignment - 1) & -alignment
-            mapping = mmap.mmap(
-                fd,
-                min(end, status.st_size) - start,
-                mmap.MAP_SHARED,
-                mmap.PROT_READ | mmap.PROT_WRITE,
-                offset=start,
-                **_NO_FD,
-            )
-        except (OSError, ValueError, OverflowError) as error:
-            # Anything the front-end can bring about: read-only or sealed files, no address space.
-            raise PeerError(f"{region}: cannot map: {error}") from error
-        # Core files would be as large as the guest, and contain it.
-        mapping.madvise(mmap.MADV_DONTDUMP)
-        return Region(region, mapping, region.mmap_offset - start, self._address_of)
 
 
 def _check(region: MemoryRegion) -> None:

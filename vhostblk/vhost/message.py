@@ -25,7 +25,10 @@ from vhostblk.vhost.payload import (
     MAX_TABLE_REGIONS,
     U64,
     ConfigSpace,
+    DeviceStateTransfer,
     Empty,
+    InflightDescription,
+    LogArea,
     Malformed,
     MemoryRegion,
     MemoryTable,
@@ -47,8 +50,11 @@ __all__ = [
     "BackendRequest",
     "ConfigSpace",
     "Decoder",
+    "DeviceStateTransfer",
     "Empty",
     "Gate",
+    "InflightDescription",
+    "LogArea",
     "Malformed",
     "MemoryRegion",
     "MemoryTable",
@@ -168,6 +174,9 @@ class ProtocolFeature(enum.IntFlag):
     SHARED_OBJECT = 1 << 18
     DEVICE_STATE = 1 << 19
     GET_VRING_BASE_INFLIGHT = 1 << 20
+    GPA_ADDRESSES = 1 << 21
+    SHMEM = 1 << 22
+    GET_VRING_BASE_SKIP_DRAIN = 1 << 23
 
 
 class Gate(enum.Enum):
@@ -193,9 +202,11 @@ class Row:
     payload: type[Payload] = Empty
     reply: type[Payload] | None = None  # None: no reply but REPLY_ACK's
     fds: tuple[int, int] = (0, 0)  # fewest and most
+    reply_fds: int = 0  # at most
     feature: ProtocolFeature = ProtocolFeature.NONE
     gate: Gate = Gate.NEGOTIATED
     ring: Ring = Ring.NONE
+    refusal: int | None = None  # what a reply of u64 says no with
 
     def check_syntax(self, message: Message) -> None:
         """Check the columns that need no state. Raises: PeerError: payload or fds are wrong."""
@@ -230,10 +241,14 @@ FRONTEND_TABLE: Mapping[int, Row] = _table(
     Row(_R.ADD_MEM_REG, SingleRegion, fds=(1, 1), feature=_SLOTS),
     # No fd belongs here, but QEMU up to 8 and others send one: accept it and close it.
     Row(_R.REM_MEM_REG, SingleRegion, fds=(0, 1), feature=_SLOTS),
+    Row(_R.SET_LOG_BASE, LogArea, reply=U64, fds=(1, 1), feature=_P.LOG_SHMFD),
+    Row(_R.SET_LOG_FD, fds=(1, 1), feature=_P.LOG_SHMFD, gate=Gate.OFFERED),
     Row(_R.SET_VRING_NUM, VringState, ring=Ring.STOPPED),
-    Row(_R.SET_VRING_ADDR, VringAddress, ring=Ring.STOPPED),
+    Row(_R.SET_VRING_ADDR, VringAddress, ring=Ring.ANY),
     Row(_R.SET_VRING_BASE, VringState, ring=Ring.STOPPED),
     Row(_R.GET_VRING_BASE, VringState, reply=VringState, ring=Ring.ANY),
+    Row(_R.GET_VRING_BASE_SKIP_DRAIN, VringState, reply=VringState, ring=Ring.ANY,
+        feature=_P.GET_VRING_BASE_SKIP_DRAIN),
     Row(_R.SET_VRING_KICK, VringFile, fds=(0, 1), ring=Ring.ANY),
     Row(_R.SET_VRING_CALL, VringFile, fds=(0, 1), ring=Ring.ANY),
     Row(_R.SET_VRING_ERR, VringFile, fds=(0, 1), ring=Ring.ANY),
@@ -242,6 +257,15 @@ FRONTEND_TABLE: Mapping[int, Row] = _table(
     Row(_R.SET_BACKEND_REQ_FD, fds=(1, 1), feature=_P.BACKEND_REQ, gate=Gate.OFFERED),
     Row(_R.GET_CONFIG, ConfigSpace, reply=ConfigSpace, feature=_P.CONFIG),
     Row(_R.SET_CONFIG, ConfigSpace, feature=_P.CONFIG),
+    Row(_R.GET_INFLIGHT_FD, InflightDescription, reply=InflightDescription, reply_fds=1,
+        feature=_P.INFLIGHT_SHMFD),
+    Row(_R.SET_INFLIGHT_FD, InflightDescription, fds=(1, 1), feature=_P.INFLIGHT_SHMFD),
+    Row(_R.SET_STATUS, U64, feature=_P.STATUS),
+    Row(_R.GET_STATUS, reply=U64, feature=_P.STATUS),
+    # Bits 0 to 7 are the error, bit 8 says that no fd comes with the reply.
+    Row(_R.SET_DEVICE_STATE_FD, DeviceStateTransfer, reply=U64, fds=(1, 1),
+        feature=_P.DEVICE_STATE, refusal=0x101),
+    Row(_R.CHECK_DEVICE_STATE, reply=U64, feature=_P.DEVICE_STATE, refusal=1),
 )
 """Requests of the front-end that are served."""
 
@@ -276,9 +300,9 @@ class Message:
         except ValueError:
             return f"request {self.request}"
 
-    def reply(self, payload: Payload) -> Message:
+    def reply(self, payload: Payload, fds: tuple[int, ...] = ()) -> Message:
         """Build the reply to this request."""
-        return Message(self.request, _VERSION | MessageFlag.REPLY, payload)
+        return Message(self.request, _VERSION | MessageFlag.REPLY, payload, fds)
 
     def encode(self) -> bytes:
         """Give the bytes; the fds go beside the first of them."""

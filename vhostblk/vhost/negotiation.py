@@ -2,7 +2,8 @@
 
 vhost-user, "Protocol features"; SET_FEATURES, SET_PROTOCOL_FEATURES. Bit 30 of the VIRTIO features
 is vhost-user's: it offers the second negotiation, and says, once acknowledged, that rings begin
-disabled. It is added to the offer here, and hidden from the device.
+disabled. It is added to the offer here, and hidden from the device. So is bit 26 where the log of
+dirty memory (LOG_SHMFD) is served: it says whether what is written is logged, and changes at any time.
 
 Knows nothing about what a feature means.
 """
@@ -17,15 +18,22 @@ __all__ = ["PROTOCOL_FEATURES", "Negotiation"]
 
 PROTOCOL_FEATURES = (
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
+    | ProtocolFeature.STATUS
+    | ProtocolFeature.DEVICE_STATE
+    | ProtocolFeature.GET_VRING_BASE_INFLIGHT
+    | ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN
 )
 """What this package can serve."""
 
 _PROTOCOL_BIT = int(Feature.VHOST_USER_F_PROTOCOL_FEATURES)
+_LOG_ALL = int(Feature.VHOST_F_LOG_ALL)
 # QEMU passes on whatever the guest has acknowledged, and for this bit it never asks the back-end:
 # guests that use the legacy interface may set it. It promises nothing that any framing does not.
 _HARMLESS_FEATURES = int(Feature.VIRTIO_F_ANY_LAYOUT)
@@ -47,7 +55,8 @@ class Negotiation:
     def __init__(self, features: int, protocol_features: ProtocolFeature) -> None:
         if protocol_features & ~PROTOCOL_FEATURES:
             raise ValueError(f"protocol features {protocol_features!r} are not all served")
-        self.offered = features | _PROTOCOL_BIT
+        serves_log = ProtocolFeature.LOG_SHMFD in protocol_features
+        self.offered = features | _PROTOCOL_BIT | (_LOG_ALL if serves_log else 0)
         """What GET_FEATURES answers."""
         self.protocol_offered = protocol_features
         """What GET_PROTOCOL_FEATURES answers."""
@@ -55,8 +64,10 @@ class Negotiation:
         """Protocol features in force."""
         self.has_protocol_bit = False
         """Whether the front-end has acknowledged bit 30."""
+        self.logs = False
+        """Whether it has acknowledged bit 26 last."""
         self.features = 0
-        """VIRTIO features acknowledged, without bit 30."""
+        """VIRTIO features acknowledged, without bits 30 and 26."""
 
     def set_features(self, features: int, *, is_running: bool) -> None:
         """Acknowledge VIRTIO features.
@@ -70,11 +81,12 @@ class Negotiation:
         unknown = features & ~(self.offered | _HARMLESS_FEATURES)
         if unknown:
             raise PeerError(f"SET_FEATURES: not offered: {feature_names(unknown)}")
-        virtio = features & self.offered & ~_PROTOCOL_BIT
+        virtio = features & self.offered & ~_PROTOCOL_BIT & ~_LOG_ALL
         if is_running and virtio != self.features:
             raise PeerError("SET_FEATURES: other features while a vring is started")
         self.features = virtio
         self.has_protocol_bit = bool(features & _PROTOCOL_BIT)
+        self.logs = bool(features & _LOG_ALL)
 
     def set_protocol(self, features: int) -> None:
         """Agree on protocol features. Raises: PeerError: some were not offered."""
@@ -87,6 +99,11 @@ class Negotiation:
         """Whether all of these are in force."""
         return self.protocol & features == features
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether rings have the packed format."""
+        return bool(self.features & Feature.VIRTIO_F_RING_PACKED)
+
     def check(self, row: Row) -> None:
         """Raises: PeerError: the row's protocol feature does not permit its request yet."""
         available = self.protocol if row.gate is Gate.NEGOTIATED else self.protocol_offered
@@ -98,3 +115,4 @@ class Negotiation:
     def reset(self) -> None:
         """Forget the VIRTIO features: the device is reset, the connection is not."""
         self.features = 0
+        self.logs = False

@@ -19,7 +19,10 @@ __all__ = [
     "MAX_CONFIG_SIZE",
     "MAX_TABLE_REGIONS",
     "ConfigSpace",
+    "DeviceStateTransfer",
     "Empty",
+    "InflightDescription",
+    "LogArea",
     "Malformed",
     "MemoryRegion",
     "MemoryTable",
@@ -146,6 +149,22 @@ class VringFile(Payload):
 
 
 @dataclass(frozen=True)
+class LogArea(Payload):
+    """Where the log of dirty pages is in the file that comes along; its first bit is guest address 0's."""
+
+    size: int
+    offset: int
+    _layout: ClassVar[struct.Struct] = struct.Struct("=QQ")
+
+    def pack(self) -> bytes:
+        return self._layout.pack(self.size, self.offset)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*_unpack(cls._layout, data))
+
+
+@dataclass(frozen=True)
 class MemoryRegion:
     """One region of guest memory; it begins `mmap_offset` bytes into the file that comes along."""
 
@@ -232,6 +251,50 @@ class ConfigSpace(Payload):
         if len(data) - head not in (0, size):
             raise PeerError(f"{len(data) - head} bytes of configuration space instead of {size}")
         return cls(offset, size, flags, data[head:])
+
+
+@dataclass(frozen=True)
+class InflightDescription(Payload):
+    """Where in a file, and for which queues, requests in flight are tracked.
+
+    The text has 20 bytes. Front-ends and back-ends send a C structure of 24, the last four of which
+    mean nothing; a request of either size is understood, and answered in its own.
+    """
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+    is_padded: bool = True
+    _layout: ClassVar[struct.Struct] = struct.Struct("=QQHH")
+    _PADDING: ClassVar[bytes] = bytes(4)
+
+    def pack(self) -> bytes:
+        fields = (self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
+        return self._layout.pack(*fields) + (self._PADDING if self.is_padded else b"")
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        is_padded = len(data) == cls._layout.size + len(cls._PADDING)
+        fields = _unpack(cls._layout, data[: cls._layout.size] if is_padded else data)
+        mmap_size, mmap_offset, num_queues, queue_size = fields
+        return cls(mmap_size, mmap_offset, num_queues, queue_size, is_padded)
+
+
+@dataclass(frozen=True)
+class DeviceStateTransfer(Payload):
+    """Which way the device's state goes (0: out of the back-end, 1: into it), and when (0: suspended)."""
+
+    direction: int
+    phase: int
+    _layout: ClassVar[struct.Struct] = struct.Struct("=II")
+
+    def pack(self) -> bytes:
+        return self._layout.pack(self.direction, self.phase)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Self:
+        return cls(*_unpack(cls._layout, data))
 
 
 @dataclass(frozen=True)

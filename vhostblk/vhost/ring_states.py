@@ -19,6 +19,7 @@ from vhostblk.vhost.action import (
     StartVring,
     StopVring,
 )
+from vhostblk.vhost.inflight import InflightState
 from vhostblk.vhost.vring import Vring, VringFd
 
 __all__ = ["RingStates", "close_fds"]
@@ -60,22 +61,37 @@ class RingStates:
             return closing
         return (SetVringFd(vring.index, which, fd), *closing)
 
-    def start(self, vring: Vring, kick_fd: int | None) -> tuple[Action, ...]:
+    def start(
+        self, vring: Vring, kick_fd: int | None, *, inflight: InflightState, packed: bool
+    ) -> tuple[Action, ...]:
         """Start a stopped ring; it counts as started once whoever performs this says so.
 
         Raises:
-            PeerError: its size or addresses were never set.
+            PeerError: its size or addresses were never set, or its requests cannot be tracked.
         """
-        vring.check_ready()
+        vring.check_ready(packed=packed)
+        part = inflight.part(vring.index, vring.size, packed=packed)
         closing = self.set_fd(vring, VringFd.KICK, kick_fd)
-        return (StartVring(vring.index, vring.snapshot()), *closing)
+        return (StartVring(vring.index, vring.snapshot(part, packed=packed)), *closing)
 
-    def stop(self, vring: Vring) -> tuple[Action, ...]:
+    def stop(self, vring: Vring, *, suspend: bool = False) -> tuple[Action, ...]:
         """Stop a started ring; it counts as started until whoever performs this says so.
 
         Its call and error fds stay: QEMU sends the latter once per connection.
+
+        Args:
+            suspend: see `StopVring`.
         """
-        return (StopVring(vring.index), *close_fds([vring.set_fd(VringFd.KICK, None)]))
+        return (StopVring(vring.index, suspend), *close_fds([vring.set_fd(VringFd.KICK, None)]))
+
+    def stop_all(self) -> tuple[Action, ...]:
+        """Stop what is started, for good; the results are not reported."""
+        actions: tuple[Action, ...] = ()
+        for vring in self.vrings:
+            if vring.is_started:
+                actions += self.stop(vring)
+                vring.is_started = False
+        return actions
 
     def enable(self, vrings: Iterable[Vring], enabled: bool) -> tuple[Action, ...]:
         """Enable or disable rings, in whatever state."""

@@ -36,20 +36,22 @@ from vhostblk.vhost.action import (
     Action,
     AddRegion,
     CloseFds,
+    ForgetInflight,
     MapMemory,
-    ReadConfig,
     RemoveRegion,
     ResetDevice,
     SetBackendChannel,
     SetFeatures,
-    WriteConfig,
 )
+from vhostblk.vhost.backend_messages import BackendMessages
+from vhostblk.vhost.config_access import ConfigAccess
+from vhostblk.vhost.device_messages import DeviceMessages
 from vhostblk.vhost.exchange import Exchange
+from vhostblk.vhost.log_state import LogState
 from vhostblk.vhost.message import (
     FRONTEND_TABLE,
     U64,
-    BackendRequest,
-    ConfigSpace,
+    LogArea,
     MemoryTable,
     Message,
     Payload,
@@ -63,8 +65,9 @@ from vhostblk.vhost.message import (
     VringState,
 )
 from vhostblk.vhost.negotiation import PROTOCOL_FEATURES, Negotiation
+from vhostblk.vhost.ring_messages import RingMessages
 from vhostblk.vhost.ring_states import RingStates, close_fds
-from vhostblk.vhost.vring import Vring, VringFd
+from vhostblk.vhost.vring import Vring
 
 __all__ = ["MAX_MEM_SLOTS", "MAX_QUEUES", "PROTOCOL_FEATURES", "Session"]
 
@@ -78,8 +81,6 @@ QEMU's own back-ends answer. A slot costs us one mapping, and an fd before Pytho
 
 MAX_QUEUES = 256
 """SET_VRING_KICK and its sisters have eight bits for the index."""
-
-_MIGRATION = 1  # SET_CONFIG flag: the front-end restores a migrated configuration
 
 
 class Session:
@@ -113,13 +114,18 @@ class Session:
         if not 1 <= num_queues <= MAX_QUEUES:
             raise ValueError(f"{num_queues} vrings: 1 to {MAX_QUEUES} are possible")
         self._agreed = Negotiation(device_features, protocol_features)
-        self._config_size = config_size
-        self._writable_config = writable_config
-        self._has_channel = False
-        self._config_change_due = False
+        self._own = BackendMessages()
         self._exchange: Exchange | None = None
         self._is_over = False
         self._rings = RingStates(num_queues)
+        self._log = LogState()
+        config = ConfigAccess(config_size, writable_config)
+        self._device = DeviceMessages(
+            self._reply_with, self._agreed, self._rings, self._log, config
+        )
+        self._ring_messages = RingMessages(
+            self._current, self._agreed, self._rings, self._log, self._device.status
+        )
         self._constants: Mapping[int, int] = {
             Request.GET_FEATURES: self._agreed.offered,
             Request.GET_PROTOCOL_FEATURES: int(protocol_features),
@@ -196,22 +202,24 @@ class Session:
             exchange.starting.is_started = True
         return exchange.answer(result, acks=acks)
 
+    def vring_stopped(self, index: int, base: int) -> None:
+        """Note where a StopVring has stopped: QEMU says SET_STATUS 0 first, and then asks for the base."""
+        self.vrings[index].set_base(base, packed=True)
+
     def config_changed(self) -> None:
         """Note that the configuration space has changed; `take_backend_message` says the rest."""
-        self._config_change_due = True
+        self._own.config_changed()
+
+    def vring_broke(self, index: int) -> None:
+        """Note that a queue is broken: the device needs a reset until it is stopped."""
+        self._device.status.broke(index)
 
     def take_backend_message(self) -> Message | None:
         """Give the message that is due on the back-end channel, if one is due and allowed now.
 
-        vhost-user, "Suspended device state": nothing is sent while all vrings are stopped. QEMU
-        drops such messages too; so a change is kept until a ring runs. Ask after
-        `config_changed` and after each `complete`.
+        Ask after `config_changed` and after each `complete`.
         """
-        may_tell = self._agreed.has(ProtocolFeature.CONFIG | ProtocolFeature.BACKEND_REQ)
-        if not (may_tell and self._has_channel and self._rings.any_started):
-            return None
-        is_due, self._config_change_due = self._config_change_due, False
-        return Message(BackendRequest.CONFIG_CHANGE_MSG) if is_due else None
+        return self._own.take(self._agreed, is_running=self._rings.any_started)
 
     def close(self) -> tuple[Action, ...]:
         """End the session, as after a disconnect, also while a message is being handled.
@@ -225,7 +233,7 @@ class Session:
         exchange, self._exchange = self._exchange, None
         if exchange is not None and exchange.starting is not None:
             exchange.starting.is_started = True
-        return self._rings.close()
+        return self._rings.close() + self._log.set_fd(None)
 
     # ------------------------------------------------------------------ the columns of the table
 
@@ -256,7 +264,7 @@ class Session:
 
     def _set_features(self, message: Message) -> tuple[Action, ...]:
         self._agreed.set_features(_u64(message), is_running=self._rings.any_started)
-        actions: tuple[Action, ...] = (SetFeatures(self.features),)
+        actions = (SetFeatures(self.features), *self._log.set_enabled(self._agreed.logs))
         if not self._agreed.has_protocol_bit:
             # "Ring states": without F_PROTOCOL_FEATURES all rings are enabled immediately.
             actions += self._rings.enable(self.vrings, True)
@@ -277,8 +285,11 @@ class Session:
     def _reset_device(self, message: Message) -> tuple[Action, ...]:
         # Memory, the channel, the protocol features and the call and error fds stay: QEMU sends
         # them once per connection, not once per reset.
+        versions = self._ring_messages.inflight.versions(packed=self._agreed.is_packed)
         self._agreed.reset()
-        return (ResetDevice(), *self._rings.reset())
+        self._device.status.reset()
+        reset = (ResetDevice(), *self._rings.reset(), *self._log.set_enabled(False))
+        return (*reset, ForgetInflight(versions)) if versions else reset
 
     def _set_mem_table(self, message: Message) -> tuple[Action, ...]:
         assert isinstance(message.payload, MemoryTable)
@@ -295,108 +306,24 @@ class Session:
         assert isinstance(message.payload, SingleRegion)
         return (RemoveRegion(message.payload.region), *close_fds(message.fds))
 
-    def _set_vring_num(self, message: Message) -> tuple[Action, ...]:
-        vring, num = self._vring_state(message)
-        vring.set_size(num)
-        return ()
+    def _set_log_base(self, message: Message) -> tuple[Action, ...]:
+        assert isinstance(message.payload, LogArea)
+        self._reply_with(lambda _: U64(0))  # there is no way to refuse it
+        return self._log.set_area(message.payload, message.fds)
 
-    def _set_vring_base(self, message: Message) -> tuple[Action, ...]:
-        vring, num = self._vring_state(message)
-        vring.set_base(num)
-        return ()
-
-    def _set_vring_addr(self, message: Message) -> tuple[Action, ...]:
-        address = message.payload
-        assert isinstance(address, VringAddress)
-        if address.flags:
-            # Bit 0 is VHOST_VRING_F_LOG, which only LOG_ALL would permit.
-            raise PeerError(f"SET_VRING_ADDR: flags {address.flags:#x}")
-        self._vring(address).set_addresses(address.desc, address.avail, address.used)
-        return ()
-
-    def _get_vring_base(self, message: Message) -> tuple[Action, ...]:
-        vring, _ = self._vring_state(message)
-        if not vring.is_started:
-            self._reply_with(lambda _: VringState(vring.index, vring.base))
-            return ()
-
-        def stopped(base: int) -> Payload:
-            vring.is_started = False
-            vring.base = base
-            return VringState(vring.index, base)
-
-        self._reply_with(stopped)
-        return self._rings.stop(vring)
-
-    def _set_vring_kick(self, message: Message) -> tuple[Action, ...]:
-        # "Ring states": SET_VRING_KICK starts the ring; older texts had the first kick do so.
-        vring, fd = self._vring_fd(message)
-        if vring.is_started:
-            return self._rings.set_fd(vring, VringFd.KICK, fd)
-        actions = self._rings.start(vring, fd)
-        assert self._exchange is not None
-        self._exchange.starting = vring
-        return actions
-
-    def _set_vring_call_or_err(self, message: Message) -> tuple[Action, ...]:
-        vring, fd = self._vring_fd(message)
-        is_call = message.request == Request.SET_VRING_CALL
-        return self._rings.set_fd(vring, VringFd.CALL if is_call else VringFd.ERR, fd)
-
-    def _set_vring_enable(self, message: Message) -> tuple[Action, ...]:
-        vring, num = self._vring_state(message)
-        if num > 1:
-            raise PeerError(f"SET_VRING_ENABLE: {num} is neither 0 nor 1")
-        return self._rings.enable((vring,), bool(num))
+    def _set_log_fd(self, message: Message) -> tuple[Action, ...]:
+        return self._log.set_fd(message.fds[0])
 
     def _set_backend_req_fd(self, message: Message) -> tuple[Action, ...]:
-        self._has_channel = True
+        self._own.has_channel = True
         return (SetBackendChannel(message.fds[0]),)
 
-    def _get_config(self, message: Message) -> tuple[Action, ...]:
-        config = self._config(message)
-        # The payload of the reply has the size that was asked: initiators check it.
-        self._reply_with(
-            lambda data: ConfigSpace(config.offset, config.size, config.flags, bytes(data))
-        )
-        return (ReadConfig(config.offset, config.size),)
-
-    def _set_config(self, message: Message) -> tuple[Action, ...]:
-        config = self._config(message)
-        if not config.data:
-            raise PeerError("SET_CONFIG without data")
-        if config.flags not in (0, _MIGRATION):
-            raise PeerError(f"SET_CONFIG: flags {config.flags:#x}")
-        end = config.offset + config.size
-        writable = self._writable_config
-        if not config.flags and not writable.start <= config.offset <= end <= writable.stop:
-            raise PeerError(f"SET_CONFIG: bytes {config.offset} to {end - 1} are read-only")
-        return (WriteConfig(config.offset, config.data, config.flags == _MIGRATION),)
-
-    def _config(self, message: Message) -> ConfigSpace:
-        config = message.payload
-        assert isinstance(config, ConfigSpace)
-        if config.offset + config.size > self._config_size:
-            raise PeerError(
-                f"{message.name()}: {config.size} bytes at {config.offset}, there are"
-                f" {self._config_size}"
-            )
-        return config
+    def _current(self) -> Exchange:
+        assert self._exchange is not None
+        return self._exchange
 
     def _reply_with(self, payload: Callable[[Any], Payload]) -> None:
-        assert self._exchange is not None
-        self._exchange.own_reply = payload
-
-    def _vring_state(self, message: Message) -> tuple[Vring, int]:
-        assert isinstance(message.payload, VringState)
-        return self._vring(message.payload), message.payload.num
-
-    def _vring_fd(self, message: Message) -> tuple[Vring, int | None]:
-        payload = message.payload
-        assert isinstance(payload, VringFile)
-        if payload.has_fd != bool(message.fds):
-            raise PeerError(f"{message.name()}: bit 8 and the fds disagree")
-        return self._vring(payload), message.fds[0] if message.fds else None
+        self._current().own_reply = payload
 
 
 def _u64(message: Message) -> int:
@@ -417,16 +344,37 @@ _HANDLERS: Mapping[Request, Callable[[Session, Message], tuple[Action, ...]]] = 
     Request.GET_MAX_MEM_SLOTS: Session._get_constant,
     Request.ADD_MEM_REG: Session._add_mem_reg,
     Request.REM_MEM_REG: Session._rem_mem_reg,
-    Request.SET_VRING_NUM: Session._set_vring_num,
-    Request.SET_VRING_BASE: Session._set_vring_base,
-    Request.SET_VRING_ADDR: Session._set_vring_addr,
-    Request.GET_VRING_BASE: Session._get_vring_base,
-    Request.SET_VRING_KICK: Session._set_vring_kick,
-    Request.SET_VRING_CALL: Session._set_vring_call_or_err,
-    Request.SET_VRING_ERR: Session._set_vring_call_or_err,
-    Request.SET_VRING_ENABLE: Session._set_vring_enable,
+    Request.SET_LOG_BASE: Session._set_log_base,
+    Request.SET_LOG_FD: Session._set_log_fd,
+    Request.SET_VRING_NUM: lambda session, message: session._ring_messages.set_num(message),
+    Request.SET_VRING_BASE: lambda session, message: session._ring_messages.set_base(message),
+    Request.SET_VRING_ADDR: lambda session, message: session._ring_messages.set_addresses(message),
+    Request.GET_VRING_BASE: lambda session, message: session._ring_messages.get_base(message),
+    Request.GET_VRING_BASE_SKIP_DRAIN: lambda session, message: session._ring_messages.get_base(
+        message
+    ),
+    Request.SET_VRING_KICK: lambda session, message: session._ring_messages.set_kick(message),
+    Request.SET_VRING_CALL: lambda session, message: session._ring_messages.set_call_or_err(
+        message
+    ),
+    Request.SET_VRING_ERR: lambda session, message: session._ring_messages.set_call_or_err(message),
+    Request.SET_VRING_ENABLE: lambda session, message: session._ring_messages.set_enabled(message),
     Request.GET_QUEUE_NUM: Session._get_constant,
     Request.SET_BACKEND_REQ_FD: Session._set_backend_req_fd,
-    Request.GET_CONFIG: Session._get_config,
-    Request.SET_CONFIG: Session._set_config,
+    Request.GET_CONFIG: lambda session, message: session._device.get_config(message),
+    Request.SET_CONFIG: lambda session, message: session._device.set_config(message),
+    Request.GET_INFLIGHT_FD: lambda session, message: session._ring_messages.get_inflight_fd(
+        message
+    ),
+    Request.SET_INFLIGHT_FD: lambda session, message: session._ring_messages.set_inflight_fd(
+        message
+    ),
+    Request.SET_STATUS: lambda session, message: session._device.set_status(message),
+    Request.GET_STATUS: lambda session, message: session._device.get_status(message),
+    Request.SET_DEVICE_STATE_FD: lambda session, message: session._device.set_device_state_fd(
+        message
+    ),
+    Request.CHECK_DEVICE_STATE: lambda session, message: session._device.check_device_state(
+        message
+    ),
 }

@@ -5,8 +5,8 @@ vhost-user, "Backend program conventions" (`--socket-path`, `--fd`).
 A socket file outlives the process that made it. So a path is bound only where nothing answers: a
 file that refuses connections is stale, and replaced; anything else at that path stays.
 
-Connections have a module of their own, `connection`; users get them here. With it, this is the
-only code of the package that touches sockets.
+Connections have a module of their own, `connection`; users get them here. Whose the socket file is, and who has
+connected, is `access`. With these two, this is the only code of the package that touches sockets.
 
 Knows nothing about messages, nor about who may connect when: `Listener.accept` hands out one
 connection at a time, and a caller that is busy closes it, or does not ask.
@@ -23,11 +23,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from vhostblk.errors import ConfigError, StateError
+from vhostblk.vhost.access import SocketAccess
 from vhostblk.vhost.connection import BackendChannel, BlockingConnection, Connection, wake
 
 __all__ = ["BackendChannel", "BlockingConnection", "Connection", "Listener"]
 
 _BACKLOG = 16
+_AS_IT_COMES = SocketAccess()
 
 
 class Listener:
@@ -50,14 +52,15 @@ class Listener:
         self._waiter: asyncio.Future[None] | None = None
 
     @classmethod
-    def bind(cls, path: str, *, mode: int | None = None) -> Listener:
+    def bind(cls, path: str, access: SocketAccess = _AS_IT_COMES) -> Listener:
         """Listen on a path; a socket file that nobody listens on is replaced.
 
         Args:
-            mode: permission bits of the socket file; None: as the umask has it.
+            access: mode and owner of the socket file, which it has before anybody can connect.
 
         Raises:
-            ConfigError: somebody listens there, it is another kind of file, or it cannot be bound.
+            ConfigError: somebody listens there, it is another kind of file, it cannot be bound, or not be given to
+                that owner.
         """
         if not path or "\0" in path:
             raise ConfigError(f"socket path {path!r}: not a path")
@@ -65,13 +68,13 @@ class Listener:
         try:
             with _directory_lock(os.path.dirname(path) or "."):
                 _remove_stale(path)
+                access.prepare(sock)
                 sock.bind(path)
                 try:
-                    if mode is not None:
-                        os.chmod(path, mode)  # nobody can connect before listen()
+                    access.grant(path)
                     sock.listen(_BACKLOG)
                     return cls(sock, path)
-                except OSError:
+                except (OSError, ConfigError):
                     os.unlink(path)
                     raise
         except OSError as error:

@@ -16,7 +16,11 @@ from vhostblk.errors import PeerError
 
 __all__ = ["MAX_RING_SIZE", "Vring", "VringFd", "VringSnapshot"]
 
-MAX_RING_SIZE = 32768  # VIRTIO 1.2 §2.7: the maximum queue size value is 32768
+MAX_RING_SIZE = 32768  # VIRTIO 1.2 §2.7, §2.8: the maximum queue size value is 32768
+
+_FIRST_PACKED_BASE = 0x8000_8000  # VIRTIO 1.2 §2.8.1: wrap counters begin with 1
+# So that no sum of it and an offset in a ring wraps around.
+_MAX_LOG_GPA = (1 << 64) - (1 << 20)
 
 
 class VringFd(enum.Enum):
@@ -45,6 +49,10 @@ class VringSnapshot:
     call_fd: int | None
     err_fd: int | None
     enabled: bool
+    log_gpa: int | None = None
+    """Guest physical address of the used ring, if it is to be marked in the log."""
+    inflight: range | None = None
+    """Bytes of the in-flight region that are this ring's; None: requests are not tracked."""
 
 
 class Vring:
@@ -58,55 +66,104 @@ class Vring:
 
     def __init__(self, index: int) -> None:
         self.index = index
-        self.base = 0
+        self._base: int | None = None
         self.is_started = False
         self.is_enabled = False
         self._size: int | None = None
         self._addresses: tuple[int, int, int] | None = None
+        self._log_gpa: int | None = None
         self._fds: dict[VringFd, int | None] = dict.fromkeys(VringFd)
 
-    def set_size(self, size: int) -> None:
-        """Raises: PeerError: not a power of two up to 32768."""
-        # VIRTIO 1.2 §2.7: queue size is always a power of 2.
-        if not 1 <= size <= MAX_RING_SIZE or size & (size - 1):
-            raise PeerError(f"vring {self.index}: size {size} is not a power of two up to 32768")
+    def set_size(self, size: int, *, packed: bool = False) -> None:
+        """Raises: PeerError: not up to 32768, and a power of two unless the ring is packed."""
+        self._check_size(size, packed)
         self._size = size
 
-    def set_base(self, base: int) -> None:
-        """Set the next available index. Raises: PeerError: it has more than 16 bits."""
-        if base > 0xFFFF:
+    def _check_size(self, size: int, packed: bool) -> None:
+        if not 1 <= size <= MAX_RING_SIZE:
+            raise PeerError(f"vring {self.index}: size {size} is not from 1 to {MAX_RING_SIZE}")
+        # VIRTIO 1.2 §2.7: queue size is always a power of 2; §2.8.10.1: need not be.
+        if not packed and size & (size - 1):
+            raise PeerError(f"vring {self.index}: size {size} is not a power of two")
+
+    def set_base(self, base: int, *, packed: bool = False) -> None:
+        """Set where the ring begins: VHOST_USER_SET_VRING_BASE.
+
+        Args:
+            base: the next available index. Packed: in bits 0-15 the next available descriptor and
+                its wrap counter, in bits 16-31 the next used one and its wrap counter.
+
+        Raises:
+            PeerError: it has more than 16 bits, and the ring is not packed.
+        """
+        self._check_base(base, packed)
+        self._base = base
+
+    def _check_base(self, base: int, packed: bool) -> None:
+        if base > 0xFFFF and not packed:
             raise PeerError(f"vring {self.index}: base {base:#x} does not fit 16 bits")
-        self.base = base
+
+    def base(self, *, packed: bool = False) -> int:
+        """What was set, or where a new ring begins."""
+        if self._base is not None:
+            return self._base
+        return _FIRST_PACKED_BASE if packed else 0
 
     def set_addresses(self, desc: int, avail: int, used: int) -> None:
         """Raises: PeerError: one is not aligned; whether they are in memory is not known here."""
-        # VIRTIO 1.2 §2.7: descriptor table 16, available ring 2, used ring 4.
+        if self.is_started:
+            # To turn logging on and off they come again.
+            if self._addresses != (desc, avail, used):
+                raise PeerError(f"vring {self.index}: other addresses while it is started")
+            return
+        # VIRTIO 1.2 §2.7: descriptor table 16, available ring 2, used ring 4; §2.8.10.1: 16, 4, 4.
         if desc % 16 or avail % 2 or used % 4:
             raise PeerError(
                 f"vring {self.index}: misaligned: desc {desc:#x}, avail {avail:#x}, used {used:#x}"
             )
         self._addresses = (desc, avail, used)
 
+    def set_log(self, gpa: int | None) -> bool:
+        """Say where the used ring is marked in the log, if it is; gives whether that is new.
+
+        Raises:
+            PeerError: there can be no guest memory there.
+        """
+        if gpa is not None and gpa > _MAX_LOG_GPA:
+            raise PeerError(f"vring {self.index}: a used ring at {gpa:#x} in the log")
+        before, self._log_gpa = self._log_gpa, gpa
+        return gpa != before
+
     def set_fd(self, which: VringFd, fd: int | None) -> int | None:
         """Take over `fd` and return the one it replaces, which is now the caller's."""
         old, self._fds[which] = self._fds[which], fd
         return old
 
-    def check_ready(self) -> None:
-        """Raises: PeerError: the ring cannot start: its size or addresses were never set."""
+    def check_ready(self, *, packed: bool = False) -> None:
+        """Raises: PeerError: the ring cannot start: no size, no addresses, or of another format."""
         if self._size is None or self._addresses is None:
             missing = "size" if self._size is None else "addresses"
             raise PeerError(f"vring {self.index}: kick fd before its {missing}")
+        # They may have been set before the features.
+        self._check_size(self._size, packed)
+        self._check_base(self.base(packed=packed), packed)
+        if packed and self._addresses[1] % 4:
+            raise PeerError(f"vring {self.index}: misaligned: driver area {self._addresses[1]:#x}")
 
-    def snapshot(self) -> VringSnapshot:
-        """Copy the state for the data path; `check_ready` must have passed."""
+    @property
+    def size(self) -> int:
+        """Entries; `check_ready` must have passed."""
         assert self._size is not None
+        return self._size
+
+    def snapshot(self, inflight: range | None = None, *, packed: bool = False) -> VringSnapshot:
+        """Copy the state for the data path; `check_ready` must have passed."""
         assert self._addresses is not None
         desc, avail, used = self._addresses
         return VringSnapshot(
             index=self.index,
-            size=self._size,
-            base=self.base,
+            size=self.size,
+            base=self.base(packed=packed),
             desc=desc,
             avail=avail,
             used=used,
@@ -114,13 +171,15 @@ class Vring:
             call_fd=self._fds[VringFd.CALL],
             err_fd=self._fds[VringFd.ERR],
             enabled=self.is_enabled,
+            log_gpa=self._log_gpa,
+            inflight=inflight,
         )
 
     def forget(self) -> None:
         """Go back to a new ring's state, but for the fds: RESET_DEVICE."""
-        self.base = 0
+        self._base = None
         self.is_started = self.is_enabled = False
-        self._size = self._addresses = None
+        self._size = self._addresses = self._log_gpa = None
 
     def close(self) -> tuple[int, ...]:
         """Give up all fds; the caller closes them."""

@@ -6,9 +6,10 @@ place where 512-byte sectors exist; what comes out counts in bytes.
 The rules, in the order in which they are looked at. The engine's request code has the same list;
 whichever rule fails first names the status, nothing of a refused request is executed:
 
-1. The status is the last writable byte, wherever it is (§2.7.4.1). None: nothing can be
-   answered, the queue is broken (`Broken.NO_STATUS`).
-2. The header is the first 16 readable bytes, in any framing, copied once. Fewer: IOERR.
+1. The status is the last writable byte, wherever it is (§2.7.4.1). None, or not in guest memory:
+   nothing can be answered, the queue is broken (`Broken.NO_STATUS`, `Broken.ADDRESS`).
+2. Any other buffer that is not in guest memory: IOERR, nothing is looked at. The header is the
+   first 16 readable bytes, in any framing, copied once. Fewer: IOERR.
 3. A type that is not implemented: UNSUPP.
 4. OUT, DISCARD or WRITE_ZEROES on a read-only device: IOERR (§5.2.6.2).
 5. IN, OUT: data not a multiple of 512 bytes, or more than 2147483136 of them: IOERR. Any byte at
@@ -82,6 +83,8 @@ class BlkRequest:
     """DISCARD, WRITE_ZEROES."""
     status: Status | None = None
     """Set: refused, complete it with this and do nothing."""
+    is_incomplete: bool = False
+    """Refused because some of it is not in guest memory."""
 
     def complete(self, status: int, written: int = 0) -> int:
         """Write the status byte.
@@ -114,9 +117,15 @@ def parse(
     """
     writable = chain.writable
     if not writable:
+        if chain.is_incomplete:
+            raise GuestError(f"chain {chain.head}: its end is not in memory", Broken.ADDRESS)
         raise GuestError(f"chain {chain.head}: no status byte", Broken.NO_STATUS)
     last = writable[-1]
     request = BlkRequest(chain.head, last[-1:])
+    if chain.is_incomplete:
+        request.is_incomplete = True
+        request.status = Status.IOERR
+        return request
     readable = chain.readable
     header = copy_from(readable, HEADER.size)
     if len(header) < HEADER.size:

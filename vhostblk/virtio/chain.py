@@ -4,7 +4,7 @@ VIRTIO 1.2 §2.7.4: framing is the driver's choice, so a device may only ever se
 what it may read and what it may write. The views are live guest memory: their lengths are ours,
 their contents may change under us; who decides anything by them copies them first (`copy_from`).
 
-Knows nothing of rings (`split`) nor of what the bytes mean (`blk_request`).
+Knows nothing of rings (`split`, `packed`) nor of what the bytes mean (`blk_request`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Broken(enum.IntEnum):
     """Why a queue was declared broken; the values of `enum vb_broken` in the engine's header."""
 
     AVAIL_IDX = 1
-    """More chains are available than the ring is long."""
+    """More is available than the ring has room for."""
     HEAD = 2
     """A head outside the descriptor table."""
     CHAIN_LOOP = 3
@@ -30,7 +30,7 @@ class Broken(enum.IntEnum):
     INDIRECT = 5
     """Indirect table: not negotiated, nested, continued, or of a wrong size."""
     ADDRESS = 6
-    """A buffer outside guest memory, or wrapping."""
+    """The status byte, or a table of indirect descriptors, is outside guest memory."""
     ORDER = 7
     """A readable descriptor behind a writable one."""
     NO_STATUS = 8
@@ -39,6 +39,8 @@ class Broken(enum.IntEnum):
     """The rings themselves are outside guest memory or misaligned."""
     MEMORY_FAULT = 10
     """The memory file was truncated under us."""
+    LOG = 11
+    """The log of dirty memory is too short, or was truncated."""
 
 
 @dataclass(slots=True)
@@ -49,11 +51,22 @@ class DescriptorChain:
     """
 
     head: int
-    """Index of the first descriptor: the chain's name in the used ring."""
+    """The chain's name in the used ring: the index of its first descriptor, or its buffer id."""
     readable: list[memoryview]
     """Device-readable buffers, in order. Writing to them is a bug of ours."""
     writable: list[memoryview]
     """Device-writable buffers, in order."""
+    saw_writable: bool = False
+    """A writable descriptor, of whatever length; for those who build chains."""
+    is_incomplete: bool = False
+    """Some buffer is not in guest memory: the driver may not know yet that memory was unplugged. Of
+    the writable ones only those behind it are here."""
+
+    def lacks(self, views: list[memoryview]) -> None:
+        """Note that the next of these is not in guest memory."""
+        self.is_incomplete = True
+        if views is self.writable:
+            views.clear()  # the status is the last writable byte: it is behind this, or nowhere
 
 
 def total(views: Sequence[memoryview]) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from vhostblk.errors import PeerError, StateError
 from vhostblk.virtio.memory import Fence, ring_words
@@ -35,7 +35,7 @@ from vhostblk.virtio.split import (
     used_size,
 )
 
-__all__ = ["Buffer", "DriverQueue", "Used"]
+__all__ = ["Buffer", "DriverQueue", "DriverRing", "Used"]
 
 
 class Buffer(NamedTuple):
@@ -55,8 +55,99 @@ class Used(NamedTuple):
     """What `add` was given."""
 
 
+class DriverRing(Protocol):
+    """One virtqueue, seen by the driver, whatever its format: `DriverQueue`, `PackedDriverQueue`."""
+
+    size: int
+    """Entries."""
+    gpa: int
+    """Guest physical address of its memory."""
+    desc_offset: int
+    avail_offset: int
+    used_offset: int
+    """Where its three parts are in that memory."""
+    indirect_entries: int
+    """Longest table `add(indirect=True)` can make."""
+
+    @property
+    def free_descriptors(self) -> int:
+        """Descriptors `add` can still use; a chain with an indirect table needs one."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """Chains added and not reaped."""
+        ...
+
+    @property
+    def base(self) -> int:
+        """The base a device would begin at that has popped all that was published."""
+        ...
+
+    @property
+    def visible_base(self) -> int:
+        """What a front-end that lost its back-end can say of where it was: what is used."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the memory. Idempotent; nothing else may be called afterwards."""
+        ...
+
+    def add(
+        self,
+        readable: Sequence[Buffer],
+        writable: Sequence[Buffer],
+        *,
+        token: object = None,
+        indirect: bool = False,
+    ) -> int:
+        """Put a chain into the ring; `publish` shows it to the device.
+
+        Args:
+            readable: buffers for the device to read.
+            writable: buffers for the device to write.
+            token: comes back in `Used.token`.
+            indirect: put the descriptors into a table of their own.
+
+        Returns:
+            The chain's name.
+
+        Raises:
+            StateError: not enough free descriptors, or more than a table holds.
+        """
+        ...
+
+    def publish(self) -> int:
+        """Show the device everything added since the last call. 0: that was nothing."""
+        ...
+
+    def kick_needed(self) -> bool:
+        """Say whether the device asked to be told of what was published since the last call."""
+        ...
+
+    def reap(self) -> list[Used]:
+        """Take back every chain the device has used, in the order of the ring.
+
+        Raises:
+            PeerError: the device gave back what it does not have, or more than there is.
+        """
+        ...
+
+    def enable_interrupts(self) -> bool:
+        """Ask for a notification for the next chain the device uses.
+
+        Returns:
+            Whether there is something to reap already.
+        """
+        ...
+
+    def disable_interrupts(self) -> None:
+        """Tell the device that notifications are not needed; they may come nevertheless."""
+        ...
+
+
 class DriverQueue:
-    """One split virtqueue, seen by the driver.
+    """One split virtqueue, seen by the driver: see `DriverRing`.
 
     Args:
         area: shared memory for the rings, `area_size` bytes; zeroed here; borrowed.
@@ -123,9 +214,24 @@ class DriverQueue:
         return self._avail_idx
 
     @property
+    def base(self) -> int:
+        """See `DriverRing.base`."""
+        return self._avail_idx
+
+    @property
     def used_idx(self) -> int:
         """Free-running index behind the last chain that was reaped."""
         return self._used_idx
+
+    @property
+    def newest_head(self) -> int:
+        """Of the chain that was added last."""
+        return next(reversed(self._chains))
+
+    @property
+    def visible_base(self) -> int:
+        """See `DriverRing.visible_base`: the ring's used index."""
+        return int(self._used_words[IDX])
 
     def close(self) -> None:
         """Let go of the memory. Idempotent; nothing else may be called afterwards."""
@@ -140,20 +246,7 @@ class DriverQueue:
         token: object = None,
         indirect: bool = False,
     ) -> int:
-        """Put a chain into the available ring; `publish` shows it to the device.
-
-        Args:
-            readable: buffers for the device to read.
-            writable: buffers for the device to write.
-            token: comes back in `Used.token`.
-            indirect: put the descriptors into a table of their own.
-
-        Returns:
-            The chain's head.
-
-        Raises:
-            StateError: not enough free descriptors, or more than a table holds.
-        """
+        """See `DriverRing.add`; what is returned is the chain's head."""
         buffers = [(b, 0) for b in readable] + [(b, DESC_F_WRITE) for b in writable]
         needed = 1 if indirect else len(buffers)
         if (
@@ -176,11 +269,7 @@ class DriverQueue:
         return head
 
     def publish(self) -> int:
-        """Show the device everything added since the last call.
-
-        Returns:
-            Number of chains.
-        """
+        """See `DriverRing.publish`; what is returned is the number of chains."""
         added, self._added = self._added, 0
         if added:
             # VIRTIO 1.2 §2.7.13.3.1: descriptors and entries before the index.
@@ -190,7 +279,7 @@ class DriverQueue:
         return added
 
     def kick_needed(self) -> bool:
-        """Say whether the device asked to be told of what was published since the last call."""
+        """See `DriverRing.kick_needed`."""
         before, now = self._kicked_avail, self._avail_idx
         if before == now:
             return False
@@ -203,11 +292,7 @@ class DriverQueue:
         return now - avail_event - 1 & 0xFFFF < now - before & 0xFFFF
 
     def reap(self) -> list[Used]:
-        """Take back every chain the device has used, in the order of the used ring.
-
-        Raises:
-            PeerError: the device gave back what it does not have, or more than there is.
-        """
+        """See `DriverRing.reap`."""
         used_idx = self._used_words[IDX]
         count = used_idx - self._used_idx & 0xFFFF
         if count > len(self._chains):
@@ -228,11 +313,7 @@ class DriverQueue:
         return reaped
 
     def enable_interrupts(self) -> bool:
-        """Ask for a notification for the next chain the device uses.
-
-        Returns:
-            Whether there is something to reap already.
-        """
+        """See `DriverRing.enable_interrupts`."""
         if self.event_idx:
             self.write_used_event(self._used_idx)
         else:
@@ -241,7 +322,7 @@ class DriverQueue:
         return bool(self._used_words[IDX] != self._used_idx)
 
     def disable_interrupts(self) -> None:
-        """Tell the device that notifications are not needed; they may come nevertheless."""
+        """See `DriverRing.disable_interrupts`."""
         # With EVENT_IDX a used_event that was passed asks for no more.
         if not self.event_idx:
             self.write_avail_flags(AVAIL_F_NO_INTERRUPT)

@@ -35,6 +35,9 @@ class Feature(enum.IntFlag):
     VIRTIO_F_NOTIFY_ON_EMPTY = 1 << 24
     VIRTIO_F_ANY_LAYOUT = 1 << 27
 
+    # Not VIRTIO's: vhost-user and the vhost of Linux say with it that what the device writes is logged.
+    VHOST_F_LOG_ALL = 1 << 26
+
     # VIRTIO 1.2 §6, the ring and the device in general
     VIRTIO_F_INDIRECT_DESC = 1 << 28
     VIRTIO_F_EVENT_IDX = 1 << 29

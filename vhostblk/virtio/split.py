@@ -2,7 +2,7 @@
 
 VIRTIO 1.2 §2.7. Everything the driver can do wrong ends in a `GuestError` with a `Broken` reason,
 the same for the same bytes as in the engine (`enum vb_broken`), after a number of steps bounded by
-the queue size. A broken queue yields nothing more: broken is sticky, a restart makes a new object.
+the queue size.
 
 Theory of operation: two free-running 16-bit counters belong to the device, `next_avail` (chains
 popped) and the used index (chains pushed). The driver owns `avail.idx`. Always::
@@ -32,14 +32,26 @@ Knows nothing of eventfds, of threads, or of what the chains mean.
 from __future__ import annotations
 
 import struct
-from typing import NoReturn
+from collections import deque
 
 from vhostblk.errors import GuestError
 from vhostblk.virtio.chain import Broken, DescriptorChain
-from vhostblk.virtio.memory import Fence, GuestMemory, ring_words
+from vhostblk.virtio.memory import GuestMemory, ring_words
+from vhostblk.virtio.tracking import Resumption, SplitTracker
+from vhostblk.virtio.virtqueue import (
+    DESC_F_INDIRECT,
+    DESC_F_NEXT,
+    DESC_F_WRITE,
+    INDIRECT_ENTRIES_MIN,
+    QUEUE_SIZE_MAX,
+    BaseVirtqueue,
+)
 
 __all__ = [
     "DESC",
+    "DESC_F_INDIRECT",
+    "DESC_F_NEXT",
+    "DESC_F_WRITE",
     "INDIRECT_ENTRIES_MIN",
     "QUEUE_SIZE_MAX",
     "SplitVirtqueue",
@@ -48,18 +60,11 @@ __all__ = [
     "used_size",
 ]
 
-QUEUE_SIZE_MAX = 32768
-INDIRECT_ENTRIES_MIN = 128 + 2
-"""Indirect tables may have this many entries however small the queue is."""
-
 DESC = struct.Struct("<QIHH")
 """VIRTIO 1.2 §2.7.5: address, length, flags, next."""
 USED_ELEM = struct.Struct("<II")
 """VIRTIO 1.2 §2.7.8: id, len."""
 
-DESC_F_NEXT = 1
-DESC_F_WRITE = 2
-DESC_F_INDIRECT = 4
 USED_F_NO_NOTIFY = 1
 AVAIL_F_NO_INTERRUPT = 1
 
@@ -82,8 +87,8 @@ def used_size(size: int) -> int:
     return 6 + 8 * size
 
 
-class SplitVirtqueue:
-    """One split virtqueue, seen by the device.
+class SplitVirtqueue(BaseVirtqueue):
+    """One split virtqueue, seen by the device: see `Virtqueue`.
 
     Args:
         memory: where buffers are looked up, and once, here, the three ring areas. A new memory map
@@ -93,9 +98,11 @@ class SplitVirtqueue:
         base: the next available index to pop.
         event_idx: VIRTIO_F_EVENT_IDX was negotiated.
         indirect: VIRTIO_F_INDIRECT_DESC was negotiated.
+        tracker: who remembers what is in flight, and knows what is.
 
     Raises:
         GuestError: size or alignment are illegal, or an area is outside guest memory.
+        PeerError: what the tracker remembers is not about this ring.
 
     Context: one thread at a time.
     """
@@ -104,20 +111,13 @@ class SplitVirtqueue:
         "_avail",
         "_avail_idx",
         "_desc",
-        "_event_idx",
-        "_fence",
-        "_has_notified",
-        "_in_flight",
-        "_indirect",
-        "_indirect_max",
         "_mask",
-        "_memory",
         "_notified_used",
-        "_size",
+        "_replays",
+        "_tracker",
         "_used",
         "_used_idx",
         "_used_words",
-        "broken",
         "next_avail",
     )
 
@@ -132,6 +132,7 @@ class SplitVirtqueue:
         base: int = 0,
         event_idx: bool = False,
         indirect: bool = False,
+        tracker: SplitTracker | None = None,
     ) -> None:
         if not 1 <= size <= QUEUE_SIZE_MAX or size & (size - 1):
             raise GuestError(f"queue size {size} is not a power of two", Broken.RING_ADDRESS)
@@ -140,6 +141,7 @@ class SplitVirtqueue:
             raise GuestError(
                 f"misaligned rings: {desc:#x}, {avail:#x}, {used:#x}", Broken.RING_ADDRESS
             )
+        super().__init__(memory, size, event_idx, indirect)
         try:
             self._desc = memory.ring(desc, desc_size(size))
             self._avail = ring_words(memory.ring(avail, avail_size(size)))
@@ -147,45 +149,38 @@ class SplitVirtqueue:
         except GuestError as error:
             raise GuestError(str(error), Broken.RING_ADDRESS) from None
         self._used_words = ring_words(self._used)
-        self._memory = memory
-        self._size = size
         self._mask = size - 1
-        self._event_idx = event_idx
-        self._indirect = indirect
-        self._indirect_max = max(size, INDIRECT_ENTRIES_MIN)
-        self._fence = Fence()
-        self._in_flight = 0
-        self._avail_idx = base & 0xFFFF
         # The used index survives a restart of the ring only in the ring itself.
         self._used_idx = self._used_words[IDX]
         self._notified_used = self._used_idx
-        self._has_notified = False
-        self.next_avail = base & 0xFFFF
-        """Free-running index of the next chain to pop; what GET_VRING_BASE asks for."""
-        self.broken: Broken | None = None
-        """Why this queue yields nothing any more."""
+        self._tracker = tracker
+        start = Resumption(base, ())
+        if tracker is not None:
+            start = tracker.resume(size, self._used_idx, self._avail[IDX], base)
+        self._replays = deque(start.heads)
+        self._in_flight = len(self._replays)
+        self._avail_idx = start.next_avail & 0xFFFF
+        self.next_avail = start.next_avail & 0xFFFF
+        """Free-running index of the next chain to pop."""
 
     @property
-    def size(self) -> int:
-        """Entries of the ring."""
-        return self._size
+    def base(self) -> int:
+        """See `Virtqueue.base`."""
+        return self.next_avail
 
     @property
-    def in_flight(self) -> int:
-        """Chains popped and not yet pushed."""
-        return self._in_flight
+    def replays(self) -> int:
+        """See `Virtqueue.replays`."""
+        return len(self._replays)
 
     def pop(self) -> DescriptorChain | None:
-        """Take the next chain the driver made available.
-
-        Returns:
-            The chain, or None when there is none, or the queue is broken.
-
-        Raises:
-            GuestError: the driver broke a rule: `reason` is set, the queue is broken from now on.
-        """
+        """See `Virtqueue.pop`."""
         if self.broken is not None:
             return None
+        if self._replays:
+            chain = self._walk(self._replays[0])
+            self._replays.popleft()
+            return chain
         position = self.next_avail
         if position == self._avail_idx:
             avail_idx = self._avail[IDX]
@@ -205,32 +200,32 @@ class SplitVirtqueue:
         if head >= self._size:
             self._break(Broken.HEAD, f"head {head} of a table of {self._size}")
         chain = self._walk(head)
+        if self._tracker is not None:
+            self._tracker.begin(head)
         self.next_avail = position + 1 & 0xFFFF
         self._in_flight += 1
         return chain
 
     def push(self, head: int, written: int) -> None:
-        """Give a chain back to the driver.
-
-        Works on a broken queue too: what was popped before is still owed.
-
-        Args:
-            head: `DescriptorChain.head`.
-            written: bytes written, counted from the start of the writable part.
-        """
+        """See `Virtqueue.push`."""
         used_idx = self._used_idx
         USED_ELEM.pack_into(self._used, 4 + 8 * (used_idx & self._mask), head, written)
+        if self._tracker is not None:
+            self._tracker.push(head)
         # VIRTIO 1.2 §2.7.8.2: the data and the element before the index.
         self._fence.weak()
         self._used_idx = used_idx = used_idx + 1 & 0xFFFF
         self._used_words[IDX] = used_idx
+        if self._tracker is not None:
+            self._tracker.publish(used_idx)
         self._in_flight -= 1
+        if self.mark is not None:
+            element = 4 + 8 * (used_idx - 1 & self._mask)
+            self.mark(self._used[element : element + USED_ELEM.size])
+            self.mark(self._used[2 * IDX : 2 * IDX + 2])
 
     def needs_notification(self) -> bool:
-        """Say whether what was pushed since the last call asks for a used buffer notification.
-
-        Call it once per batch, and before 65536 pushes are outstanding (VIRTIO 1.2 §2.7.7.2).
-        """
+        """See `Virtqueue.needs_notification`; before 65536 pushes are outstanding (§2.7.7.2)."""
         before, now = self._notified_used, self._used_idx
         if before == now:
             return False
@@ -247,34 +242,30 @@ class SplitVirtqueue:
         return now - used_event - 1 & 0xFFFF < now - before & 0xFFFF
 
     def enable_notification(self) -> bool:
-        """Ask the driver to kick for the next chain it adds.
-
-        Returns:
-            Whether there is work already: the driver may have added it without a kick.
-        """
+        """See `Virtqueue.enable_notification`."""
         if self._event_idx:
-            self._used_words[ENTRIES + 4 * self._size] = self.next_avail
+            self._write_used_word(ENTRIES + 4 * self._size, self.next_avail)
         else:
-            self._used_words[FLAGS] = 0
+            self._write_used_word(FLAGS, 0)
         # The request for a kick is visible before we conclude that there is nothing.
         self._fence.full()
-        return self.broken is None and self._avail[IDX] != self.next_avail
+        pending = self._avail[IDX] != self.next_avail or self.replays
+        return self.broken is None and bool(pending)
 
     def disable_notification(self) -> None:
-        """Tell the driver that kicks are not needed; it may kick nevertheless."""
+        """See `Virtqueue.disable_notification`."""
         # With EVENT_IDX there is nothing to write: avail_event, once passed, asks for no more.
         if not self._event_idx:
-            self._used_words[FLAGS] = USED_F_NO_NOTIFY
+            self._write_used_word(FLAGS, USED_F_NO_NOTIFY)
 
-    def break_queue(self, error: GuestError) -> None:
-        """Declare the queue broken by what somebody else found in a chain of it."""
-        if self.broken is None:
-            self.broken = Broken(error.reason or Broken.ADDRESS)
+    def _write_used_word(self, position: int, value: int) -> None:
+        self._used_words[position] = value
+        if self.mark is not None:
+            self.mark(self._used[2 * position : 2 * position + 2])
 
     def _walk(self, head: int) -> DescriptorChain:
         """Follow the chain that starts at `head`, which is in range, to its end."""
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
+        chain = DescriptorChain(head, [], [])
         unpack, view = DESC.unpack_from, self._memory.view
         table: memoryview | bytes = self._desc
         entries = left = self._size
@@ -293,36 +284,20 @@ class SplitVirtqueue:
                 index = 0
                 continue
             if flags & DESC_F_WRITE:
-                views = writable
+                views = chain.writable
                 saw_writable = True
             elif saw_writable:
                 # VIRTIO 1.2 §2.7.4.2: writable elements come after all readable ones.
                 self._break(Broken.ORDER, f"chain {head}: readable behind writable")
             else:
-                views = readable
+                views = chain.readable
             if length:
                 try:
                     views += view(address, length)
-                except GuestError as error:
-                    self._break(Broken.ADDRESS, f"chain {head}: {error}")
+                except GuestError:
+                    chain.lacks(views)
             if not flags & DESC_F_NEXT:
-                return DescriptorChain(head, readable, writable)
+                return chain
             if following >= entries:
                 self._break(Broken.CHAIN_NEXT, f"chain {head}: next {following} of {entries}")
             index = following
-
-    def _indirect_table(self, head: int, address: int, length: int, flags: int) -> bytes:
-        """Check and copy a table of indirect descriptors."""
-        # VIRTIO 1.2 §2.7.5.3.1: only if negotiated, never with NEXT. §2.7.5.3.2: ignore WRITE.
-        if not self._indirect or flags & DESC_F_NEXT:
-            self._break(Broken.INDIRECT, f"chain {head}: indirect, with flags {flags:#x}")
-        if not length or length % 16 or length // 16 > self._indirect_max:
-            self._break(Broken.INDIRECT, f"chain {head}: an indirect table of {length} bytes")
-        try:
-            return b"".join(self._memory.view(address, length))
-        except GuestError as error:
-            self._break(Broken.ADDRESS, f"chain {head}: indirect table: {error}")
-
-    def _break(self, reason: Broken, message: str) -> NoReturn:
-        self.broken = reason
-        raise GuestError(message, reason)

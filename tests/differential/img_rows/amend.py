@@ -81,6 +81,9 @@ ROWS = (
         amend --image-opts -o size=2M driver=qcow2,file.filename=disk.qcow2
         amend --image-opts -f qcow2 -o size=2M driver=qcow2,file.filename=disk.qcow2
         amend -o encrypt.state=active disk.qcow2
+        amend -o encrypt.state=foo disk.qcow2
+        amend -o encrypt.format=luks disk.qcow2
+        amend -f luks -o help
         amend -p -o what=1 disk.qcow2
         amend -p -o lazy_refcounts=on disk.qcow2
         amend -p -o compat=0.10 disk.qcow2

@@ -50,6 +50,7 @@ ROWS = (
     *(Row(f"check -r leaks {name}.qcow2") for name in _TABLES),
     *(Row(f"check -r all {name}.qcow2") for name in _TABLES),
     Row("check disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("check -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("check -U disk.qcow2", held="qemu-io disk.qcow2"),
     Row("check -r all disk.qcow2", held="qemu-io -r disk.qcow2"),
 )

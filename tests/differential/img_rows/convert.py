@@ -325,10 +325,7 @@ ROWS = (
     Row("convert -n --target-is-zero -B base.qcow2 -O qcow2 disk.raw new.qcow2", differs=_FAILED),
     Row("convert -U disk.raw disk.raw", differs=_OWN),
     Row("convert disk.raw nbd:localhost", differs="no NBD"),
-    Row(
-        "convert --bitmaps -n -O qcow2 bitmaps.qcow2 terabyte.qcow2",
-        differs="the first of several bitmaps is blamed, not the last",
-    ),
+    Row("convert --bitmaps -n -O qcow2 bitmaps.qcow2 terabyte.qcow2"),
     # Option by option, as the manual has them.
     *rows("""
         convert -O raw empty.raw out
@@ -563,17 +560,14 @@ ROWS = (
         """,
         differs="qemu-img says that it cannot, and succeeds",
     ),
-    *rows(
-        """
+    *rows("""
         convert -O host_device disk.raw out
-        """,
-        differs="the message is another one",
-    ),
+        convert -O host_device disk.raw zeroes.raw
+    """),
     *rows(
         """
         convert -o encryption=on -O qcow2 disk.raw out
         """,
-        differs="there is no encryption, and so there are no secrets",
     ),
     Row("convert -O raw disk.qcow2 out", held="qemu-io disk.qcow2"),
     Row("convert -U -O raw disk.qcow2 out", held="qemu-io disk.qcow2"),

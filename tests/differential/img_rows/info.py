@@ -195,13 +195,10 @@ ROWS = (
         """,
         differs="a character device is no image",
     ),
-    *rows(
-        """
+    *rows("""
         info --image-opts driver=blkdebug,image.driver=file,image.filename=disk.raw
         info blkdebug::disk.qcow2
-        """,
-        differs="blkdebug has no short name, and the size of what is below it",
-    ),
+    """),
     *rows(
         """
         info --image-opts driver=raw,file.filename=disk.raw,offset=65536
@@ -220,7 +217,7 @@ ROWS = (
         """
         info 'json:{"driver":"qcow2","file":{"driver":"file","filename":7}}'
         """,
-        differs="the message is another one",
+        differs="it is said that the name is no string, not that there is none",
     ),
     *rows(
         """
@@ -234,26 +231,22 @@ ROWS = (
         """
         info --object secret
         """,
-        differs="there is no encryption, and so there are no secrets",
     ),
     *rows(
         """
         info -f vmdk disk.raw
-        info nbd://localhost/nothing/at/all
         """,
         differs="there is no such driver",
     ),
+    Row("info nbd://localhost/nothing/at/all"),
     Row(
         "info --object throttle-group,id=a --image-opts "
         "driver=throttle,throttle-group=a,file.driver=file,file.filename=disk.raw"
     ),
     Row("info --output=json -U disk.qcow2", held="qemu-io disk.qcow2"),
     Row("info -U disk.qcow2", held="qemu-io -r disk.qcow2"),
-    Row(
-        "info disk.raw",
-        held="qemu-io -f raw disk.raw",
-        differs="a raw image that is written is shared with nobody",
-    ),
+    Row("info disk.raw", held="qemu-io -f raw disk.raw"),
+    Row("info -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("info -U disk.raw", held="qemu-io -f raw disk.raw"),
     Row("info top.qcow2", held="qemu-io base.qcow2"),
     Row("info --backing-chain top.qcow2", held="qemu-io base.qcow2"),

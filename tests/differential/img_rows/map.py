@@ -63,6 +63,7 @@ ROWS = (
     """),
     Row("map -U disk.qcow2", held="qemu-io disk.qcow2"),
     Row("map disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("map -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("map --output=json top.qcow2", process=True),
     *rows(
         """

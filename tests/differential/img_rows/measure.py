@@ -35,6 +35,12 @@ ROWS = (
         measure -O qcow2 --size 2P
         measure -O qcow2 --size 7E
         measure -O qcow2 -o cluster_size=2M --size 2P
+        measure -O qcow2 -o encrypt.format=luks --size 1M
+        measure -O qcow2 -o encrypt.format=aes --size 1M
+        measure -O qcow2 -o encryption=on --size 1M
+        measure --object secret,id=s,data=a -O qcow2 -o encrypt.format=luks,encrypt.key-secret=s --size 1M
+        measure --object secret,id=s,data=a -O luks -o key-secret=s --size 1M
+        measure -O luks --size 1M
         measure -O file --size 1M
         measure -O nosuch --size 1M
         measure -O null-co --size 1M
@@ -218,6 +224,7 @@ ROWS = (
         differs="there is no such driver",
     ),
     Row("measure -O qcow2 disk.qcow2", held="qemu-io disk.qcow2"),
+    Row("measure -O qcow2 -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("measure -U -O qcow2 disk.qcow2", held="qemu-io disk.qcow2"),
     Row("measure -O qcow2 disk.qcow2", held="qemu-io -r disk.qcow2"),
     Row("measure -O qcow2 disk.raw", on_disk=True),

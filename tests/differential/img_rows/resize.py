@@ -188,19 +188,11 @@ ROWS = (
         """,
         differs="a character device is no image",
     ),
-    *rows(
-        """
-        resize small-clusters.qcow2 1G
-        """,
-        differs="the L1 table has to be within what one block of reference counts is for",
-    ),
-    *rows(
-        """
+    Row("resize small-clusters.qcow2 1G"),
+    *rows("""
         resize disk.qcow2 9223372036854775807
         resize -f raw disk.raw 9223372036854775807
-        """,
-        differs="the message is another one",
-    ),
+    """),
     Row("resize disk.qcow2 2M", held="qemu-io disk.qcow2"),
     Row("resize disk.qcow2 2M", held="qemu-io -r disk.qcow2"),
     Row("resize top.qcow2 2M", held="qemu-io base.qcow2"),

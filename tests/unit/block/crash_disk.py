@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +33,7 @@ from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import Req
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, NodeOptions, option
 from vhostblk.errors import BlockError
+from vhostblk.native import IOPart
 
 __all__ = ["INJECTED", "CrashDisk", "CrashHostIO", "VolatileCache"]
 
@@ -342,6 +343,20 @@ class CrashHostIO(HostIO):
                 self.cache.write(offset, bytes(length))
 
         await _take_effect(effect)
+
+    async def transfer(self, parts: Sequence[IOPart], *, write: bool) -> int:
+        """See `HostIO.transfer`."""
+        done = 0
+        for fd, offset, buffer in parts:
+            iov = IoVec([memoryview(buffer)])
+            if write:
+                await self.pwritev(fd, offset, iov)
+                done += iov.length
+            elif (count := await self.preadv(fd, offset, iov)) < iov.length:
+                return done + count
+            else:
+                done += count
+        return done
 
     def _start(self, function: Callable[..., Any], *arguments: Any) -> Completion:
         """See `HostIO.call`."""

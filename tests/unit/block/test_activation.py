@@ -124,13 +124,17 @@ def test_permissions_come_back_as_they_were(image: Path) -> None:
         await inactivate(graph)
         assert [(edge.perm, edge.shared) for edge in node.parents] == [(Perm.NONE, Perm.ALL)] * 2
         await inactivate(graph)
-        with pytest.raises(ConfigError, match="Node 'top' is inactive") as caught:
-            BlockBackend(node, "late", writable=True, shared=Perm.ALL)
+        late = BlockBackend(node, "late", writable=True, shared=Perm.ALL)
+        assert (late.root.perm, late.root.shared) == (Perm.NONE, Perm.ALL)
+        with pytest.raises(BlockError) as caught:
+            await late.pwritev(0, IoVec.of(b"x" * 512))
         assert caught.value.errno == errno.EPERM
         await activate(graph)
         await activate(graph)
-        assert [(edge.perm, edge.shared) for edge in node.parents] == before
-        await close(graph, writer, reader)
+        given = [(edge.perm, edge.shared) for edge in node.parents]
+        assert given == [*before, before[0]]  # what comes meanwhile waits for it, too
+        await late.pwritev(0, IoVec.of(b"x" * 512))
+        await close(graph, writer, reader, late)
 
     asyncio.run(scenario())
 

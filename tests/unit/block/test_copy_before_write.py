@@ -18,14 +18,14 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.driver import OpenContext
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.filters.copy_before_write import CopyBeforeWriteNode
-from vhostblk.block.flags import Req
+from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.node import ExtentFlag, FlushTarget, HostExtent
 from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role
-from vhostblk.block.status import block_status
+from vhostblk.block.status import BlockStatus, block_status
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.testing.plugin import ExpectedLog
 
@@ -229,8 +229,11 @@ def test_zeroes_are_not_copied_as_data_and_clusters_are_as_large_as_asked() -> N
     async def scenario(disk: Disk) -> None:
         await disk.guest.pwritev(SIZE - 10, IoVec.of(b"at the end"))
         assert disk.target.asked.of("write") == [(8 * CLUSTER, 2 * CLUSTER + 1536)]
-        base = CowNode(None, SIZE)
-        disk.filter._copy.source.node.driver_block_status = base.driver_block_status  # type: ignore[method-assign]
+
+        async def zeroes(offset: int, length: int, precise: bool) -> BlockStatus:
+            return BlockStatus(StatusFlag.ZERO, length)
+
+        disk.filter._copy.source.node.driver_block_status = zeroes  # type: ignore[method-assign]
         await disk.guest.pwritev(0, IoVec.of(b"x"))
         assert disk.target.asked.of("zero") == [(0, 4 * CLUSTER)]
         assert len(disk.target.asked.of("write")) == 1

@@ -48,7 +48,7 @@ def removed(bitmap: DirtyBitmap) -> None:
 
 
 def write(node: ArrayNode, granule: int, count: int = 1) -> None:
-    run_now(pipeline.pwritev(node, granule * GRAIN + 3, IoVec.of(bytes(count * GRAIN - 5))))
+    run_now(pipeline.pwritev(node.lane, granule * GRAIN + 3, IoVec.of(bytes(count * GRAIN - 5))))
 
 
 def granules(bitmap: DirtyBitmap) -> set[int]:

@@ -80,12 +80,12 @@ def test_resized_map_keeps_what_is_left_and_what_is_new_is_clean(
 def test_every_kind_of_change_is_marked() -> None:
     node = ArrayNode(16 * GRAIN)
     dirty = DirtyMap(node.length, GRAIN)
-    run_now(pipeline.pwritev(node, 0, IoVec.of(b"x")))
+    run_now(pipeline.pwritev(node.lane, 0, IoVec.of(b"x")))
     run_now(record(node, dirty))
     assert not list(dirty.ranges())
-    run_now(pipeline.preadv(node, 0, IoVec.of(bytearray(512))))
+    run_now(pipeline.preadv(node.lane, 0, IoVec.of(bytearray(512))))
     for change, at in (
-        (pipeline.pwritev(node, GRAIN + 7, IoVec.of(b"x")), 1),
+        (pipeline.pwritev(node.lane, GRAIN + 7, IoVec.of(b"x")), 1),
         (clear.pwrite_zeroes(node, 3 * GRAIN, 512), 3),
         (clear.pdiscard(node, 5 * GRAIN, 512), 5),
         (copy_range_to(ArrayNode(), 0, node, 7 * GRAIN, 512, 0), 7),
@@ -96,7 +96,7 @@ def test_every_kind_of_change_is_marked() -> None:
             assert at == 7, error  # noqa: PT017 - it cannot copy, and may have tried
         assert dirty.take() == [(at * GRAIN, GRAIN)]
     run_now(stop_recording(node, dirty))
-    run_now(pipeline.pwritev(node, 0, IoVec.of(b"x")))
+    run_now(pipeline.pwritev(node.lane, 0, IoVec.of(b"x")))
     assert not list(dirty.ranges())
 
 
@@ -111,7 +111,7 @@ def test_what_failed_is_marked_as_a_whole() -> None:
 
     node.fail = fail
     for change in (
-        pipeline.pwritev(node, 0, IoVec.of(bytes(2 * GRAIN))),
+        pipeline.pwritev(node.lane, 0, IoVec.of(bytes(2 * GRAIN))),
         clear.pwrite_zeroes(node, 4 * GRAIN, 512),
         clear.pdiscard(node, 6 * GRAIN, 512),
     ):
@@ -125,7 +125,7 @@ def test_map_of_a_node_that_has_grown_has_room_for_more() -> None:
     dirty = DirtyMap(node.length, GRAIN)
     run_now(record(node, dirty))
     run_now(pipeline.truncate(node, 4 * GRAIN))
-    run_now(pipeline.pwritev(node, 3 * GRAIN, IoVec.of(b"x")))
+    run_now(pipeline.pwritev(node.lane, 3 * GRAIN, IoVec.of(b"x")))
     assert dirty.take() == [(3 * GRAIN, GRAIN)]
 
 

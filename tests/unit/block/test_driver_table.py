@@ -17,6 +17,7 @@ def test_place_says_what_the_driver_says(name: str) -> None:
     place, driver = DRIVERS.places[name], DRIVERS[name]
     assert driver.driver_name == name
     assert place.protocol == driver.protocol_name
+    assert place.more_protocols == driver.more_protocol_names
     looks_at_names = driver.probe_device.__func__ is not Driver.probe_device.__func__  # type: ignore[attr-defined]
     assert place.devices == looks_at_names
     looks_at_content = driver.probe.__func__ is not Driver.probe.__func__  # type: ignore[attr-defined]

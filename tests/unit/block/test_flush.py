@@ -23,7 +23,7 @@ FUA = int(Req.FUA)
 
 
 def write(node: ArrayNode, offset: int, content: bytes, flags: int = 0) -> None:
-    run_now(pipeline.pwritev(node, offset, IoVec.of(content), flags))
+    run_now(pipeline.pwritev(node.lane, offset, IoVec.of(content), flags))
 
 
 def test_first_flush_after_open_reaches_the_disk() -> None:
@@ -39,7 +39,7 @@ def test_flush_is_skipped_only_when_nothing_was_written_since_the_last() -> None
     run_now(pipeline.flush(node))
     assert node.asked.count("flush") == 1
     for step in (
-        pipeline.pwritev(node, 0, IoVec.of(b"x")),
+        pipeline.pwritev(node.lane, 0, IoVec.of(b"x")),
         clear.pwrite_zeroes(node, 0, 1),
         clear.pdiscard(node, 0, 1),
         pipeline.truncate(node, 1024),
@@ -110,7 +110,7 @@ def test_concurrent_flushes_share_the_disks_work() -> None:
         node = ArrayNode()
         node.pause = lambda: turns(4)
         for offset in range(5):
-            await pipeline.pwritev(node, offset, IoVec.of(b"x"))
+            await pipeline.pwritev(node.lane, offset, IoVec.of(b"x"))
         await asyncio.wait_for(asyncio.gather(*(pipeline.flush(node) for _ in range(3))), 5)
         assert 1 <= node.asked.count("flush") <= 2
         assert node.durable[:5] == b"xxxxx"
@@ -132,7 +132,7 @@ def test_write_that_completes_during_a_flush_is_the_next_flushs() -> None:
         await turns(2)
         assert node.asked.count("flush") == 1
         node.pause = None
-        await pipeline.pwritev(node, 0, IoVec.of(b"late"))
+        await pipeline.pwritev(node.lane, 0, IoVec.of(b"late"))
         second = asyncio.create_task(pipeline.flush(node))
         await turns(2)
         gate.set()
@@ -279,7 +279,7 @@ def test_failure_of_a_flush_below_is_one_of_the_flush_above() -> None:
     leaf = ArrayNode()
     top = put_above(leaf)
     failing_flush(leaf)
-    run_now(pipeline.pwritev(top, 0, IoVec.of(b"x")))
+    run_now(pipeline.pwritev(top.lane, 0, IoVec.of(b"x")))
     for _ in range(2):
         with pytest.raises(BlockError) as error:
             run_now(pipeline.flush(top))
@@ -294,8 +294,8 @@ def test_durable_write_whose_flush_fails_has_failed(kind: str) -> None:
     node = ArrayNode(limits=BlockLimits(request_alignment=512, min_mem_alignment=1))
     failing_flush(node)
     request = {
-        "write": lambda: pipeline.pwritev(node, 0, IoVec.of(bytes(512)), FUA),
-        "unaligned": lambda: pipeline.pwritev(node, 7, IoVec.of(b"x"), FUA),
+        "write": lambda: pipeline.pwritev(node.lane, 0, IoVec.of(bytes(512)), FUA),
+        "unaligned": lambda: pipeline.pwritev(node.lane, 7, IoVec.of(b"x"), FUA),
         "zeroes": lambda: clear.pwrite_zeroes(node, 0, 512, FUA),
     }[kind]
     with pytest.raises(BlockError) as error:
@@ -306,7 +306,7 @@ def test_durable_write_whose_flush_fails_has_failed(kind: str) -> None:
 def test_what_a_layer_only_reads_is_not_flushed_with_it() -> None:
     base = ArrayNode()
     top = CowNode(base, 8192)
-    run_now(pipeline.pwritev(base, 0, IoVec.of(b"x")))
+    run_now(pipeline.pwritev(base.lane, 0, IoVec.of(b"x")))
     run_now(pipeline.flush(top))
     assert top.asked.count("flush") == 1
     assert base.asked.count("flush") == 0

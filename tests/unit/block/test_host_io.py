@@ -24,6 +24,7 @@ from vhostblk.block.host_io import (
 )
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
+from vhostblk.native import IOPart
 
 Scenario = Callable[[HostIO], Awaitable[None]]
 
@@ -75,6 +76,51 @@ def test_read_is_short_only_at_the_end(run: Callable[[Scenario], None], fd: int)
         await io.pwritev(fd, 0, IoVec.of(b"x" * 1000))
         assert await io.preadv(fd, 900, IoVec.of(bytearray(50), bytearray(500))) == 100
         assert await io.preadv(fd, 1000, IoVec.of(bytearray(1))) == 0
+
+    run(scenario)
+
+
+def test_transfer_does_all_parts_in_order(run: Callable[[Scenario], None], fd: int) -> None:
+    """More than one call takes, next to each other and apart, of two files."""
+    sizes = [3 << 20, 512, 512, 1 << 20, *[4096] * 100]
+    content = [bytearray(os.urandom(size)) for size in sizes]
+    places = [sum(sizes[:n]) + (n > 2) * 4096 for n in range(len(sizes))]
+
+    async def scenario(io: HostIO) -> None:
+        other = os.open("/dev/null", os.O_RDWR)
+        try:
+            parts = [IOPart(fd, *part) for part in zip(places, content, strict=True)]
+            parts.insert(1, IOPart(other, 0, bytes(4096)))
+            assert await io.transfer(parts, write=True) == sum(sizes) + 4096
+        finally:
+            os.close(other)
+        for place, part in zip(places, content, strict=True):
+            assert os.pread(fd, len(part), place) == part
+        again = [bytearray(size) for size in sizes]
+        parts = [IOPart(fd, *part) for part in zip(places, again, strict=True)]
+        assert await io.transfer(parts, write=False) == sum(sizes)
+        assert again == content
+
+    run(scenario)
+
+
+def test_transfer_ends_where_a_file_does_or_fails(run: Callable[[Scenario], None], fd: int) -> None:
+    async def scenario(io: HostIO) -> None:
+        os.pwrite(fd, b"x" * 1000, 0)
+        first, second = bytearray(600), bytearray(b"y" * 600)
+        parts = [IOPart(fd, 0, first), IOPart(fd, 2000, bytearray(1)), IOPart(fd, 0, second)]
+        assert await io.transfer(parts, write=False) == 600
+        assert await io.transfer([IOPart(fd, 500, first)], write=False) == 500
+        assert second == b"y" * 600
+        full = os.open("/dev/full", os.O_RDWR)
+        try:
+            parts = [IOPart(fd, 0, b"a"), IOPart(full, 0, b"b"), IOPart(fd, 1, b"c")]
+            with pytest.raises(BlockError) as caught:
+                await io.transfer(parts, write=True)
+        finally:
+            os.close(full)
+        assert caught.value.errno == errno.ENOSPC
+        assert os.pread(fd, 3, 0) == b"axx"
 
     run(scenario)
 

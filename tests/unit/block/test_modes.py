@@ -44,7 +44,7 @@ def test_six_cache_modes(name: str, direct: bool, no_flush: bool, writethrough: 
 
 
 def test_seventh_cache_mode_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Invalid cache option: 'fast'"):
+    with pytest.raises(ConfigError, match="Invalid cache option: fast"):
         parse_cache_mode("fast")
 
 
@@ -75,7 +75,7 @@ def test_words_of_discard_and_aio(
 ) -> None:
     assert {word: parse(word) for word in words} == words
     for wrong in ("", "true", "ON", "posix"):
-        with pytest.raises(ConfigError, match=f"option: '{wrong}'"):
+        with pytest.raises(ConfigError, match=f"option: {wrong}$"):
             parse(wrong)
 
 

@@ -24,12 +24,12 @@ FOUR_K = BlockLimits(request_alignment=4096, min_mem_alignment=1)
 
 def read(node: ArrayNode, offset: int, length: int) -> bytes:
     buffer = bytearray(b"\xee" * length)
-    run_now(pipeline.preadv(node, offset, IoVec.of(buffer)))
+    run_now(pipeline.preadv(node.lane, offset, IoVec.of(buffer)))
     return bytes(buffer)
 
 
 def write(node: ArrayNode, offset: int, content: bytes, flags: int = 0) -> None:
-    run_now(pipeline.pwritev(node, offset, IoVec.of(content), flags))
+    run_now(pipeline.pwritev(node.lane, offset, IoVec.of(content), flags))
 
 
 def idle(node: ArrayNode) -> bool:
@@ -57,12 +57,12 @@ def test_request_whose_driver_waits_is_in_sight_of_drains_and_of_others_until_it
         go_on = asyncio.Event()
         node.pause = go_on.wait  # type: ignore[assignment]
         request = pipeline.preadv if kind == "read" else pipeline.pwritev
-        task = asyncio.create_task(request(node, 0, IoVec.of(bytearray(b"x" * 512))))
+        task = asyncio.create_task(request(node.lane, 0, IoVec.of(bytearray(b"x" * 512))))
         await turns(2)
         assert node.in_flight == 1
         assert [(r.offset, r.length) for r in node.tracker.requests] == [(0, 512)]
         behind = asyncio.create_task(
-            pipeline.pwritev(node, 256, IoVec.of(b"y" * 512), int(Req.SERIALISING))
+            pipeline.pwritev(node.lane, 256, IoVec.of(b"y" * 512), int(Req.SERIALISING))
         )
         drain = asyncio.create_task(node.drained_begin())
         await turns(5)
@@ -86,7 +86,7 @@ def test_request_cancelled_while_its_driver_waits_leaves_nothing_behind(kind: st
     async def scenario() -> None:
         node.pause = asyncio.Event().wait  # type: ignore[assignment]
         request = pipeline.preadv if kind == "read" else pipeline.pwritev
-        task = asyncio.create_task(request(node, 0, IoVec.of(bytearray(512))))
+        task = asyncio.create_task(request(node.lane, 0, IoVec.of(bytearray(512))))
         await turns(2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -101,8 +101,8 @@ def test_request_cancelled_while_its_driver_waits_leaves_nothing_behind(kind: st
 def test_impossible_range_is_eio_and_reaches_nobody(offset: int, length: int) -> None:
     node = ArrayNode()
     for coro in (
-        pipeline.preadv(node, offset, IoVec.of(bytearray(length))),
-        pipeline.pwritev(node, offset, IoVec.of(bytes(length))),
+        pipeline.preadv(node.lane, offset, IoVec.of(bytearray(length))),
+        pipeline.pwritev(node.lane, offset, IoVec.of(bytes(length))),
         clear.pwrite_zeroes(node, offset, length),
         clear.pdiscard(node, offset, length),
     ):
@@ -125,14 +125,14 @@ def test_request_above_the_maximum_is_eio() -> None:
     iov = IoVec([page] * (MAX_REQUEST // len(page) + 1))
     node = ArrayNode()
     with pytest.raises(BlockError) as caught:
-        run_now(pipeline.preadv(node, 0, iov))
+        run_now(pipeline.preadv(node.lane, 0, iov))
     assert caught.value.errno == errno.EIO
 
 
 def test_read_only_node_refuses_every_change_with_eperm_and_flushes_as_nothing() -> None:
     node = ArrayNode(common=NodeOptions(read_only=True))
     for coro in (
-        pipeline.pwritev(node, 0, IoVec.of(b"x")),
+        pipeline.pwritev(node.lane, 0, IoVec.of(b"x")),
         clear.pwrite_zeroes(node, 0, 512),
         clear.pdiscard(node, 0, 512),
     ):
@@ -212,9 +212,9 @@ def test_memory_the_driver_cannot_take_is_bounced_both_ways() -> None:
     memory = memoryview(mmap.mmap(-1, 8192))
     odd = memory[3 : 3 + 1024]
     odd[:] = b"ab" * 512
-    run_now(pipeline.pwritev(node, 0, IoVec([odd])))
+    run_now(pipeline.pwritev(node.lane, 0, IoVec([odd])))
     odd[:] = bytes(1024)
-    run_now(pipeline.preadv(node, 0, IoVec([odd])))
+    run_now(pipeline.preadv(node.lane, 0, IoVec([odd])))
     assert bytes(odd) == b"ab" * 512
     assert memory[3 + 1024] == 0
 
@@ -233,7 +233,7 @@ def test_compressed_write_is_neither_cut_nor_bounced() -> None:
 
     node = Compressing(limits=limits, write_flags=COMPRESSED)
     memory = IoVec.of(b"ab" * 5000, b"c" * 6384)
-    run_now(pipeline.pwritev(node, 8192, memory, COMPRESSED | int(Req.FUA)))
+    run_now(pipeline.pwritev(node.lane, 8192, memory, COMPRESSED | int(Req.FUA)))
     assert seen == [(8192, 16384, COMPRESSED)]
     assert node.asked.count("flush") == 1
     assert idle(node)
@@ -251,7 +251,7 @@ def test_who_cannot_compress_says_so_rather_than_write_plainly(length: int) -> N
 
 def test_compressed_write_without_a_medium_misses_the_medium() -> None:
     with pytest.raises(BlockError) as caught:
-        run_now(pipeline.pwritev(NoMediumNode(), 0, IoVec.of(b"x" * 512), COMPRESSED))
+        run_now(pipeline.pwritev(NoMediumNode().lane, 0, IoVec.of(b"x" * 512), COMPRESSED))
     assert caught.value.errno == errno.ENOMEDIUM
 
 
@@ -274,7 +274,9 @@ def test_memory_counts_as_registered_only_where_the_driver_gets_the_users_own(
     skip = -address_of(memory) % 512 + (1 if case == "bounced" else 0)
     offset = 100 if case == "padded" else 0
     run_now(
-        pipeline.pwritev(node, offset, IoVec([memory[skip : skip + 4096]]), int(Req.REGISTERED_BUF))
+        pipeline.pwritev(
+            node.lane, offset, IoVec([memory[skip : skip + 4096]]), int(Req.REGISTERED_BUF)
+        )
     )
     flags = {flags for kind, _, _, flags in node.asked.calls if kind == "write"}
     assert flags == {int(Req.REGISTERED_BUF) if arrives else 0}
@@ -288,9 +290,9 @@ def test_memory_of_a_zero_write_is_nobodys() -> None:
 
 def test_vector_with_too_many_elements_is_coalesced() -> None:
     node = ArrayNode(limits=BlockLimits(min_mem_alignment=1, max_iov=4))
-    run_now(pipeline.pwritev(node, 10, IoVec.of(*[bytes([n]) for n in range(50)])))
+    run_now(pipeline.pwritev(node.lane, 10, IoVec.of(*[bytes([n]) for n in range(50)])))
     buffers = [bytearray(1) for _ in range(50)]
-    run_now(pipeline.preadv(node, 10, IoVec.of(*buffers)))
+    run_now(pipeline.preadv(node.lane, 10, IoVec.of(*buffers)))
     assert b"".join(buffers) == bytes(range(50))
 
 
@@ -298,7 +300,7 @@ def test_bounce_buffers_are_bounded() -> None:
     limits = BlockLimits(request_alignment=512, min_mem_alignment=512)
     node = ArrayNode(4 << 20, limits)
     memory = memoryview(mmap.mmap(-1, (3 << 20) + 4096))
-    run_now(pipeline.pwritev(node, 0, IoVec([memory[1 : 1 + (3 << 20)]])))
+    run_now(pipeline.pwritev(node.lane, 0, IoVec([memory[1 : 1 + (3 << 20)]])))
     assert node.asked.of("write") == [(n << 20, 1 << 20) for n in range(3)]
 
 
@@ -317,14 +319,16 @@ def test_so_many_requests_hold_bounce_buffers_at_once_and_the_others_wait() -> N
 
         node.pause = pause
         requests = [
-            asyncio.create_task(pipeline.preadv(node, 0, IoVec([memory[1 : 1 + 512]])))
+            asyncio.create_task(pipeline.preadv(node.lane, 0, IoVec([memory[1 : 1 + 512]])))
             if n % 2
             else asyncio.create_task(
-                pipeline.pwritev(node, 512, IoVec([memory[1025 : 1025 + 512]]))
+                pipeline.pwritev(node.lane, 512, IoVec([memory[1025 : 1025 + 512]]))
             )
             for n in range(count)
         ]
-        aligned = asyncio.create_task(pipeline.preadv(node, 0, IoVec([memory[4096 : 4096 + 512]])))
+        aligned = asyncio.create_task(
+            pipeline.preadv(node.lane, 0, IoVec([memory[4096 : 4096 + 512]]))
+        )
         await turns(10)
         assert len(node.asked.calls) == MAX_BOUNCING + 1  # who needs none does not wait
         gate.set()
@@ -408,10 +412,12 @@ def test_no_wait_fails_with_ebusy_when_something_is_in_the_way() -> None:
     async def scenario() -> None:
         node = ArrayNode(16384, FOUR_K)
         node.pause = lambda: turns(3)
-        first = asyncio.create_task(pipeline.pwritev(node, 0, IoVec.of(bytes(4096))))
+        first = asyncio.create_task(pipeline.pwritev(node.lane, 0, IoVec.of(bytes(4096))))
         await turns(1)
         with pytest.raises(BlockError) as caught:
-            await pipeline.pwritev(node, 0, IoVec.of(bytes(4096)), Req.SERIALISING | Req.NO_WAIT)
+            await pipeline.pwritev(
+                node.lane, 0, IoVec.of(bytes(4096)), Req.SERIALISING | Req.NO_WAIT
+            )
         assert caught.value.errno == errno.EBUSY
         await first
         assert idle(node)
@@ -500,7 +506,7 @@ def test_drain_waits_for_what_is_in_flight_below_too() -> None:
             await gate.wait()
 
         node.pause = pause
-        request = asyncio.create_task(pipeline.pwritev(node, 0, IoVec.of(b"x")))
+        request = asyncio.create_task(pipeline.pwritev(node.lane, 0, IoVec.of(b"x")))
         drained = asyncio.create_task(above.drained_begin())
         await turns(5)
         assert not drained.done()
@@ -524,11 +530,11 @@ def test_aligned_request_waits_for_a_read_modify_write_of_its_block(kind: str) -
             await gate.wait()
 
         node.pause = pause
-        first = asyncio.create_task(pipeline.pwritev(node, 5000, IoVec.of(b"new")))
+        first = asyncio.create_task(pipeline.pwritev(node.lane, 5000, IoVec.of(b"new")))
         await turns(2)
         requests = {
-            "read": pipeline.preadv(node, 4096, IoVec.of(bytearray(4096))),
-            "write": pipeline.pwritev(node, 4096, IoVec.of(bytes(4096))),
+            "read": pipeline.preadv(node.lane, 4096, IoVec.of(bytearray(4096))),
+            "write": pipeline.pwritev(node.lane, 4096, IoVec.of(bytes(4096))),
             "zero": clear.pwrite_zeroes(node, 4096, 4096),
             "discard": clear.pdiscard(node, 4096, 4096),
         }
@@ -539,7 +545,7 @@ def test_aligned_request_waits_for_a_read_modify_write_of_its_block(kind: str) -
         assert node.asked.calls == [("read", 4096, 4096, 0)]
         # Elsewhere nobody waits.
         node.pause = None
-        await pipeline.preadv(node, 8192, IoVec.of(bytearray(4096)))
+        await pipeline.preadv(node.lane, 8192, IoVec.of(bytearray(4096)))
         gate.set()
         await asyncio.gather(first, second)
         assert [call[:2] for call in node.asked.calls[2:]] == [("write", 4096), (kind, 4096)]
@@ -564,11 +570,11 @@ def test_events_of_writes_and_of_the_reads_that_complete_them() -> None:
     node = Listening(limits=FOUR_K)
     data = IoVec.of(bytes(200))
     both = ["rmw_head", "rmw_tail", "rmw_after_head", "rmw_after_tail", "pwritev", "done"]
-    assert events(pipeline.pwritev(node, 4000, data)) == both
+    assert events(pipeline.pwritev(node.lane, 4000, data)) == both
     apart = ["rmw_head", "rmw_after_head", "rmw_tail", "rmw_after_tail", "pwritev", "done"]
-    assert events(pipeline.pwritev(node, 100, IoVec.of(bytes(8192)))) == apart
+    assert events(pipeline.pwritev(node.lane, 100, IoVec.of(bytes(8192)))) == apart
     tail = ["rmw_tail", "rmw_after_tail", "pwritev", "done"]
-    assert events(pipeline.pwritev(node, 0, IoVec.of(b"x"))) == tail
+    assert events(pipeline.pwritev(node.lane, 0, IoVec.of(b"x"))) == tail
     assert events(clear.pwrite_zeroes(node, 0, 4096)) == ["zero", "done"]
     node.detect_zeroes = "on"
-    assert events(pipeline.pwritev(node, 0, IoVec.of(bytes(4096)))) == ["zero", "done"]
+    assert events(pipeline.pwritev(node.lane, 0, IoVec.of(bytes(4096)))) == ["zero", "done"]

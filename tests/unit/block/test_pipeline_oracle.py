@@ -109,13 +109,13 @@ def test_any_script_on_any_limits_behaves_like_a_byte_array(
             end = min(step.offset + step.length, SIZE)
             if step.kind == "read":
                 iov = cut(b"\xee" * (end - start), list(step.cuts), step.shift)
-                await pipeline.preadv(top, start, iov)
+                await pipeline.preadv(top.lane, start, iov)
                 assert iov.tobytes() == model[start:end]
             elif step.kind == "write":
                 content = pattern(step.value, end - start)
                 flags = step.flags & ~int(Req.MAY_UNMAP)
                 iov = cut(content, list(step.cuts), step.shift)
-                await pipeline.pwritev(top, start, iov, flags)
+                await pipeline.pwritev(top.lane, start, iov, flags)
                 model[start:end] = content
                 if flags & FUA:
                     assert node.durable[start:end] == content
@@ -185,11 +185,11 @@ def test_overlapping_unaligned_writes_lose_nobodys_bytes(
         flags = int(Req.SERIALISING) if request.serialising else 0
         if request.kind == "write":
             content = bytes([number + 1]) * request.length
-            await pipeline.pwritev(node, request.offset, IoVec.of(content), flags)
+            await pipeline.pwritev(node.lane, request.offset, IoVec.of(content), flags)
         elif request.kind == "zero":
             await clear.pwrite_zeroes(node, request.offset, request.length, flags)
         else:
-            await pipeline.preadv(node, request.offset, IoVec.of(bytearray(request.length)))
+            await pipeline.preadv(node.lane, request.offset, IoVec.of(bytearray(request.length)))
 
     async def scenario() -> None:
         everything = asyncio.gather(*(one(n, request) for n, request in enumerate(requests)))
@@ -269,7 +269,7 @@ def test_engine_and_read_modify_write_do_not_undo_each_other(
         async def by_pipeline() -> None:
             for number, (offset, length) in enumerate(pipeline_writes):
                 content = bytes([number + 1]) * length
-                await pipeline.pwritev(node, offset, IoVec.of(content))
+                await pipeline.pwritev(node.lane, offset, IoVec.of(content))
                 written.append((offset, offset + length, number + 1))
 
         await asyncio.wait_for(asyncio.gather(by_engine(), by_pipeline()), 20)

@@ -12,6 +12,7 @@ from vhostblk.block import surgery
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.edge import Edge
 from vhostblk.block.graph import BlockGraph
+from vhostblk.block.length import resize
 from vhostblk.block.node import BlockNode, OpenContext
 from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
@@ -168,6 +169,22 @@ def test_order_of_the_steps_of_a_change_does_not_matter() -> None:
         assert leaf.heard == ["register"]
         user.unregister_buf(HERE)
         assert known(leaf) == {}
+
+    with_user(scenario)
+
+
+def test_memory_may_come_and_go_while_a_node_is_resized_for_its_user() -> None:
+    async def scenario(graph: BlockGraph, user: BlockBackend, leaf: Leaf) -> None:
+        async def resize_slowly(length: int, *_: object) -> None:
+            user.register_buf(HERE + SIZE, 4096)
+            user.unregister_buf(HERE)
+            leaf.set_length(length)
+
+        leaf.driver_truncate = resize_slowly  # type: ignore[method-assign, assignment]
+        await resize(graph, user, leaf, leaf.length + 65536)
+        assert known(leaf) == {HERE + SIZE: 4096}
+        assert leaf.heard == ["register", "register", "unregister"]
+        user.unregister_buf(HERE + SIZE)
 
     with_user(scenario)
 

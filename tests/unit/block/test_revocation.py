@@ -234,9 +234,12 @@ def test_extents_of_a_read_only_node_give_no_right_to_write() -> None:
 
 
 SERIALISING: dict[str, tuple[Callable[[BlockNode], Coroutine[Any, Any, None]], tuple[int, int]]] = {
-    "padded write": (lambda node: pipeline.pwritev(node, 700, IoVec.of(b"x" * 100)), (512, 512)),
+    "padded write": (
+        lambda node: pipeline.pwritev(node.lane, 700, IoVec.of(b"x" * 100)),
+        (512, 512),
+    ),
     "write that asks for it": (
-        lambda node: pipeline.pwritev(node, 512, IoVec.of(bytes(512)), int(Req.SERIALISING)),
+        lambda node: pipeline.pwritev(node.lane, 512, IoVec.of(bytes(512)), int(Req.SERIALISING)),
         (512, 512),
     ),
     "shrinking": (lambda node: pipeline.truncate(node, SIZE - 4096), (SIZE - 4096, 4096)),

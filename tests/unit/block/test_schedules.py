@@ -68,7 +68,7 @@ async def unaligned_writers_and_one_with_extents() -> None:
                     node.data[512:528] = bytes([value]) * 16
 
     async def write(number: int) -> None:
-        await pipeline.pwritev(node, 600 + number, IoVec.of(bytes([number + 1])))
+        await pipeline.pwritev(node.lane, 600 + number, IoVec.of(bytes([number + 1])))
 
     await asyncio.gather(by_extent(), *(write(number) for number in range(3)))
     assert node.data[600:603] == b"\x01\x02\x03"

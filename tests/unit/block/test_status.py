@@ -39,11 +39,20 @@ class SaysNode(ArrayNode):
     """Answers what the test wants."""
 
     says = BlockStatus(DATA, 4096)
+    child_keys = ("backing",)
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         assert not offset % self.limits.request_alignment
         assert not length % self.limits.request_alignment
         return self.says
+
+
+def test_nobody_knows_what_is_read_where_a_driver_without_backing_nodes_has_nothing() -> None:
+    node = SaysNode(8192)
+    node.child_keys = ()  # type: ignore[misc]
+    for says in (NONE, VALID):
+        node.says = BlockStatus(says, 4096)
+        assert run_now(block_status(node, 0, 4096)).flags == says
 
 
 def test_a_driver_that_says_nothing_has_data_everywhere_at_the_same_place() -> None:

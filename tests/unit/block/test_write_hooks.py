@@ -28,7 +28,7 @@ class MappedNode(ArrayNode):
 
 
 def write(node: ArrayNode, offset: int, content: bytes, flags: int = 0) -> None:
-    run_now(pipeline.pwritev(node, offset, IoVec.of(content), flags))
+    run_now(pipeline.pwritev(node.lane, offset, IoVec.of(content), flags))
 
 
 def test_hooks_see_every_write_zero_write_and_discard_before_it_happens() -> None:
@@ -56,7 +56,7 @@ def test_a_veto_fails_the_request_and_still_counts_as_a_write() -> None:
 
     run_now(node.add_before_write(veto))
     for request in (
-        pipeline.pwritev(node, 4096, IoVec.of(b"x")),
+        pipeline.pwritev(node.lane, 4096, IoVec.of(b"x")),
         clear.pwrite_zeroes(node, 0, 512),
         clear.pdiscard(node, 0, 512),
     ):
@@ -140,7 +140,7 @@ def test_detected_zeroes_become_zero_writes(mode: str, zero_flags: int | None) -
     node = MappedNode(common=NodeOptions(discard="unmap", detect_zeroes=mode))
     write(node, 0, b"\xff" * 4096)
     node.asked.calls.clear()
-    run_now(pipeline.pwritev(node, 0, IoVec.of(bytes(1024), bytes(1000))))
+    run_now(pipeline.pwritev(node.lane, 0, IoVec.of(bytes(1024), bytes(1000))))
     expected = ("write", 0, 2024, 0) if zero_flags is None else ("zero", 0, 2024, zero_flags)
     assert node.asked.calls == [expected]
     assert node.data[:4096] == bytes(2024) + b"\xff" * 2072
@@ -203,7 +203,7 @@ def test_make_zero_tells_where_it_failed() -> None:
 
 def read(node: ArrayNode, offset: int, length: int, flags: int = int(Req.COPY_ON_READ)) -> bytes:
     buffer = bytearray(b"\xee" * length)
-    run_now(pipeline.preadv(node, offset, IoVec.of(buffer), flags))
+    run_now(pipeline.preadv(node.lane, offset, IoVec.of(buffer), flags))
     return bytes(buffer)
 
 
@@ -268,13 +268,13 @@ def test_write_during_population_of_its_cluster_is_never_lost() -> None:
         top.pause = base.pause = lambda: turns(2)
         buffer = bytearray(512)
         reading = asyncio.create_task(
-            pipeline.preadv(top, 0, IoVec.of(buffer), int(Req.COPY_ON_READ))
+            pipeline.preadv(top.lane, 0, IoVec.of(buffer), int(Req.COPY_ON_READ))
         )
         await turns(delay)
-        await pipeline.pwritev(top, 100, IoVec.of(b"guest"))
+        await pipeline.pwritev(top.lane, 100, IoVec.of(b"guest"))
         await asyncio.wait_for(reading, 5)
         after = bytearray(512)
-        await pipeline.preadv(top, 0, IoVec.of(after))
+        await pipeline.preadv(top.lane, 0, IoVec.of(after))
         assert after[100:105] == b"guest"
         assert after[:100] == base.data[:100]
         assert after[105:] == base.data[105:512]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vhostblk.vhost.access import SocketAccess
 from vhostblk.vhost.transport import Listener
 
 
@@ -32,9 +33,9 @@ def sockets(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     listened: list[str] = []
     bind, adopt = Listener.bind, Listener.adopt
 
-    def spy_on_bind(path: str) -> Listener:
+    def spy_on_bind(path: str, access: SocketAccess) -> Listener:
         listened.append(path)
-        return bind(path)
+        return bind(path, access)
 
     def spy_on_adopt(fd: int) -> Listener:
         listened.append(str(fd))

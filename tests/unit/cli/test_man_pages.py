@@ -171,6 +171,7 @@ def test_img_page_has_exactly_the_options_of_each_subcommand(command: str) -> No
         ("file, host_device, host_cdrom", DRIVERS["file"].options_type, set()),
         ("file, host_device, host_cdrom", DRIVERS["host_device"].options_type, set()),
         ("raw", DRIVERS["raw"].options_type, set(DRIVERS["raw"].child_keys)),
+        ("nbd", DRIVERS["nbd"].options_type, set()),
         ("null-co", DRIVERS["null-co"].options_type, set()),
         ("memory", DRIVERS["memory"].options_type, set()),
         ("throttle", DRIVERS["throttle"].options_type, set()),
@@ -185,6 +186,7 @@ def test_img_page_has_exactly_the_options_of_each_subcommand(command: str) -> No
         "file",
         "host_device",
         "raw",
+        "nbd",
         "null-co",
         "memory",
         "throttle",
@@ -208,7 +210,7 @@ def test_storage_daemon_page_has_exactly_the_typed_options(
 def check_values(entry: Entry, values: str) -> None:
     """`values` is what `describe_options` says: type or words, then `(required)` or a default."""
     words = values.partition(" (")[0]
-    if words not in ("string", "size", "number"):
+    if words not in ("string", "size", "number", "seconds"):
         assert entry.tag.partition("=")[2] == words
     if "(required)" in values:
         assert "Required." in entry.text, entry.tag

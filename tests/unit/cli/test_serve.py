@@ -8,6 +8,7 @@ import pytest
 
 from vhostblk.cli import main, serve
 from vhostblk.daemon import DaemonConfig
+from vhostblk.vhost.access import PeerRule, SocketAccess
 
 
 @pytest.mark.parametrize(
@@ -17,13 +18,27 @@ from vhostblk.daemon import DaemonConfig
         (["--pin-memory"], "pin_memory", True),
         ([], "own_threads", 1),
         (["--iothreads", "3"], "own_threads", 3),
+        ([], "socket_access", SocketAccess()),
+        (["--socket-mode", "0640"], "socket_access", SocketAccess(mode=0o640)),
+        (["--socket-owner", "root:7"], "socket_access", SocketAccess(uid=0, gid=7)),
+        (
+            ["--socket-owner", "5", "--socket-group", "root"],
+            "socket_access",
+            SocketAccess(uid=5, gid=0),
+        ),
+        ([], "peers", None),
+        (
+            ["--allow-user", "root", "--allow-user", "7", "--allow-group", "8"],
+            "peers",
+            PeerRule({0, 7}, {8}),
+        ),
     ],
 )
 def test_options_reach_the_export(
     words: list[str], field: str, value: object, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[DaemonConfig] = []
-    monkeypatch.setattr(serve, "run_daemon", made.append)
+    monkeypatch.setattr(serve, "run_daemon", lambda config, **_: made.append(config))
     assert main.main(["serve", "disk.img", "--socket", "s", *words]) == 0
     (config,) = made
     (export,) = config.exports

@@ -45,6 +45,30 @@ SERVE = [
     (("disk.img", "--socket", "s", "--iothreads", "100000"), "--iothreads: '100000'"),
     (("disk.img", "--fd", "-1"), "--fd: '-1'"),
     (("disk.img", "--fd", "x"), "--fd: 'x'"),
+    *(
+        (
+            ("disk.img", "--fd", "3", option, value),
+            "--fd: --socket-mode, --socket-owner and --socket-group need --socket",
+        )
+        for option, value in (
+            ("--socket-mode", "0600"),
+            ("--socket-owner", "0"),
+            ("--socket-group", "0"),
+        )
+    ),
+    (
+        ("disk.img", "--socket", "s", "--socket-mode", "9"),
+        "--socket-mode: expects three octal digits, as in 0660, not '9'",
+    ),
+    (
+        ("disk.img", "--socket", "s", "--socket-owner", "no one"),
+        "--socket-owner: there is no user 'no one'",
+    ),
+    (
+        ("disk.img", "--socket", "s", "--socket-owner", "0:0", "--socket-group", "0"),
+        "--socket-group: the group of the socket is given twice",
+    ),
+    (("disk.img", "--socket", "s", "--allow-user", ""), "--allow-user: there is no user ''"),
     (("disk.img", "--fd", "99999999999999999999"), "--fd: '99999999999999999999'"),
     (
         ("disk.img", "--socket", "s", "--serial", "x" * 21),

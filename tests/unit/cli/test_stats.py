@@ -32,8 +32,8 @@ def page() -> Iterator[StatsPage]:
 
 def serve(page: StatsPage, queue: int, operation: str, length: int = 0, **more: Any) -> None:
     counters = QueueCounters(page.queue(queue))
-    counters.began()
-    counters.finished(operation, length, more.get("failed", False), more.get("ns", 1000))
+    age = counters.began()
+    counters.finished(operation, length, more.get("failed", False), more.get("ns", 1000), age)
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:

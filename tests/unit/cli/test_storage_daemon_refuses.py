@@ -134,6 +134,29 @@ EXPORTS = [
         "'addr.path' is unexpected",
     ),
     (GOOD + ",addr.str=3", "'addr.str' is unexpected"),
+    *(
+        (
+            f"vhost-user-blk,id=e,node-name=d,addr.type=fd,addr.str=3,{option}",
+            f"Parameter '{option.partition('=')[0]}' is unexpected with addr.type=fd",
+        )
+        for option in ("addr.mode=0600", "addr.owner=root", "addr.group=0")
+    ),
+    *(
+        (f"{GOOD},addr.mode={mode}", "Parameter 'addr.mode' expects three octal digits")
+        for mode in ("", "8", "66", "0888", "1777", "rw", "00660")
+    ),
+    (
+        '{"type": "vhost-user-blk", "id": "e", "node-name": "d", "addr": {"type": "unix", "path": "s", "mode": 660}}',
+        "Parameter 'addr.mode' expects three octal digits, as in 0660, not '660'",
+    ),
+    (GOOD + ",addr.owner=no such user", "'addr.owner': there is no user 'no such user'"),
+    (GOOD + ",addr.owner=0:nope", "Parameter 'addr.owner': there is no group 'nope'"),
+    (GOOD + ",addr.owner=4294967295", "'addr.owner' expects a user, not '4294967295'"),
+    (GOOD + ",addr.owner=root:0,addr.group=1", "the group of the socket is given twice"),
+    (GOOD + ",addr.group=-1", "Parameter 'addr.group': there is no group '-1'"),
+    (GOOD + ",allow-user=root", "Parameter 'allow-user' is unexpected"),
+    (GOOD + ",allow-user.1=root", "Parameter 'allow-user.1' is unexpected"),
+    (GOOD + ",allow-group.0=nope", "Parameter 'allow-group.0': there is no group 'nope'"),
     (GOOD + ",typo=1", "Parameter 'typo' is unexpected"),
     (GOOD + ",id=", "'id' expects an identifier"),
     (
@@ -202,7 +225,9 @@ OTHERS = [
         ("--object", "iothread,id=t", "--object", "iothread,id=t"),
         "--object iothread,id=t: this id is in use",
     ),
-    (("--object", "secret,id=s,data=x"), "--object: type 'secret' is not supported"),
+    (("--object", "tls-creds-x509,id=s"), "--object: type 'tls-creds-x509' is not supported"),
+    (("--object", "secret,id=s"), "--object secret,id=s: Either 'file' or 'data' must be provided"),
+    (("--object", "secret,id=s,data=x,format=y"), "does not accept value 'y'"),
     (
         ("--object", "throttle-group,id=s,limits.bps-total=1,x-bps-read=1"),
         "--object throttle-group: 'bps-total' cannot be used with 'bps-read' or 'bps-write'",

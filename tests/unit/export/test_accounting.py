@@ -10,8 +10,8 @@ from vhostblk.export.stats_layout import QUEUE_WORDS
 
 def count(counters: QueueCounters, operation: str, ok: int, failed: int, refused: int) -> None:
     for number in range(ok + failed + refused):
-        counters.began()
-        counters.finished(operation, 1000, number >= ok, 10, refused=number >= ok + failed)
+        age = counters.began()
+        counters.finished(operation, 1000, number >= ok, 10, age, refused=number >= ok + failed)
 
 
 def test_numbers_add_up_and_have_the_names_of_qemu() -> None:

@@ -17,6 +17,7 @@ from vhostblk.errors import PeerError
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.front_end import FrontEnd
+from vhostblk.export.ownership import Ownership
 from vhostblk.export.python_path import PythonDataPath
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.vhost.connection import Connection
@@ -45,8 +46,9 @@ class Path(PythonDataPath):
         self.write_through.append(write_through)
 
 
-async def nothing() -> None:
+def ownership(device: BlkDevice) -> Ownership:
     """The image is ours."""
+    return Ownership(device.backend, "test", LOG, lambda: False)
 
 
 def make_device(backend: BlockBackend) -> BlkDevice:
@@ -81,7 +83,9 @@ def run(
         with theirs:
             if data:
                 socket.send_fds(theirs, [data], fds)
-        front_end = FrontEnd(Connection(ours), device, path, 1, LOG, ErrorLog(LOG), nothing)
+        front_end = FrontEnd(
+            Connection(ours), device, path, 1, LOG, ErrorLog(LOG), ownership(device)
+        )
         await front_end.run()
 
     asyncio.run(session())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,6 +25,7 @@ class Engine:
         self.fd = os.eventfd(1)
         self.left = list(range(REQUESTS))
         self.sent: list[bytes] = []
+        self.are_alike = True
 
     def receive(self) -> list[Message]:
         batch, self.left = self.left[:64], self.left[64:]
@@ -45,12 +47,15 @@ class Slow:
     def __init__(self) -> None:
         self.seen: list[int] = []
 
-    def engine_request(self, thread: IOThread, message: Message) -> None:
-        until = time.monotonic() + 0.001
-        while time.monotonic() < until:
-            pass
-        self.seen.append(message[3])
-        thread.complete(message[3], 0, 0)
+    def engine_requests(self, thread: IOThread, messages: Iterator[Message], until: float) -> None:
+        for message in messages:
+            end = time.monotonic() + 0.001
+            while time.monotonic() < end:
+                pass
+            self.seen.append(message[3])
+            thread.complete(message[3], 0, 0)
+            if time.monotonic() >= until:
+                return
 
     def engine_event(self, thread: IOThread, message: Message) -> None:
         raise AssertionError(message)

@@ -10,6 +10,7 @@ import pytest
 from vhostblk.block.keyval import parse_options
 from vhostblk.errors import ConfigError
 from vhostblk.export.options import ExportConfig, parse_export
+from vhostblk.vhost.access import PeerRule, SocketAccess
 
 UNIX = "vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path=/s"
 
@@ -44,6 +45,13 @@ def test_defaults_are_qemus_where_it_has_some() -> None:
         ("max-segments=64", "max_segments", 64),
         ("serial=a,,b", "serial", "a,b"),
         ("serial=", "serial", ""),
+        ("addr.mode=0660", "socket_access", SocketAccess(mode=0o660)),
+        ("addr.mode=660,addr.owner=root", "socket_access", SocketAccess(0o660, uid=0)),
+        ("addr.owner=7:8", "socket_access", SocketAccess(uid=7, gid=8)),
+        ("addr.owner=7,addr.group=root", "socket_access", SocketAccess(uid=7, gid=0)),
+        ("serial=", "peers", None),
+        ("allow-user.0=root,allow-user.1=8", "peers", PeerRule({0, 8})),
+        ("allow-group.0=9", "peers", PeerRule(gids={9})),
     ],
 )
 def test_each_option(text: str, field: str, value: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -71,7 +72,10 @@ class Thread:
 
     def __init__(self) -> None:
         self.completed: list[int] = []
+        self.answers: list[bytes] = []
+        self.answer = self.answers.append
         self.ends: list[Callable[[], None]] = []
+        self.tasks: dict[int, set[asyncio.Task[None]]] = {0: set()}
 
     def at_end_of_turn(self, function: Callable[[], None]) -> None:
         self.ends.append(function)
@@ -92,17 +96,18 @@ def test_requests_of_the_engine_that_come_together_are_submitted_together() -> N
         device = device_on(storage)
         path = NativeDataPath(device, [thread], NoEvents(), StatsPage.private("test", 1))  # type: ignore[list-item]
         for _ in range(2):
-            for n in range(REQUESTS):
-                kind = int(RequestType.OUT)
-                message = (MessageType.REQUEST, 0, 0, n, 0, 512 * n, 512, table, 1, 0, kind)
-                thread.has_more = n < REQUESTS - 1
-                path.engine_request(thread, message)  # type: ignore[arg-type]
+            kind = int(RequestType.OUT)
+            messages = [
+                (int(MessageType.REQUEST), 0, 0, n, 0, 512 * n, 512, table, 1, 0, kind)
+                for n in range(REQUESTS)
+            ]
+            path.engine_requests(thread, iter(messages), math.inf)  # type: ignore[arg-type]
             (end,) = thread.ends
             assert not storage.submitted
             end()
             assert storage.submitted == [REQUESTS]
             assert not storage.plugged
-            await asyncio.gather(*path._tasks)
+            await asyncio.gather(*thread.tasks[0])
             assert thread.completed == list(range(REQUESTS))
             storage.submitted, thread.ends, thread.completed = [], [], []
         path._disk.close()
@@ -116,6 +121,7 @@ class Batches:
 
     io_kind = "threads"
     fd = -1
+    are_alike = True
 
     def __init__(self, *_arguments: object, **_options: object) -> None:
         self.batches = [[(MessageType.REQUEST, 0, 0, n, 1, 0, 0, 0, 0, 0, 0)] * 3 for n in (1, 2)]
@@ -130,10 +136,13 @@ def test_who_asked_for_the_end_of_a_turn_hears_of_it_once(
     seen: list[str] = []
 
     class Sink:
-        def engine_request(self, thread: IOThread, message: Message) -> None:
+        def engine_requests(
+            self, thread: IOThread, messages: Iterator[Message], until: float
+        ) -> None:
+            assert thread.has_more
             if not seen:
                 thread.at_end_of_turn(lambda: seen.append("end"))
-            seen.append(f"request {message[3]} {'and' if thread.has_more else 'done'}")
+            seen.extend(f"request {message[3]}" for message in messages)
 
         def engine_event(self, thread: IOThread, message: Message) -> None:
             raise AssertionError(message)
@@ -144,8 +153,7 @@ def test_who_asked_for_the_end_of_a_turn_hears_of_it_once(
         thread = IOThread("test")
         thread.add_sink(1, Sink())
         thread._receive()
-        batches = [[f"request {n} and"] * 2 + [f"request {n} done"] for n in (1, 2)]
-        assert seen == [*batches[0], *batches[1], "end"]
+        assert seen == [*["request 1"] * 3, *["request 2"] * 3, "end"]
         thread._receive()
         assert seen.count("end") == 1
 

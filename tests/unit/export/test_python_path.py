@@ -11,7 +11,8 @@ from tests.unit.block.fakes import ArrayNode
 from vhostblk.block.backend import BlockBackend
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.error_log import ErrorLog
-from vhostblk.export.python_path import POLL_INTERVAL, PythonDataPath
+from vhostblk.export.python_path import PythonDataPath
+from vhostblk.export.python_queue import POLL_INTERVAL
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.vhost.vring import VringSnapshot
 
@@ -24,6 +25,9 @@ class NoEvents:
         raise AssertionError(reason)
 
     def memory_faulted(self) -> None:
+        raise AssertionError
+
+    def log_lost(self) -> None:
         raise AssertionError
 
 

@@ -24,8 +24,8 @@ class Queue:
         self.counters = QueueCounters(self.words)
 
     def serve(self, operation: str, length: int = 0, failed: bool = False, ns: int = 1) -> None:
-        self.counters.began()
-        self.counters.finished(operation, length, failed, ns)
+        age = self.counters.began()
+        self.counters.finished(operation, length, failed, ns, age)
 
     @property
     def read(self) -> QueueStatistics:
@@ -66,7 +66,7 @@ def test_a_request_is_in_flight_until_it_is_finished() -> None:
     queue.counters.began()
     queue.counters.began()
     assert (queue.read.in_flight, queue.read.requests) == (2, 0)
-    queue.counters.finished("flush", 0, False, 5)
+    queue.counters.finished("flush", 0, False, 5, 0)
     assert (queue.read.in_flight, queue.read.requests, queue.read.misses) == (1, 1, 2)
 
 

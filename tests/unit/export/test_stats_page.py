@@ -54,8 +54,7 @@ def plant(name: str, content: bytes) -> str:
 
 def test_a_reader_sees_what_is_counted_while_it_is_counted(page: StatsPage) -> None:
     counters = QueueCounters(page.queue(2))
-    counters.began()
-    counters.finished("read", 4096, False, 1000)
+    counters.finished("read", 4096, False, 1000, counters.began())
     copy = stats_reader.read_page(page.name)
     assert copy.is_alive
     assert not copy.is_native
@@ -234,8 +233,7 @@ def test_a_name_that_somebody_sits_on_is_left_to_him(leftovers: list[str]) -> No
 def use_privately(page: StatsPage) -> None:
     assert page.name == ""
     counters = QueueCounters(page.queue(3))
-    counters.began()
-    counters.finished("write", 512, False, 1)
+    counters.finished("write", 512, False, 1, counters.began())
     page.front_end_came()
     page.front_end_left()
     assert page.read()[3].operations["write"].bytes == 512

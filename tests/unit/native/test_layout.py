@@ -63,6 +63,7 @@ def test_reference_breaks_queues_for_the_reasons_of_the_engine() -> None:
 def test_flush_targets_are_those_of_the_header() -> None:
     assert native.FLUSH_MISS == binding.lib.VB_FLUSH_MISS
     assert native.FLUSH_NOTHING == binding.lib.VB_FLUSH_NOTHING
+    assert native.SUSPENDED == binding.lib.VB_SUSPENDED
     assert native.LATENCY_BUCKETS == binding.lib.VB_LATENCY_BUCKETS
 
 
@@ -90,6 +91,7 @@ def test_slice_of_the_address_space_is_the_memory_at_that_address() -> None:
         ("struct vb_extent", disk._EXTENT),
         ("struct vb_iov", binding.IOV),
         ("struct vb_segment", queues._SEGMENT),
+        ("struct vb_io_part", host_io._IO_PART),
         ("struct vb_io_request", host_io._IO_REQUEST),
         ("struct vb_io_result", host_io._IO_RESULT),
     ],

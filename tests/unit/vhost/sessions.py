@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vhostblk.errors import PeerError
-from vhostblk.vhost.action import Action, CloseFds, ReadConfig, StopVring
+from vhostblk.vhost.action import Action, CloseFds, CreateInflight, ReadConfig, StopVring
 from vhostblk.vhost.frontend import Frontend
 from vhostblk.vhost.message import Decoder, Message, Payload, ProtocolFeature
 from vhostblk.vhost.session import PROTOCOL_FEATURES, Session
@@ -93,10 +93,12 @@ class SessionPair:
                 result = CONFIG[action.offset : action.offset + action.size]
             elif isinstance(action, StopVring):
                 result = self.base
+            elif isinstance(action, CreateInflight):
+                result = self._next_fd = self._next_fd + 1
         reply = self.session.complete(result, error=error)
         if reply is None:
             return seen, None
-        (decoded,) = Decoder().feed(reply.encode())
+        (decoded,) = Decoder().feed(reply.encode(), reply.fds)
         return seen, decoded
 
     def describe(self, index: int = 0) -> None:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import resource
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
@@ -361,3 +362,137 @@ def test_back_end_channel_must_be_a_unix_stream_socket() -> None:
             pytest.raises(SessionError, match="not a Unix stream"),
         ):
             BackendChannel(os.dup(datagram.fileno()))
+
+
+# ---------------------------------------------------------------- time-outs
+
+
+def test_silence_between_messages_is_legal_and_half_a_message_is_not(sockets: Sockets) -> None:
+    ours, theirs = sockets
+    also_ours, also_theirs = socket.socketpair()
+
+    async def main(connection: Connection) -> None:
+        connection.message_timeout = 0.01
+        receiving = asyncio.create_task(connection.receive())
+        await asyncio.sleep(0)
+        half = Connection(also_ours)
+        half.message_timeout = 0.01
+        also_theirs.send(Message(Request.SET_OWNER).encode()[:5])
+        with pytest.raises(SessionError, match=r"a message is not whole after 0\.01 s"):
+            await half.receive()
+        half.close()
+        assert not receiving.done(), "it has been silent for longer"
+        theirs.send(Message(Request.SET_OWNER).encode())
+        assert await receiving == Message(Request.SET_OWNER)
+
+    talk(ours, main)
+    also_theirs.close()
+
+
+def test_message_that_drips_has_no_longer_than_others(sockets: Sockets) -> None:
+    ours, theirs = sockets
+    data = memoryview(Message(Request.GET_CONFIG, 9, Raw(bytes(4000))).encode())
+
+    async def main(connection: Connection) -> None:
+        connection.message_timeout = 0.02
+        loop = asyncio.get_running_loop()
+        sent = 0
+
+        def drip() -> None:
+            nonlocal sent, dripping
+            theirs.send(data[sent : sent + 1])
+            sent += 1
+            dripping = loop.call_later(0.001, drip)
+
+        dripping = loop.call_soon(drip)
+        with pytest.raises(SessionError, match="not whole"):
+            await connection.receive()
+        dripping.cancel()
+        assert 0 < sent < len(data)
+
+    talk(ours, main)
+
+
+def test_what_has_come_counts_although_nobody_looked_in_time(sockets: Sockets) -> None:
+    """After a stop of this process the time is over, and the rest of the message is there."""
+    ours, theirs = sockets
+    data = Message(Request.SET_VRING_NUM, 9, VringState(0, 8)).encode()
+
+    async def main(connection: Connection) -> None:
+        connection.message_timeout = 0.01
+        theirs.send(data[:14])
+        receiving = asyncio.create_task(connection.receive())
+        await asyncio.sleep(0)
+        theirs.send(data[14:])
+        until = time.monotonic() + 0.03
+        while time.monotonic() < until:
+            pass  # the loop does not run
+        message = await receiving
+        assert message is not None
+        assert message.request == Request.SET_VRING_NUM
+
+    talk(ours, main)
+
+
+def test_answer_that_nobody_reads_ends_the_session_when_its_time_is_over(sockets: Sockets) -> None:
+    ours, _theirs = sockets
+
+    async def main(connection: Connection) -> None:
+        connection.message_timeout = 0.01
+        _, sending = await fill(connection, Message(Request.GET_FEATURES, 5, U64(1)))
+        with pytest.raises(SessionError, match=r"GET_FEATURES: nobody has read for 0\.01 s"):
+            await sending
+
+    talk(ours, main)
+
+
+def test_first_message_is_waited_for_and_given_later(sockets: Sockets) -> None:
+    ours, theirs = sockets
+    message = Message(Request.SET_OWNER)
+
+    async def main(connection: Connection) -> None:
+        waiting = asyncio.create_task(connection.first_message(60))
+        theirs.send(message.encode() * 2)
+        assert await waiting
+        assert [await connection.receive() for _ in range(2)] == [message, message]
+
+    talk(ours, main)
+
+
+@pytest.mark.parametrize("beginning", [0, 5])
+def test_first_message_has_a_deadline_and_a_connection_may_end_without_one(
+    sockets: Sockets, beginning: int
+) -> None:
+    ours, theirs = sockets
+    theirs.send(Message(Request.SET_OWNER).encode()[:beginning])
+
+    async def main(connection: Connection) -> None:
+        with pytest.raises(SessionError, match=r"0\.01 s"):
+            await connection.first_message(0.01)
+        if not beginning:
+            theirs.shutdown(socket.SHUT_WR)
+            assert not await connection.first_message(60)
+
+    talk(ours, main)
+
+
+@pytest.mark.parametrize("end", ["close", "finish"])
+def test_first_message_that_nobody_asks_for_is_closed_with_its_fds(
+    sockets: Sockets, end: str
+) -> None:
+    ours, theirs = sockets
+    read_end, write_end = os.pipe()
+    send_with_fds(theirs, KICK.encode(), [write_end])
+    os.close(write_end)
+
+    async def main(connection: Connection) -> None:
+        assert await connection.first_message(60)
+        if end == "close":
+            connection.close()
+        else:
+            connection.finish()
+            assert await connection.receive() is None
+
+    talk(ours, main)
+    assert os.read(read_end, 1) == b""  # nobody can write to it any more
+    os.close(read_end)

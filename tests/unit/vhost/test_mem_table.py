@@ -275,7 +275,7 @@ def test_region_in_a_file_of_huge_blocks_is_mapped_from_the_start_of_its_block(
         return real_mmap(fd, length, flags, protection, offset=offset)
 
     monkeypatch.setattr(os, "fstat", fstat)
-    monkeypatch.setattr("vhostblk.vhost.mem_table._NO_FD", {})
+    monkeypatch.setattr("vhostblk.vhost.shared_file._NO_FD", {})
     monkeypatch.setattr(mmap, "mmap", spy)
     table = empty.added(region(0, 2, offset=11 * PAGE), memory)
     assert asked == [(8 * PAGE, 8 * PAGE)]

@@ -16,7 +16,10 @@ from vhostblk.vhost.message import (
     BackendRequest,
     ConfigSpace,
     Decoder,
+    DeviceStateTransfer,
     Empty,
+    InflightDescription,
+    LogArea,
     Malformed,
     MemoryRegion,
     MemoryTable,
@@ -35,13 +38,16 @@ from vhostblk.vhost.message import (
 REGION = MemoryRegion(0, 4096, 0x10000, 0)
 SAMPLE_OF = {
     Empty: Empty(),
+    LogArea: LogArea(4096, 8192),
     U64: U64(5),
     VringState: VringState(1, 2),
     VringAddress: VringAddress(1, 0, 16, 32, 48, 0),
     VringFile: VringFile(1),
     MemoryTable: MemoryTable((REGION,)),
     SingleRegion: SingleRegion(REGION),
+    DeviceStateTransfer: DeviceStateTransfer(1, 0),
     ConfigSpace: ConfigSpace(0, 2, 0, b"ab"),
+    InflightDescription: InflightDescription(0, 0, 1, 128),
 }
 ROWS = list(FRONTEND_TABLE.values())
 

@@ -9,6 +9,7 @@ from vhostblk.vhost.payload import (
     U64,
     ConfigSpace,
     Empty,
+    InflightDescription,
     MemoryRegion,
     MemoryTable,
     Payload,
@@ -33,6 +34,8 @@ SAMPLES: list[tuple[Payload, int]] = [
     (SingleRegion(REGION), 40),
     (ConfigSpace(32, 2, 0, b"\1\2"), 14),
     (ConfigSpace(0, 256, 1, bytes(256)), 268),
+    (InflightDescription(2**40, 4096, 64, 32768), 24),
+    (InflightDescription(2**40, 4096, 64, 32768, is_padded=False), 20),
     (Raw(b"abc"), 3),
 ]
 

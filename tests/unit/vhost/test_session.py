@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.unit.vhost.sessions import CONFIG, FEATURES, PROTOCOL_BIT, SessionPair
@@ -22,13 +24,17 @@ from vhostblk.vhost.action import (
     StopVring,
     WriteConfig,
 )
+from vhostblk.vhost.inflight import part_size
 from vhostblk.vhost.message import (
     FRONTEND_TABLE,
     U64,
     BackendRequest,
     ConfigSpace,
+    DeviceStateTransfer,
     Empty,
     Gate,
+    InflightDescription,
+    LogArea,
     MemoryRegion,
     MemoryTable,
     Message,
@@ -48,6 +54,7 @@ from vhostblk.virtio.features import Feature
 
 REGION = MemoryRegion(gpa=0, size=0x1000, uva=0x7000_0000, mmap_offset=0)
 NEED_REPLY = 9
+_BOTH_WAYS = ProtocolFeature.GET_VRING_BASE_INFLIGHT | ProtocolFeature.GET_VRING_BASE_SKIP_DRAIN
 ROWS = list(FRONTEND_TABLE.values())
 
 
@@ -58,10 +65,13 @@ def payload_of(row: Row) -> Payload:
         U64: U64(int(PROTOCOL_FEATURES) if row.request is Request.SET_PROTOCOL_FEATURES else 0),
         MemoryTable: MemoryTable((REGION,)),
         SingleRegion: SingleRegion(REGION),
+        LogArea: LogArea(4096, 0),
         VringState: VringState(1, 1),
         VringAddress: VringAddress(1, 0, 16, 16, 16, 0),
         VringFile: VringFile(1, has_fd=row.fds[0] > 0),
+        DeviceStateTransfer: DeviceStateTransfer(0, 0),
         ConfigSpace: ConfigSpace(32, 1, 0, b"\1"),
+        InflightDescription: InflightDescription(part_size(8, packed=False), 0, 1, 8),
     }[row.payload]
 
 
@@ -72,6 +82,10 @@ def refuses(pair: SessionPair, row: Row, payload: Payload, fds: int, match: str)
         assert is_nack(pair.deliver(message))
     elif row.reply is ConfigSpace:
         assert pair.deliver(message) == message.reply(Empty())
+    elif row.refusal is not None:
+        assert pair.deliver(message) == message.reply(U64(row.refusal))
+    elif isinstance(payload, InflightDescription):
+        assert pair.deliver(message) == message.reply(replace(payload, mmap_size=0))
     else:
         with pytest.raises(SessionError, match=match):
             pair.deliver(message)
@@ -108,7 +122,7 @@ def test_session_refuses_every_request_with_more_fds_than_its_row_allows(
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.fds[0]], ids=named)
 def test_session_refuses_every_request_that_lacks_its_fd(pair: SessionPair, row: Row) -> None:
-    assert is_nack(pair.deliver(Message(row.request, NEED_REPLY, payload_of(row))))
+    refuses(pair, row, payload_of(row), 0, "0 fds where")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=named)
@@ -156,7 +170,8 @@ def test_unknown_and_unserved_requests_are_refused_and_the_session_lives(
     message = Message(request_number, NEED_REPLY, Raw(b"?" * 24), (pair.fd(), pair.fd()))
     assert is_nack(pair.deliver(message))
     assert pair.open_fds() == []
-    assert pair.ask(pair.frontend.get_features()) == U64(FEATURES | PROTOCOL_BIT)
+    log_all = int(Feature.VHOST_F_LOG_ALL)
+    assert pair.ask(pair.frontend.get_features()) == U64(FEATURES | PROTOCOL_BIT | log_all)
 
 
 def test_unknown_request_that_asks_for_no_acknowledgement_ends_the_session(
@@ -243,7 +258,8 @@ def test_refusal_is_there_for_the_log(pair: SessionPair) -> None:
 
 
 def test_features_are_offered_with_the_protocol_bit(pair: SessionPair) -> None:
-    assert pair.ask(pair.frontend.get_features()) == U64(FEATURES | PROTOCOL_BIT)
+    log_all = int(Feature.VHOST_F_LOG_ALL)
+    assert pair.ask(pair.frontend.get_features()) == U64(FEATURES | PROTOCOL_BIT | log_all)
     assert pair.ask(pair.frontend.get_protocol_features()) == U64(int(PROTOCOL_FEATURES))
 
 
@@ -267,7 +283,7 @@ def test_set_features_may_be_repeated(pair: SessionPair) -> None:
         assert pair.tell(pair.frontend.set_features(PROTOCOL_BIT)) == [SetFeatures(0)]
 
 
-@pytest.mark.parametrize("bit", [0, 26, 34, 63])
+@pytest.mark.parametrize("bit", [0, 25, 34, 63])
 def test_session_refuses_features_that_were_not_offered(pair: SessionPair, bit: int) -> None:
     with pytest.raises(PeerError):
         pair.tell(pair.frontend.set_features(FEATURES | 1 << bit))
@@ -288,7 +304,7 @@ def test_session_refuses_other_features_while_a_vring_is_started(pair: SessionPa
     assert pair.session.features == FEATURES
 
 
-@pytest.mark.parametrize("bit", [1, 4, 8, 12, 14, 16, 40])
+@pytest.mark.parametrize("bit", [2, 4, 8, 14, 17, 21, 22, 40])
 def test_session_refuses_protocol_features_that_were_not_offered(bit: int) -> None:
     pair = SessionPair()
     with pytest.raises(PeerError):
@@ -298,6 +314,32 @@ def test_session_refuses_protocol_features_that_were_not_offered(bit: int) -> No
             )
         )
     assert pair.session.protocol_features == PROTOCOL_FEATURES
+
+
+@pytest.mark.parametrize(
+    ("agreed", "skip_drain", "suspends"),
+    [
+        (ProtocolFeature.NONE, False, False),
+        (ProtocolFeature.GET_VRING_BASE_INFLIGHT, False, True),
+        (_BOTH_WAYS, False, False),
+        (_BOTH_WAYS, True, True),
+    ],
+)
+def test_session_lets_requests_stay_in_flight_when_the_front_end_says_so(
+    pair: SessionPair, agreed: ProtocolFeature, skip_drain: bool, suspends: bool
+) -> None:
+    protocol = (PROTOCOL_FEATURES & ~_BOTH_WAYS) | agreed
+    pair.tell(pair.frontend.set_protocol_features(protocol))
+    pair.start(0)
+    assert pair.tell(pair.frontend.get_vring_base(0, skip_drain=skip_drain)) == [
+        StopVring(0, suspends)
+    ]
+
+
+def test_session_refuses_to_skip_a_drain_that_was_not_negotiated(pair: SessionPair) -> None:
+    pair.tell(pair.frontend.set_protocol_features(PROTOCOL_FEATURES & ~_BOTH_WAYS))
+    with pytest.raises(SessionError):
+        pair.tell(pair.frontend.get_vring_base(0, skip_drain=True))
 
 
 @pytest.mark.parametrize("count", [0, 257])
@@ -312,7 +354,7 @@ def test_protocol_features_that_are_not_served_cannot_be_offered() -> None:
             device_features=0,
             num_queues=1,
             config_size=0,
-            protocol_features=ProtocolFeature.LOG_SHMFD,
+            protocol_features=ProtocolFeature.PAGEFAULT,
         )
 
 
@@ -450,7 +492,7 @@ def test_session_refuses_to_change_a_started_vring(pair: SessionPair, message: M
 def test_session_refuses_sizes_and_addresses_that_cannot_be(pair: SessionPair) -> None:
     for payload in (VringState(0, 100), VringState(0, 65536)):
         assert is_nack(pair.deliver(Message(Request.SET_VRING_NUM, NEED_REPLY, payload)))
-    for address in (VringAddress(0, 0, 8, 16, 16, 0), VringAddress(0, 1, 16, 16, 16, 0)):
+    for address in (VringAddress(0, 0, 8, 16, 16, 0), VringAddress(0, 2, 16, 16, 16, 0)):
         assert is_nack(pair.deliver(Message(Request.SET_VRING_ADDR, NEED_REPLY, address)))
     message = Message(Request.SET_VRING_BASE, NEED_REPLY, VringState(0, 0x10000))
     assert is_nack(pair.deliver(message))

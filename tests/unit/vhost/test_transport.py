@@ -13,6 +13,7 @@ import pytest
 
 from tests.unit.vhost.resources import nothing_left
 from vhostblk.errors import ConfigError, StateError
+from vhostblk.vhost.access import SocketAccess
 from vhostblk.vhost.message import Message, Request
 from vhostblk.vhost.transport import BlockingConnection, Listener
 
@@ -174,7 +175,7 @@ def test_path_is_removed_also_by_a_daemon_that_has_changed_its_directory(
 
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o777])
 def test_socket_file_has_the_mode_that_was_asked_for(path: str, mode: int) -> None:
-    listener = Listener.bind(path, mode=mode)
+    listener = Listener.bind(path, SocketAccess(mode=mode))
     assert stat.S_IMODE(os.stat(path).st_mode) == mode
     listener.close()
 

@@ -16,10 +16,46 @@ def test_sizes_that_are_powers_of_two_are_accepted(size: int) -> None:
     assert vring.snapshot().size == size
 
 
-@pytest.mark.parametrize("size", [0, 3, 129, 32769, 65536, 2**32 - 1])
-def test_other_sizes_are_refused(size: int) -> None:
+@pytest.mark.parametrize("size", [0, 32769, 65536, 2**32 - 1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_impossible_sizes_are_refused(size: int, packed: bool) -> None:
+    with pytest.raises(PeerError, match="from 1 to 32768"):
+        Vring(0).set_size(size, packed=packed)
+
+
+@pytest.mark.parametrize("size", [3, 129, 32767])
+def test_only_packed_rings_have_sizes_that_are_no_powers_of_two(size: int) -> None:
     with pytest.raises(PeerError, match="power of two"):
         Vring(0).set_size(size)
+    vring = Vring(0)
+    vring.set_size(size, packed=True)
+    vring.set_addresses(16, 4, 4)
+    vring.check_ready(packed=True)
+    with pytest.raises(PeerError, match="power of two"):
+        vring.check_ready()
+
+
+def test_driver_area_of_a_packed_ring_is_aligned_to_four() -> None:
+    vring = Vring(0)
+    vring.set_size(8)
+    vring.set_addresses(16, 2, 4)
+    vring.check_ready()
+    with pytest.raises(PeerError, match="driver area"):
+        vring.check_ready(packed=True)
+
+
+def test_base_of_a_packed_ring_has_two_places_and_begins_with_wrap_counters_of_one() -> None:
+    vring = Vring(0)
+    assert vring.base(packed=True) == 0x8000_8000
+    assert vring.base() == 0
+    vring.set_size(8)
+    vring.set_addresses(16, 4, 4)
+    vring.set_base(0x8003_0005, packed=True)
+    assert vring.snapshot(packed=True).base == 0x8003_0005
+    with pytest.raises(PeerError, match="16 bits"):
+        vring.check_ready()
+    vring.forget()
+    assert vring.base(packed=True) == 0x8000_8000
 
 
 def test_base_of_more_than_sixteen_bits_is_refused() -> None:
@@ -27,7 +63,7 @@ def test_base_of_more_than_sixteen_bits_is_refused() -> None:
     vring.set_base(0xFFFF)
     with pytest.raises(PeerError, match="16 bits"):
         vring.set_base(0x10000)
-    assert vring.base == 0xFFFF
+    assert vring.base() == 0xFFFF
 
 
 @pytest.mark.parametrize("addresses", [(8, 2, 4), (16, 1, 4), (16, 2, 2)])
@@ -77,7 +113,7 @@ def test_reset_forgets_all_but_the_fds() -> None:
     vring.set_fd(VringFd.ERR, 10)
     vring.is_started = vring.is_enabled = True
     vring.forget()
-    assert (vring.base, vring.is_started, vring.is_enabled) == (0, False, False)
+    assert (vring.base(), vring.is_started, vring.is_enabled) == (0, False, False)
     with pytest.raises(PeerError):
         vring.check_ready()
     assert vring.close() == (10,)

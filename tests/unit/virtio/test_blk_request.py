@@ -100,6 +100,23 @@ def test_chain_without_a_writable_byte_breaks_the_queue() -> None:
     assert caught.value.reason == Broken.NO_STATUS
 
 
+def test_chain_that_is_not_all_in_memory_fails_and_is_not_looked_at() -> None:
+    chain = chain_of(IN, room=512)
+    chain.is_incomplete = True
+    request = parse(chain, capacity=CAPACITY)
+    assert request.status == Status.IOERR
+    assert (request.type, request.length, list(request.data)) == (-1, 0, [])
+    assert request.complete(Status.IOERR) == 1
+
+
+def test_chain_whose_end_is_not_in_memory_breaks_the_queue() -> None:
+    chain = chain_of(IN, room=512)
+    chain.lacks(chain.writable)
+    with pytest.raises(GuestError) as caught:
+        parse(chain, capacity=CAPACITY)
+    assert caught.value.reason == Broken.ADDRESS
+
+
 @pytest.mark.parametrize("length", [0, 1, 15])
 def test_short_header_is_completed_with_an_error(length: int) -> None:
     readable = [memoryview(bytes(length))] if length else []

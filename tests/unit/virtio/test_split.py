@@ -266,18 +266,31 @@ def test_queue_breaks_on_a_readable_descriptor_behind_a_writable_one(length: int
     ],
 )
 @pytest.mark.parametrize("flags", [0, WRITE])
-def test_queue_breaks_on_a_buffer_outside_memory(address: int, length: int, flags: int) -> None:
+def test_chain_with_a_buffer_outside_memory_is_incomplete(
+    address: int, length: int, flags: int
+) -> None:
     pair = RingPair(8)
-    pair.driver.write_descriptor(0, address, length, flags)
+    pair.driver.write_descriptor(0, pair.data_gpa, 3, NEXT, 1)
+    pair.driver.write_descriptor(1, address, length, flags | NEXT, 2)
+    pair.driver.write_descriptor(2, pair.data_gpa, 1, WRITE)
     pair.offer(0)
-    assert break_by_pop(pair) == Broken.ADDRESS
+    chain = pair.device.pop()
+    assert chain is not None
+    assert chain.is_incomplete
+    assert list(map(len, chain.readable)) == [3]
+    assert list(map(len, chain.writable)) == [1]
+    assert pair.device.broken is None
 
 
-def test_queue_breaks_on_a_buffer_that_ends_one_byte_behind_memory() -> None:
+def test_chain_with_a_buffer_that_ends_one_byte_behind_memory_is_incomplete() -> None:
     pair = RingPair(8)
-    pair.driver.write_descriptor(0, pair.end - 4, 5)
+    pair.driver.write_descriptor(0, pair.data_gpa, 1, WRITE | NEXT, 1)
+    pair.driver.write_descriptor(1, pair.end - 4, 5, WRITE)
     pair.offer(0)
-    assert break_by_pop(pair) == Broken.ADDRESS
+    chain = pair.device.pop()
+    assert chain is not None
+    assert chain.is_incomplete
+    assert not chain.writable  # the last byte, and what is before it, is of no use
 
 
 def indirect_pair(length: int, flags: int = INDIRECT, *, address: int | None = None) -> RingPair:

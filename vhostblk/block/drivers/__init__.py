@@ -22,7 +22,18 @@ DRIVERS = DriverTable(
             "host_cdrom": DriverPlace(
                 "vhostblk.block.drivers.file", "HostCdromNode", protocol="host_cdrom", devices=True
             ),
+            "luks": DriverPlace(
+                "vhostblk.block.drivers.luks",
+                "LuksNode",
+                signatures=((0, b"LUKS\xba\xbe\0\1"),),
+            ),
             "memory": DriverPlace("vhostblk.block.drivers.memory", "MemoryNode"),
+            "nbd": DriverPlace(
+                "vhostblk.block.drivers.nbd",
+                "NbdNode",
+                protocol="nbd",
+                more_protocols=("nbd+tcp", "nbd+unix"),
+            ),
             "null-co": DriverPlace("vhostblk.block.drivers.null", "NullNode", protocol="null-co"),
             "qcow2": DriverPlace(
                 "vhostblk.block.drivers.qcow2", "Qcow2Node", signatures=((0, b"QFI\xfb"),)

@@ -101,6 +101,8 @@ class FileNode(PosixNode):
         self._io = context.host_io(self.options.aio)
         opened = await self._open(self.options.filename, self.common, self.read_only)
         self._pool = self.options.aio == "threads"
+        if self.options.aio is None and opened.file.may_hang:
+            self._pool, self._io = True, context.host_io("threads")
         self._use(opened)
         if self.options.locking != "off":
             self._lock = self._new_lock(self._fd)
@@ -226,7 +228,8 @@ class FileNode(PosixNode):
         """Users in this process may share all; their revocations and flushes do not reach other processes."""
         if self.inactive:
             return Perm.NONE, Perm.ALL
-        return perm, shared & ~_NEVER_SHARED if perm and not self.force_share else shared
+        is_shared = self.force_share or (self.looks_only and not perm & _NEVER_SHARED)
+        return perm, shared if is_shared or not perm else shared & ~_NEVER_SHARED
 
     def abort_perm(self) -> None:
         """Back to the old locks."""

@@ -15,11 +15,12 @@ import mmap
 import os
 import stat
 import struct
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from vhostblk.block.host_io import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
-from vhostblk.block.limits import SECTOR_SIZE, align_up
+from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.node import BlockSizes
 from vhostblk.errors import BlockError
 
@@ -29,18 +30,26 @@ _BLKSSZGET = 0x1268
 _BLKIOMIN = 0x1278
 _BLKIOOPT = 0x1279
 _BLKPBSZGET = 0x127B
+_BLKGETDISKSEQ = 0x80081280
 BLKDISCARD = 0x1277
 BLKZEROOUT = 0x127F
 
 # linux/magic.h: file systems whose I/O never waits for a device.
-_TMPFS_MAGIC = 0x01021994
-_RAMFS_MAGIC = 0x858458F6
+_IN_MEMORY = (0x01021994, 0x858458F6)  # tmpfs, ramfs
+# Those that wait for another process or machine. Some do so while a request is only being submitted to io_uring (seen
+# with FUSE): whoever submits would hang with them.
+_MAY_HANG = (
+    *(0x65735546, 0x6969, 0xFF534D42, 0xFE534D42, 0x00C36400),  # FUSE, NFS, CIFS, SMB2, Ceph
+    *(0x01021997, 0x5346414F, 0x6B414653, 0x0BD00BD0),  # 9p, AFS (twice), Lustre
+)
 
 # statx(2): the mask bit, and where struct statx has stx_mask and stx_dio_mem_align,
 # stx_dio_offset_align.
 _STATX_DIOALIGN = 0x2000
 _STATX_DIO_OFFSET = 152
 _AT_EMPTY_PATH = 0x1000
+
+_DEVICES = Path("/sys/dev/block")
 
 _FAR = 1 << 62  # behind any file's end
 
@@ -56,17 +65,24 @@ class HostFile:
 
     Attributes: size: of the content, as the kernel says; any number for a regular file.
         request_alignment, memory_alignment: what requests and their memory must be aligned to; 1
-        through the page cache. in_memory: its I/O never blocks. can_discard: holes can be punched,
-        or the device takes discards.
+        through the page cache. in_memory: its I/O never blocks. may_hang: it depends on another
+        process or machine. can_discard: holes can be punched, or the device takes discards.
+        device: number of the block device that it is; None: a regular file.
     """
 
-    is_device: bool
     size: int
     request_alignment: int
     memory_alignment: int
     sizes: BlockSizes
     in_memory: bool
+    may_hang: bool
     can_discard: bool
+    device: int | None = None
+
+    @property
+    def is_device(self) -> bool:
+        """Whether it is a block device."""
+        return self.device is not None
 
 
 def inspect(fd: int, *, direct: bool, writable: bool) -> HostFile:
@@ -81,6 +97,7 @@ def inspect(fd: int, *, direct: bool, writable: bool) -> HostFile:
     status = os.fstat(fd)
     is_device = stat.S_ISBLK(status.st_mode)
     size = file_size(fd)
+    kind = _file_system(fd)
     logical = _ioctl_int(fd, _BLKSSZGET) if is_device else SECTOR_SIZE
     request_alignment = memory_alignment = 1
     if direct:
@@ -98,14 +115,15 @@ def inspect(fd: int, *, direct: bool, writable: bool) -> HostFile:
         physical = max(SECTOR_SIZE, request_alignment, _power_of_two(status.st_blksize))
         sizes = BlockSizes(SECTOR_SIZE, physical, physical, 0)
     return HostFile(
-        is_device=is_device,
         size=size,
         request_alignment=request_alignment,
         memory_alignment=memory_alignment,
         sizes=sizes,
-        in_memory=not is_device and not direct and _is_in_memory(fd),
+        in_memory=not is_device and not direct and kind in _IN_MEMORY,
+        may_hang=not is_device and kind in _MAY_HANG,
         can_discard=writable
         and (_device_discards(status.st_rdev) if is_device else _can_punch(fd, size)),
+        device=status.st_rdev if is_device else None,
     )
 
 
@@ -156,6 +174,29 @@ def find_run(fd: int, offset: int) -> tuple[bool, int]:
         raise BlockError(error.errno or errno.EIO) from None
 
 
+def find_runs(fd: int, offset: int, length: int, align: int, most: int) -> list[tuple[bool, int]]:
+    """Data and holes one behind the other from `offset` on, in whole blocks of `align`: whether it is data, and bytes.
+
+    Args:
+        most: runs, of which the last may end before the range does.
+
+    Raises:
+        BlockError: the kernel's errno.
+    """
+    found: list[tuple[bool, int]] = []
+    while length and len(found) < most:
+        is_data, end = find_run(fd, offset)
+        run = 0 if is_data else align_down(min(end - offset, length), align)
+        if not run:
+            # A hole that is shorter than a block has data behind it in the same block.
+            end = end if is_data else offset + align
+            run, is_data = min(align_up(end - offset, align), length), True
+        found.append((is_data, run))
+        offset += run
+        length -= run
+    return found
+
+
 def file_size(fd: int) -> int:
     """Bytes of a regular file or a block device, now.
 
@@ -168,6 +209,39 @@ def file_size(fd: int) -> int:
     size = bytearray(8)
     fcntl.ioctl(fd, _BLKGETSIZE64, size)
     return int(struct.unpack("Q", size)[0])
+
+
+def look(fd: int) -> tuple[int, bool]:
+    """The size of a file or device, and whether it still is one of the system's.
+
+    Raises:
+        OSError: the kernel's.
+    """
+    return file_size(fd), is_there(fd)
+
+
+def is_there(fd: int) -> bool:
+    """False if it was a block device that is known to have been removed.
+
+    Another may have its number by now; but that has another sequence number (Linux 5.15). Where sysfs is not to be seen
+    nobody knows.
+    """
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode) or not _DEVICES.is_dir():
+        return True
+    device = _DEVICES / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    if not device.exists():
+        return False
+    number = bytearray(8)
+    try:
+        fcntl.ioctl(fd, _BLKGETDISKSEQ, number)
+    except OSError as error:
+        return error.errno not in (errno.ENXIO, errno.ENODEV)
+    # A partition has that of its disk, which is the folder above.
+    for folder in (device, device.resolve().parent):
+        with contextlib.suppress(OSError, ValueError):
+            return int((folder / "diskseq").read_text()) == int.from_bytes(number, sys.byteorder)
+    return True
 
 
 def write_zeroes(fd: int, start: int, end: int, direct: bool) -> None:
@@ -220,14 +294,13 @@ def _power_of_two(value: int) -> int:
     return value if value and not value & (value - 1) and value <= 65536 else 4096
 
 
-def _is_in_memory(fd: int) -> bool:
-    """statfs(2), because os.statvfs has no f_type."""
+def _file_system(fd: int) -> int:
+    """f_type of statfs(2), because os.statvfs has none; 0 where it cannot be told."""
     libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(256)
     if libc.fstatfs(fd, buffer) != 0:
-        return False
-    kind = ctypes.c_long.from_buffer(buffer).value & 0xFFFF_FFFF
-    return kind in (_TMPFS_MAGIC, _RAMFS_MAGIC)
+        return 0
+    return ctypes.c_long.from_buffer(buffer).value & 0xFFFF_FFFF
 
 
 def _direct_alignment(fd: int, logical: int) -> tuple[int, int]:
@@ -294,7 +367,7 @@ def _can_punch(fd: int, size: int) -> bool:
 
 def _device_discards(device: int) -> bool:
     """What sysfs says; a partition has its queue in the folder above."""
-    base = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}")
+    base = _DEVICES / f"{os.major(device)}:{os.minor(device)}"
     for queue in (base / "queue", base.resolve().parent / "queue"):
         try:
             return int((queue / "discard_max_bytes").read_text()) > 0

@@ -143,6 +143,11 @@ def _fill(fd: int, options: FileCreateOptions) -> None:
         raise BlockError(error.errno or errno.EIO, what) from None
 
 
+_NO_NEW_DEVICES = (
+    "Protocol driver 'host_device' does not support image creation, and opening the image failed"
+)
+
+
 def check_device(options: DeviceCreateOptions) -> None:
     """A device has the size it has; what began on it begins no more.
 
@@ -153,10 +158,14 @@ def check_device(options: DeviceCreateOptions) -> None:
     path = options.filename
     try:
         if not stat.S_ISBLK(os.stat(path).st_mode):
-            raise ConfigError(f"Could not create '{path}': it is no block device")
+            what = "to be either a character or block device"
+            raise ConfigError(f"{_NO_NEW_DEVICES}: 'host_device' driver requires '{path}' {what}")
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise _cannot(path, error) from None
+        why = os.strerror(error.errno or errno.EIO)
+        raise ConfigError(
+            f"{_NO_NEW_DEVICES}: Could not open '{path}': {why}", error.errno or errno.EIO
+        ) from None
     try:
         _lock(fd, path)
         size = host_file.file_size(fd)

@@ -1,12 +1,13 @@
-"""A node whose bytes are those of an open host file: requests, zeroes, holes, flushes, extents.
+"""A node whose bytes are those of an open host file: requests, flushes, extents; its length.
 
 Reads that the page cache can serve, and everything on tmpfs, are done at once in the control loop;
-the rest goes to `host_io.py`. What the file system cannot do (zero-range, holes) is found out by
-trying, and remembered.
+the rest goes to `host_io.py`. Zeroes and holes are in `file_ranges.py`.
 
 The end of a file is where the kernel said it was: `length` is that rounded up to whole sectors, the
 rest of the last sector reads as zeroes, and a read that comes back short before the end means that
-somebody has cut the file: EIO.
+somebody has cut the file: EIO. A device that has been removed keeps its length, because nothing has
+become of the disk that its users could follow; every request fails with EIO, whatever the kernel
+would say of it (ENOSPC to writes, which may pause a guest until there is room).
 
 Knows nothing about how the file was opened, nor about locks.
 """
@@ -15,57 +16,40 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 
 from vhostblk.block.copy_range import copy_range_to
 from vhostblk.block.driver import NodeInfo
 from vhostblk.block.drivers import host_file
+from vhostblk.block.drivers.file_ranges import FileRanges
 from vhostblk.block.eager import DONE, Request
-from vhostblk.block.flags import Preallocation, StatusFlag
+from vhostblk.block.flags import Preallocation
 from vhostblk.block.flush import flush
-from vhostblk.block.host_io import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
-    FALLOC_FL_ZERO_RANGE,
-    HostIO,
-    block_error,
-    fallocate,
-    read_all,
-    write_all,
-)
+from vhostblk.block.host_io import HostIO, block_error, read_all, write_all
+from vhostblk.block.host_needs import HostNeeds
 from vhostblk.block.iov import IoVec
+from vhostblk.block.length import has_become
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.node import BlockNode, ExtentFlag, FlushTarget, HostExtent, Req
-from vhostblk.block.status import BlockStatus
 from vhostblk.errors import BlockError
 
+log = logging.getLogger(__name__)
+
 _FUA = int(Req.FUA)
-_MAY_UNMAP = int(Req.MAY_UNMAP)
 
-_IS_DATA = int(StatusFlag.DATA | StatusFlag.OFFSET_VALID)
-_IS_ZERO = int(StatusFlag.ZERO | StatusFlag.OFFSET_VALID)
-
-_PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
-_ZERO = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE
-_ALLOCATE = FALLOC_FL_KEEP_SIZE
-
-# A kernel, file system or device that does not have an operation says one of these.
-_MISSING = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
 _NO_NOWAIT = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 # Copying so many bytes takes longer than waking a thread that does it while the loop goes on.
 _LARGE = 2 << 20
-# Freeing so much memory at once is not noticed; more is given to a thread.
-_INLINE_FALLOCATE = 1 << 20
 
 
-class PosixNode(BlockNode):
+class PosixNode(FileRanges):
     """Base of the nodes that are a file. `open()` of the derived class sets `_fd` and `_io`, then calls `_adopt()`.
 
     Owns: the fd.
     """
 
     is_protocol = True
-    supported_zero_flags = _MAY_UNMAP | int(Req.NO_FALLBACK)
 
     _fd = -1
     _io: HostIO
@@ -74,10 +58,9 @@ class PosixNode(BlockNode):
     _direct = False  # O_DIRECT
     _pool = False  # aio=threads
     _inline = False  # nothing ever blocks
+    _writes_inline = False  # nor do writes and the like, or nobody else has to go on meanwhile
     _at_once: int | None = None  # flags of a read that does not wait; None: reads do
-    _has_punch = True
-    _has_zero_range = True
-    _has_allocate = True
+    _is_removed = False
     # After a failed fdatasync the kernel forgets which pages were lost, and the next one succeeds.
     # Ours must not.
     _flush_error = 0
@@ -89,7 +72,9 @@ class PosixNode(BlockNode):
         self._size = file.size
         self.length = align_up(file.size, SECTOR_SIZE)
         self.block_sizes = file.sizes
+        self.device_number = file.device
         self._inline = file.in_memory
+        self._writes_inline = file.in_memory or (self._io.may_block and not self._direct)
         # Where there is writeback RWF_DSYNC may take the error of a write that another flush would have to tell of, so
         # there a durable write is one with a flush behind it: see `driver_flush_to_disk`.
         self.supported_write_flags = _FUA if self._direct else 0
@@ -102,6 +87,10 @@ class PosixNode(BlockNode):
             fd, self._fd = self._fd, -1
             await self._io.call(os.close, fd)
 
+    def host_needs(self) -> HostNeeds:
+        """The file, for reopening it with other flags."""
+        return HostNeeds(files=(self._fd,) if self._fd >= 0 else ())
+
     def refresh_limits(self) -> None:
         """Alignments as probed; devices also want whole blocks for zeroes and discards."""
         file, limits = self._file, self.limits
@@ -113,9 +102,40 @@ class PosixNode(BlockNode):
             limits.pdiscard_alignment = file.sizes.logical
 
     async def refresh_length(self) -> None:
-        """Ask the kernel."""
-        self._size = await self._io.call(host_file.file_size, self._fd)
-        self.set_length(align_up(self._size, SECTOR_SIZE))
+        """Ask the kernel.
+
+        Raises:
+            BlockError: it does not say.
+        """
+        if self._is_removed:
+            return
+        while True:
+            before = self._size
+            try:
+                size, is_there = await self._io.call(host_file.look, self._fd)
+            except OSError as error:
+                raise block_error(error) from None
+            if self._size == before:
+                break
+            # A write of ours has made it longer meanwhile; the answer may be from before that.
+        if not is_there:
+            await self._lose_device()
+            return
+        self._size = size
+        await has_become(self, align_up(size, SECTOR_SIZE))
+
+    async def _lose_device(self) -> None:
+        if self._is_removed:
+            return  # somebody else has looked at the same time
+        self._is_removed = True
+        self._at_once = None
+        log.error("%s: the device has been removed: requests fail from now on", self.node_name)
+        await self.revoke(0, self.length)
+        await self.revoke_flush()
+
+    def _check_presence(self) -> None:
+        if self._is_removed:
+            raise BlockError(errno.EIO, f"{self.node_name}: the device has been removed")
 
     # ------------------------------------------------------------------ requests
 
@@ -145,6 +165,7 @@ class PosixNode(BlockNode):
             self._at_once = None
 
     async def _read_rest(self, offset: int, length: int, iov: IoVec, got: int) -> None:
+        self._check_presence()
         expected = min(length, self._size - offset)
         if got < expected:
             rest = iov.slice(got, length - got)
@@ -161,7 +182,7 @@ class PosixNode(BlockNode):
 
     def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> Request:
         """Write; FUA, where it is supported, is RWF_DSYNC."""
-        if not self._inline:
+        if not self._writes_inline:
             return self._write(offset, length, iov, bool(flags & _FUA and not self.no_flush))
         if length >= _LARGE:
             return self._write_large(offset, length, iov)
@@ -184,6 +205,7 @@ class PosixNode(BlockNode):
         self._size = max(self._size, offset + length)
 
     async def _write(self, offset: int, length: int, iov: IoVec, dsync: bool) -> None:
+        self._check_presence()
         await self._io.pwritev(self._fd, offset, iov, dsync)
         self._size = max(self._size, offset + length)
 
@@ -206,54 +228,6 @@ class PosixNode(BlockNode):
             except OSError as error:
                 raise block_error(error) from None
             self._size = end
-
-    async def driver_pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
-        """Holes if they are allowed, else a zero-range, else a hole that is allocated again; else ENOTSUP."""
-        if self._file.is_device:
-            await self._zero_device(offset, length, flags)
-            return
-        if not (flags & _MAY_UNMAP and await self._punch(offset, length)):
-            if self._has_zero_range:
-                grows = offset + length > self._size
-                mode = FALLOC_FL_ZERO_RANGE if grows else _ZERO
-                self._has_zero_range = await self._fallocate(mode, offset, length)
-                if self._has_zero_range:
-                    self._size = max(self._size, offset + length)
-            if not self._has_zero_range:
-                if not (self._has_allocate and await self._punch(offset, length)):
-                    raise BlockError(errno.ENOTSUP)
-                self._has_allocate = await self._fallocate(_ALLOCATE, offset, length)
-                if not self._has_allocate:
-                    raise BlockError(errno.ENOTSUP)
-        end = offset + length
-        if end > self._size:
-            # Not ftruncate: another write may have made the file longer meanwhile.
-            if not await self._fallocate(0, end - 1, 1):
-                raise BlockError(errno.ENOTSUP)
-            self._size = max(self._size, end)
-
-    async def _zero_device(self, offset: int, length: int, flags: int) -> None:
-        if (offset | length) % self._file.sizes.logical:
-            raise BlockError(errno.ENOTSUP)
-        # Unlike BLKDISCARD, a hole in a device is one that reads as zeroes.
-        if flags & _MAY_UNMAP and await self._punch(offset, length):
-            return
-        if not self._has_zero_range or not await self._device_range(
-            host_file.BLKZEROOUT, offset, length
-        ):
-            self._has_zero_range = False
-            raise BlockError(errno.ENOTSUP)
-
-    async def driver_pdiscard(self, offset: int, length: int) -> None:
-        """Punch a hole, or tell the device."""
-        if not self._file.is_device:
-            done = await self._punch(offset, length)
-        elif (offset | length) % self._file.sizes.logical:
-            done = False
-        else:
-            done = await self._device_range(host_file.BLKDISCARD, offset, length)
-        if not done:
-            raise BlockError(errno.ENOTSUP)
 
     async def driver_copy_range_from(
         self, offset: int, target: BlockNode, target_offset: int, length: int, flags: int
@@ -280,30 +254,6 @@ class PosixNode(BlockNode):
         if flags & _FUA:
             await flush(self)
 
-    async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
-        """Where the file has holes (SEEK_DATA, SEEK_HOLE); all of it is data where only allocation matters."""
-        if not precise:
-            return BlockStatus(_IS_DATA, length, map=offset)
-        if self._inline:
-            is_data, end = host_file.find_run(self._fd, offset)
-        else:
-            is_data, end = await self._io.call(host_file.find_run, self._fd, offset)
-        align = self.limits.request_alignment
-        if not is_data:
-            run = align_down(min(end - offset, length), align)
-            if run:
-                return BlockStatus(_IS_ZERO, run, map=offset)
-            end = offset + align  # data somewhere in the first block
-        return BlockStatus(_IS_DATA, min(align_up(end - offset, align), length), map=offset)
-
-    def has_zero_init(self) -> bool:
-        """What a file grows by reads as zeroes; a device has whatever was on it."""
-        return not self._file.is_device
-
-    def can_discard(self) -> bool:
-        """As probed when the file was opened."""
-        return self._file.can_discard
-
     async def driver_flush_to_disk(self) -> None:
         """fdatasync. Once it has failed it fails for ever, unless there is no page cache in between.
 
@@ -315,6 +265,7 @@ class PosixNode(BlockNode):
         self._flushing = True
         try:
             await self.revoke_flush()
+            self._check_presence()
             if self._flush_error:
                 raise BlockError(
                     self._flush_error, f"{self.node_name}: an earlier flush has lost data already"
@@ -375,39 +326,14 @@ class PosixNode(BlockNode):
             raise block_error(error) from None
         self._size = size
 
-    async def _punch(self, offset: int, length: int) -> bool:
-        if self._has_punch:
-            self._has_punch = await self._fallocate(_PUNCH, offset, length)
-        return self._has_punch
-
-    async def _fallocate(self, mode: int, offset: int, length: int) -> bool:
-        """fallocate; False if the file system does not have it."""
-        try:
-            if self._inline and length <= _INLINE_FALLOCATE:
-                fallocate(self._fd, mode, offset, length)
-            else:
-                await self._io.fallocate(self._fd, mode, offset, length)
-        except BlockError as error:
-            if error.errno in _MISSING:
-                return False
-            raise
-        return True
-
-    async def _device_range(self, request: int, offset: int, length: int) -> bool:
-        try:
-            await self._io.call(host_file.device_range, self._fd, request, offset, length)
-        except BlockError as error:
-            if error.errno in _MISSING:
-                return False
-            raise
-        return True
-
     # ------------------------------------------------------------------ what may be done without
     # asking
 
     async def host_extent(self, offset: int, length: int) -> HostExtent | None:
         """The whole file, except a last block that the file does not fill."""
         file = self._file
+        if self._is_removed:
+            return None
         block = max(SECTOR_SIZE, file.request_alignment)
         usable = align_down(min(self._size, self.length), block)
         if offset >= usable:
@@ -432,5 +358,5 @@ class PosixNode(BlockNode):
         (aio=threads)."""
         if self.no_flush:
             return FlushTarget.NOTHING
-        ask = self._flush_error or self._flushing or self._pool
+        ask = self._flush_error or self._flushing or self._pool or self._is_removed
         return FlushTarget.ASK if ask else self._fd

@@ -33,7 +33,7 @@ from vhostblk.block.options import SIZE, option
 from vhostblk.block.permissions import Perm
 from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.registry import PROBE_SIZE, DriverRegistry
-from vhostblk.block.status import BlockStatus
+from vhostblk.block.status import BlockStatus, block_statuses
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
@@ -188,7 +188,12 @@ class RawNode(BlockNode):
         self.child_resized(self._file)
 
     async def driver_preadv(self, offset: int, length: int, iov: IoVec) -> None:
-        """Shifted."""
+        """Shifted; EIO where the child does not hold a window of fixed size any more."""
+        if (
+            self.options.size is not None
+            and offset + length + self.options.offset > self._file.node.length
+        ):
+            raise BlockError(errno.EIO, f"{self.node_name}: behind the end of what it is a part of")
         if self._file.node.has_debug_events:
             await self._file.node.driver_debug_event("read_aio")
         await self._file.preadv(offset + self.options.offset, iov)
@@ -239,6 +244,13 @@ class RawNode(BlockNode):
         """What the child says (row B21.19)."""
         return BlockStatus(_ASK_CHILD, length, self._file.node, offset + self.options.offset)
 
+    async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
+        """What the child says of many ranges, as far as it goes."""
+        below, offset = self._file.node, offset + self.options.offset
+        if offset >= below.length:
+            return []
+        return await block_statuses(below, offset, min(length, below.length - offset))
+
     def has_zero_init(self) -> bool:
         """As the child."""
         return self._file.node.has_zero_init()
@@ -282,7 +294,9 @@ class RawNode(BlockNode):
     async def child_revoke(self, edge: Edge, offset: int, length: int) -> None:
         """The part of the child's range that shows through the window."""
         start = max(offset - self.options.offset, 0)
-        end = min(offset + length - self.options.offset, self.length)
+        end = offset + length - self.options.offset
+        if self.options.size is not None:
+            end = min(end, self.options.size)  # not our length, which may be another one by now
         if start < end:
             await self.revoke(start, end - start)
 

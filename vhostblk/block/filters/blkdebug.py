@@ -112,7 +112,9 @@ class BlkdebugOptions:
         (),
         about="permissions that nobody else may have on the image: " + _PERMS,
     )
-    config: str | None = option(STRING, None, about="a file of rules, in QEMU's format")
+    config: str | None = option(
+        STRING, None, about="a file of rules, in QEMU's format", strong=True
+    )
 
 
 class BlkdebugNode(FilterNode):
@@ -155,6 +157,17 @@ class BlkdebugNode(FilterNode):
             raise ConfigError("blkdebug requires both config file and image path")
         options = {f"image.{name}": value for name, value in drivers.options_of(image).items()}
         return {**options, "config": config} if config else options
+
+    def filename_over(self, child: str) -> str:
+        """As `parse_filename` takes it, if there are no other options."""
+        config = self.options.config
+        if self.options != BlkdebugOptions(config=config):
+            return ""
+        return f"blkdebug:{config or ''}:{child}"
+
+    async def driver_allocated_size(self) -> int:
+        """As in QEMU, nobody knows; raises BlockError: ENOTSUP."""
+        raise BlockError(errno.ENOTSUP, f"{self.node_name}: allocated size is not known")
 
     async def open(self, context: OpenContext) -> None:
         """Open the image, read the rules.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from vhostblk.block.amend import amend, amend_options, help_on_amending
 from vhostblk.block.image_options import wants_help
+from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli.img.arguments import (
     ImageArguments,
     ImgError,
@@ -17,7 +18,7 @@ from vhostblk.cli.img.arguments import (
     valued,
 )
 from vhostblk.cli.img.progress import Progress
-from vhostblk.cli.img.session import Session, cache_mode
+from vhostblk.cli.img.session import Session
 from vhostblk.cli.img.table import Command
 
 
@@ -41,11 +42,8 @@ class Amend(ImageArguments):
 
 async def run(session: Session, args: Amend) -> int:
     """Do it, or tell what there is to choose from."""
-    progress = Progress(args.progress and not args.quiet)
-    try:
+    with Progress(args.progress and not args.quiet, at_once=False) as progress:
         await _run(session, args, progress)
-    finally:
-        progress.end()
     return 0
 
 
@@ -62,24 +60,20 @@ async def _run(session: Session, args: Amend, progress: Progress) -> None:
         args.format,
         image_opts=args.image_opts,
         writable=True,
-        cache=cache_mode(args.cache),
+        cache=parse_cache_mode(args.cache),
     )
     driver = type(image.node)
     if wants_help(options):
         sys.stdout.write(help_on_amending(drivers, driver.driver_name))
         return
     amend_options(driver)
-    begun = False
 
     def show(done: int, total: int) -> None:
-        nonlocal begun
-        if not begun:
-            progress.begin()
-            begun = True
+        progress.begin()
         if done:
             progress.update(done / total)
 
-    await amend(session.graph, image.node, options, show)
+    await amend(session.graph, image.node, options, show, force=args.force)
 
 
 COMMAND = Command(Amend, run)

@@ -84,7 +84,7 @@ def option_list(text: str) -> str:
 
 
 def object_options(text: str) -> tuple[str, Any]:
-    """`--object`: the id of a throttle group, and its limits.
+    """`--object`: an id, and what it is for.
 
     Raises:
         ImgError: it is something else, or wrong.
@@ -147,7 +147,7 @@ class ImageArguments(Arguments):
     """Of a subcommand that opens images.
 
     Attributes:
-        objects: `--object`: throttle groups. They are made before the subcommand runs.
+        objects: `--object`: throttle groups and secrets. They are made before the subcommand runs.
         image_opts: names of images are lists of options.
     """
 

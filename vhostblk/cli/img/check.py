@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vhostblk.block.check import CheckResult, check
 from vhostblk.block.flags import CheckMode, OpenFlag
+from vhostblk.block.modes import parse_cache_mode
 from vhostblk.block.qjson import format_json
 from vhostblk.cli.img.arguments import (
     ImageArguments,
@@ -22,7 +23,7 @@ from vhostblk.cli.img.arguments import (
     valued,
     wants_json,
 )
-from vhostblk.cli.img.session import Session, cache_mode
+from vhostblk.cli.img.session import Session
 from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError
 
@@ -57,8 +58,9 @@ class Check(ImageArguments):
 async def run(session: Session, args: Check) -> int:
     """Check it; what was repaired is checked again."""
     as_json = wants_json(args.output)
-    cache = cache_mode(args.cache, "source cache")
+    cache = parse_cache_mode(args.cache, "source cache")
     session.quiet = args.quiet
+    session.graph.looks_only = True
     image = await session.open(
         args.words[0],
         args.format,
@@ -71,7 +73,7 @@ async def run(session: Session, args: Check) -> int:
 
     async def look(fix: CheckMode) -> CheckResult:
         try:
-            return await check(image.node, fix, _say)
+            return await check(image.node, fix, _say, session.complain)
         except BlockError as error:
             if error.errno == errno.ENOTSUP:
                 message = "This image format does not support checks"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vhostblk.block.chain import find_backing_image, next_layer
-from vhostblk.block.commit import commit
+from vhostblk.block.commit import EmptyingError, commit
+from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, flag, valued
 from vhostblk.cli.img.numbers import size
 from vhostblk.cli.img.progress import Progress
-from vhostblk.cli.img.session import Session, cache_mode, reason
+from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
 
@@ -39,7 +40,7 @@ async def run(session: Session, args: Commit) -> int:
         *(name, args.format),
         image_opts=args.image_opts,
         writable=True,
-        cache=cache_mode(args.cache),
+        cache=parse_cache_mode(args.cache),
         more={"discard": "unmap"},
     )
     with Progress(args.progress and not args.quiet) as progress:
@@ -58,6 +59,8 @@ async def run(session: Session, args: Commit) -> int:
                 speed=args.speed,
                 report=progress.report,
             )
+        except EmptyingError as error:
+            raise ImgError(reason(error)) from None
         except BlockError as error:
             raise ImgError(f"Block job failed: {reason(error)}") from None
         except ConfigError as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.compare import CompareError, Outcome, compare
+from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli.img.arguments import (
     ImageArguments,
     ImgError,
@@ -20,8 +21,9 @@ from vhostblk.cli.img.arguments import (
     valued,
 )
 from vhostblk.cli.img.progress import Progress
-from vhostblk.cli.img.session import Session, cache_mode
+from vhostblk.cli.img.session import Session
 from vhostblk.cli.img.table import Command
+from vhostblk.errors import ConfigError
 
 _NOT_OPEN, _NOT_KNOWN, _NOT_READ = 2, 3, 4
 
@@ -56,17 +58,14 @@ class Compare(ImageArguments):
 async def run(session: Session, args: Compare) -> int:
     """Compare them."""
     session.quiet = args.quiet
-    progress = Progress(args.progress and not args.quiet, step=2.0)
-    try:
+    with Progress(args.progress and not args.quiet, step=2.0, at_once=False) as progress:
         return await _compare(session, args, progress)
-    finally:
-        progress.end()
 
 
 async def _compare(session: Session, args: Compare, progress: Progress) -> int:
     formats = (args.format, args.other_format)
     try:
-        cache = cache_mode(args.cache, "source cache")
+        cache = parse_cache_mode(args.cache, "source cache")
         first, second = [
             await session.open(
                 *(name, driver),
@@ -76,6 +75,8 @@ async def _compare(session: Session, args: Compare, progress: Progress) -> int:
             )
             for name, driver in zip(args.words, formats, strict=True)
         ]
+    except ConfigError as error:
+        raise ImgError(error.qemu_text, _NOT_OPEN) from None
     except ImgError as error:
         error.status = _NOT_OPEN
         raise

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from vhostblk.block import foreign_formats
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.convert import (
     LARGEST_BUFFER,
@@ -18,7 +19,7 @@ from vhostblk.block.create import NewImage, help_on_options
 from vhostblk.block.flags import Req
 from vhostblk.block.image_options import ImageOptions, wants_help
 from vhostblk.block.limits import SECTOR_SIZE
-from vhostblk.block.modes import CacheMode
+from vhostblk.block.modes import CacheMode, parse_cache_mode
 from vhostblk.block.permissions import Perm
 from vhostblk.cli.img.arguments import (
     ImageArguments,
@@ -30,7 +31,7 @@ from vhostblk.cli.img.arguments import (
 )
 from vhostblk.cli.img.numbers import integer, size
 from vhostblk.cli.img.progress import Progress
-from vhostblk.cli.img.session import Session, cache_mode, errno_text, reason
+from vhostblk.cli.img.session import Session, errno_text, reason
 from vhostblk.cli.img.snapshot_param import SnapshotParam, read_snapshot_param, show_snapshot
 from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
@@ -135,7 +136,7 @@ async def run(session: Session, args: Convert) -> int:
         return 0
     if len(args.words) < 2:
         raise ImgError("Must specify image file name")
-    source_cache = cache_mode(args.source_cache, "source cache")
+    source_cache = parse_cache_mode(args.source_cache, "source cache")
     with Progress(args.progress and not args.quiet) as progress:
         await _Run(session, args, progress).run(source_cache)
         progress.update(1.0)
@@ -153,6 +154,9 @@ class _Run:
     async def run(self, source_cache: CacheMode) -> None:
         """In the order in which qemu-img finds what is wrong."""
         session, args = self._session, self._args
+        if args.format in foreign_formats.NAMES and not args.is_there:
+            # Nobody here can open the source, so this is all that would be found wrong after that.
+            self._new_image(0)
         sources = [
             await session.open(
                 name,
@@ -195,7 +199,7 @@ class _Run:
                 raise ImgError(
                     f"{args.output}: error while converting {args.target_format}: {reason(error)}"
                 ) from None
-        target = await self._open_target(total)
+        target = await self._open_target(total, said)
         await self._copy(sources, target, has_backing=backing is not None)
         if args.bitmaps:
             await self._copy_bitmaps(sources[0], target)
@@ -232,9 +236,12 @@ class _Run:
         if said.get("preallocation") not in (None, "off"):
             raise ImgError("Compression and preallocation not supported at the same time")
 
-    async def _open_target(self, total: int) -> BlockBackend:
+    async def _open_target(self, total: int, said: ImageOptions | dict[str, Any]) -> BlockBackend:
         args = self._args
-        cache = cache_mode(args.cache)
+        more = {name: said[name] for name in said if name.endswith("key-secret")}
+        if args.sparse_size != 0:
+            more["discard"] = "unmap"
+        cache = parse_cache_mode(args.cache)
         target = await self._session.open(
             args.output,
             args.target_format,
@@ -243,7 +250,7 @@ class _Run:
             # O_DIRECT may have to make the file longer, up to a whole block.
             resize=cache.direct,
             cache=cache,
-            more={"discard": "unmap"} if args.sparse_size != 0 else None,
+            more=more,
         )
         driver = target.node.driver_name
         if args.bitmaps and not target.node.keeps_bitmaps():

@@ -50,6 +50,7 @@ async def run(session: Session, args: Info) -> int:
 async def _look(session: Session, args: Info) -> list[ImageInfo]:
     """One image, or the whole chain; each is opened alone, as it is named in the one before."""
     found: list[ImageInfo] = []
+    session.graph.looks_only = True
     seen: set[str] = set()
     name: str | None = args.words[0]
     driver, image_opts = args.format, args.image_opts

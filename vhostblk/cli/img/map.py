@@ -39,6 +39,7 @@ class Map(ImageArguments):
 async def run(session: Session, args: Map) -> int:
     """Print it."""
     as_json = wants_json(args.output)
+    session.graph.looks_only = True
     image = await session.open(
         args.words[0], args.format, image_opts=args.image_opts, force_share=args.force_share
     )

@@ -60,6 +60,7 @@ async def run(session: Session, args: Measure) -> int:
     """Tell it."""
     source = None
     if args.words:
+        session.graph.looks_only = True
         image = await session.open(
             args.words[0], args.format, image_opts=args.image_opts, force_share=args.force_share
         )

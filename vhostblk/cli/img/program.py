@@ -6,9 +6,9 @@ any program, after what is unfinished has been named and closed.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from vhostblk import __version__
 from vhostblk.cli.img.arguments import (
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         argv: without the program's name.
         program: its name for messages; the one it was called by if absent.
     """
-    program = program or Path(sys.argv[0]).name
+    program = program or os.path.basename(sys.argv[0])
     words = list(sys.argv[1:] if argv is None else argv)
     with patient_streams() as output:
         status = _end(program, words)

@@ -14,19 +14,23 @@ class Progress:
     Args:
         enabled: print by itself; otherwise only when a signal asks for it.
         step: per cents between two lines.
+        at_once: show that nothing is done yet; otherwise that is for `begin`, where it may not come to that.
 
     Context: the control loop.
-    Owns: SIGUSR1, from `begin` to `end`.
+    Owns: SIGUSR1, from when it is shown that nothing is done yet.
     """
 
-    def __init__(self, enabled: bool, step: float = 1.0) -> None:
+    def __init__(self, enabled: bool, step: float = 1.0, *, at_once: bool = True) -> None:
         self._enabled = enabled
         self._step = step
+        self._at_once = at_once
+        self._begun = False
         self._current = 0.0
         self._shown = 0.0
 
     def __enter__(self) -> Progress:
-        self.begin()
+        if self._at_once:
+            self.begin()
         return self
 
     def __exit__(
@@ -35,10 +39,16 @@ class Progress:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.end()
+        if self._enabled:
+            sys.stdout.write("\n")  # leave the line
+        else:
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def begin(self) -> None:
-        """Show that nothing is done yet."""
+        """Show that nothing is done yet, unless that was shown."""
+        if self._begun:
+            return
+        self._begun = True
         if not self._enabled:
             loop = asyncio.get_running_loop()
 
@@ -62,13 +72,6 @@ class Progress:
         """The same in bytes."""
         if whole:
             self.update(done / whole)
-
-    def end(self) -> None:
-        """Leave the line."""
-        if self._enabled:
-            sys.stdout.write("\n")
-        else:
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def _answer(self) -> None:
         sys.stderr.write(f"    ({self._current:.2f}/100%)\n")

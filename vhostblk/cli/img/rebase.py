@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from vhostblk.block.backing import change_backing_file
 from vhostblk.block.chain import skip_filters
 from vhostblk.block.flags import OpenFlag
+from vhostblk.block.modes import parse_cache_mode
 from vhostblk.block.rebase import rebase
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, UsageError, flag, valued
 from vhostblk.cli.img.progress import Progress
-from vhostblk.cli.img.session import Session, cache_mode, reason
+from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
 
@@ -40,8 +41,8 @@ async def run(session: Session, args: Rebase) -> int:
     """Rebase."""
     # Half as often as the others do.
     with Progress(args.progress and not args.quiet, step=2.0) as progress:
-        cache = cache_mode(args.cache)
-        options = dict(cache_mode(args.source_cache, "source cache").options)
+        cache = parse_cache_mode(args.cache)
+        options = dict(parse_cache_mode(args.source_cache, "source cache").options)
         if args.force_share:
             options["force-share"] = True
         image = await session.open(

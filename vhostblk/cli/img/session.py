@@ -11,19 +11,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block import throttle_group
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.keyval import parse_flat
-from vhostblk.block.modes import CACHE_MODES, CacheMode, parse_cache_mode
+from vhostblk.block.modes import CACHE_MODES, CacheMode
 from vhostblk.block.opening import NO_FLAGS
 from vhostblk.block.permissions import Perm
+from vhostblk.cli import objects
 from vhostblk.cli.img.arguments import ImgError
 from vhostblk.errors import BlockError, ConfigError, VhostBlkError
 
 if TYPE_CHECKING:
-    from vhostblk.block.leaky_bucket import ThrottleLimits
+    from vhostblk.cli.objects import Object
 
 
 class Session:
@@ -83,18 +83,14 @@ class Session:
 
     # ------------------------------------------------------------------ objects
 
-    def add_objects(self, groups: Sequence[tuple[str, ThrottleLimits]]) -> None:
+    def add_objects(self, wanted: Sequence[tuple[str, Object]]) -> None:
         """Make what `--object` describes.
 
         Raises:
-            ImgError: two have the same name.
+            ConfigError: two have the same name, or one cannot be made.
         """
-        for name, limits in groups:
-            if name in self.graph.throttle_groups:
-                raise ImgError(
-                    f"attempt to add duplicate property '{name}' to object (type 'container')"
-                )
-            self.graph.throttle_groups[name] = throttle_group.ThrottleGroup(name, limits)
+        if wanted:
+            objects.add_objects(self.graph, wanted)
 
     # ------------------------------------------------------------------ images
 
@@ -166,21 +162,6 @@ class Session:
         self._backends.remove(backend)
         if not await backend.close():
             raise ImgError("Failed to flush the image")
-
-
-def cache_mode(text: str, what: str = "cache") -> CacheMode:
-    """`-t` and `-T`.
-
-    Args:
-        what: how the message calls it.
-
-    Raises:
-        ImgError: there is no such mode.
-    """
-    try:
-        return parse_cache_mode(text)
-    except ConfigError:
-        raise ImgError(f"Invalid {what} option: {text}") from None
 
 
 def errno_text(error: BlockError) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostblk.block.permissions import Perm
+from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.cli.io.session import Session
@@ -102,7 +103,10 @@ def parse(kind: type[T], name: str, words: Sequence[str]) -> T:
         read = field.metadata.get("read")
         if field.metadata.get("refuse") is not None:
             field.metadata["refuse"](found)
-        setattr(found, field.name, True if read is None else read(text))
+        try:
+            setattr(found, field.name, True if read is None else read(text))
+        except ConfigError as error:
+            raise RefusedError(error.qemu_text) from None
         if field.metadata.get("ends"):
             return found
     at_least, at_most = rest[0].metadata["rest"] if rest else (0, 0)

@@ -21,28 +21,13 @@ from vhostblk.errors import ConfigError
 _CACHE_OPTIONS = ("cache.direct", "cache.no-flush")
 
 
-def cache_mode(word: str) -> CacheMode:
-    """`-t`.
-
-    Raises:
-        RefusedError: there is no such mode.
-    """
-    try:
-        return parse_cache_mode(word)
-    except ConfigError:
-        raise RefusedError(f"Invalid cache option: {word}") from None
-
-
 def discard_mode(word: str) -> str:
     """`-d`.
 
     Raises:
-        RefusedError: there is no such mode.
+        ConfigError: there is no such mode.
     """
-    try:
-        return "unmap" if parse_discard_mode(word) else "ignore"
-    except ConfigError:
-        raise RefusedError(f"Invalid discard option: {word}") from None
+    return "unmap" if parse_discard_mode(word) else "ignore"
 
 
 def aio_mode(word: str) -> str:
@@ -80,7 +65,7 @@ class Open(Arguments):
     options: dict[str, str] | None = valued("o", image_options)
     read_only: bool = flag("r")
     snapshot: bool = flag("s")
-    cache: CacheMode | None = valued("t", cache_mode)
+    cache: CacheMode | None = valued("t", parse_cache_mode)
     force_share: bool = flag("U")
     names: tuple[str, ...] = operands(0, 1)
 
@@ -119,7 +104,7 @@ def _one_way(found: Reopen) -> None:
 class Reopen(Arguments):
     """`reopen`."""
 
-    cache: CacheMode | None = valued("c", cache_mode)
+    cache: CacheMode | None = valued("c", parse_cache_mode)
     options: dict[str, str] | None = valued("o", image_options)
     read_only: bool = flag("r", refuse=_one_way)
     writable: bool = flag("w", refuse=_one_way)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhostblk import __version__
+from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli import objects
 from vhostblk.cli.getopt_parser import GetoptParser
 from vhostblk.cli.io.command import RefusedError
-from vhostblk.cli.io.image import aio_mode, cache_mode, discard_mode, image_options, modes_of
+from vhostblk.cli.io.image import aio_mode, discard_mode, image_options, modes_of
 from vhostblk.cli.io.session import Modes, Session
 from vhostblk.cli.io.shell import run_commands
 from vhostblk.cli.program import LOG_LEVELS
@@ -23,7 +24,7 @@ from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vhostblk.block.leaky_bucket import ThrottleLimits
+    from vhostblk.cli.objects import Object
 
 DESCRIPTION = """\
 Open an image and make single requests: read, write, discard, flush, and look at what they did. Takes
@@ -74,7 +75,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "-t",
         "--cache",
-        type=_value(cache_mode),
+        type=_value(parse_cache_mode),
         metavar="MODE",
         help="none, off, directsync, writeback, unsafe or writethrough; writethrough if absent",
     )
@@ -91,7 +92,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         type=_value(objects.parse_object),
         default=[],
         metavar="OPTIONS",
-        help="throttle-group,id=…[,limits.…]; repeatable",
+        help="throttle-group,id=…[,limits.…] or secret,id=…,file=…|data=…; repeatable",
     )
     add("--image-opts", action="store_true", help="FILE is a list of options: driver=raw,…")
     add("-U", "--force-share", action="store_true", help="share the image; needs --read-only")
@@ -130,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
         given = image_options(args.file) if args.image_opts and args.file is not None else {}
         if args.format is not None:
             given["driver"] = args.format
-        good = asyncio.run(_run(args, given, modes, dict(args.object)))
+        good = asyncio.run(_run(args, given, modes, args.object))
     except RefusedError as error:
         raise ConfigError(str(error)) from None
     return 0 if good else 1
@@ -140,9 +141,9 @@ async def _run(
     args: argparse.Namespace,
     given: dict[str, str],
     modes: Modes,
-    groups: dict[str, ThrottleLimits],
+    wanted: Sequence[tuple[str, Object]],
 ) -> bool:
-    session = Session(args.program, groups, misalign=args.misalign)
+    session = Session(args.program, wanted, misalign=args.misalign)
     notices = Notices(session)
     logger = logging.getLogger("vhostblk.block.filters.blkdebug")
     logger.addHandler(notices)

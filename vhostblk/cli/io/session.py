@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from vhostblk.block import throttle_group
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers.file import FileNode
 from vhostblk.block.graph import BlockGraph
@@ -20,12 +19,13 @@ from vhostblk.block.modes import CACHE_MODES, CacheMode
 from vhostblk.block.node import BlockNode
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import primary_child
+from vhostblk.cli import objects
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.filters.blkdebug import BlkdebugNode
-    from vhostblk.block.leaky_bucket import ThrottleLimits
+    from vhostblk.cli.objects import Object, Objects
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Session:
 
     Args:
         program: its name, for messages.
-        groups: throttle groups that images may use.
+        wanted: throttle groups and secrets that images may use.
         misalign: buffers are not aligned.
 
     Attributes:
@@ -127,12 +127,15 @@ class Session:
         ended: what is to be said of those that did not have to wait.
         done: no more commands.
 
+    Raises:
+        ConfigError: two objects have the same name, or one cannot be made.
+
     Context: the control loop.
     Owns: the image.
     """
 
     def __init__(
-        self, program: str, groups: Mapping[str, ThrottleLimits], *, misalign: bool = False
+        self, program: str, wanted: Sequence[tuple[str, Object]], *, misalign: bool = False
     ) -> None:
         self.program = program
         self.misalign = misalign
@@ -140,9 +143,10 @@ class Session:
         self.tasks: set[asyncio.Task[None]] = set()
         self.ended: list[Callable[[], None]] = []
         self.done = False
-        self._groups = {
-            name: throttle_group.ThrottleGroup(name, limits) for name, limits in groups.items()
-        }
+        self._objects: Objects | None = None
+        if wanted:
+            self._objects = objects.Objects()
+            objects.add_objects(self._objects, wanted)
 
     def tell_ended(self) -> None:
         """Say what came of requests in the background that ended at once: the last one first, as qemu-io does."""
@@ -181,7 +185,11 @@ class Session:
             raise RefusedError("file open already, try 'help close'")
         options = modes.options(given)
         graph = BlockGraph(aio=None if modes.aio == "native" else modes.aio)
-        graph.throttle_groups.update(self._groups)
+        if self._objects is not None:
+            graph.throttle_groups, graph.secrets = (
+                self._objects.throttle_groups,
+                self._objects.secrets,
+            )
         try:
             if modes.force_share and not modes.read_only:
                 raise ConfigError("force-share=on can only be used with read-only images")

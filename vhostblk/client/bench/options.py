@@ -105,6 +105,8 @@ class BenchOptions:
     threads: int = 1
     indirect: bool = True
     event_idx: bool = True
+    packed: bool = False
+    """The rings' format is the packed one."""
     segments: int = 1
     """Descriptors for the data of each request."""
     sleep: bool = False

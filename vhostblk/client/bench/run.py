@@ -134,6 +134,7 @@ class _Run:
             self._poll.register(queue.err_fd, select.POLLIN)
         self._began = time.monotonic_ns(), native.ticks()
         self._cpu = cpu_seconds(session.pid)
+        session.renew_rings()
         self._load = Load(options, session.rings, model)
         self._poll.register(self._load.fd, select.POLLIN)
 

@@ -25,6 +25,7 @@ from vhostblk.native.load import (
 from vhostblk.virtio.blk import SECTOR
 from vhostblk.virtio.driver import DriverQueue
 from vhostblk.virtio.features import Feature
+from vhostblk.virtio.packed_driver import PackedDriverQueue
 
 __all__ = ["BenchSession", "load_options"]
 
@@ -60,6 +61,8 @@ class BenchSession:
             features &= ~Feature.VIRTIO_F_INDIRECT_DESC
         if not options.event_idx:
             features &= ~Feature.VIRTIO_F_EVENT_IDX
+        if options.packed:
+            features |= Feature.VIRTIO_F_RING_PACKED
         # Sizes do not depend on the disk's.
         shape = load_options(options, 0, options.block_max)
         self._slots = -(-slots_size(shape) // _PAGE) * _PAGE
@@ -67,6 +70,7 @@ class BenchSession:
         each = self._slots + -(-ring // _PAGE) * _PAGE
         # Neither regions nor eventfds are made before somebody listens.
         sock = _dial(path, options.timeout)
+        self._is_used = False
         self.pid = options.pid or _peer_pid(sock)
         """The back-end's process, 0 if it is not known."""
         memory = SharedMemory([each * options.queues])
@@ -107,12 +111,23 @@ class BenchSession:
         """Fd on which nothing comes but the end."""
         return self.client.control.connection.fileno()
 
+    def renew_rings(self) -> None:
+        """Make packed rings new again, which have nothing in flight: a generator begins at their start."""
+        for index, queue in enumerate(self.client.queues):
+            if isinstance(queue.driver, PackedDriverQueue) and self._is_used:
+                self.client.stop_queue(index)
+                queue.driver.set_place(0)
+                self.client.start_queue(index)
+        self._is_used = True
+
     def _fit(self) -> LoadOptions:
         """Choose the range, and refuse what the disk cannot do."""
         options, client = self.options, self.client
         features, config = client.control.features, client.config
         if options.indirect and not features & Feature.VIRTIO_F_INDIRECT_DESC:
             raise ConfigError("the back-end has no indirect descriptors: --direct")
+        if options.packed and not features & Feature.VIRTIO_F_RING_PACKED:
+            raise ConfigError("the back-end has no packed rings")
         for op, feature in _NEEDED.items():
             wanted = options.pattern.has(op) or (op == LoadOp.FLUSH and options.flush_every)
             if wanted and not features & feature:
@@ -183,6 +198,7 @@ def load_options(options: BenchOptions, offset: int, size: int) -> LoadOptions:
         batch=options.batch,
         indirect=options.indirect,
         event_idx=options.event_idx,
+        packed=options.packed,
         sleep=options.sleep,
         threads=options.threads,
         rate=options.rate,

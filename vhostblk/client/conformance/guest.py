@@ -76,7 +76,9 @@ class Guest:
 
     def driver(self, index: int = 0) -> DriverQueue:
         """The driver's half of a queue."""
-        return self.client.queues[index].driver
+        driver = self.client.queues[index].driver
+        assert isinstance(driver, DriverQueue), "the ring is packed"
+        return driver
 
     # ---------------------------------------------------------------- requests
 

@@ -70,7 +70,7 @@ static bool settle(struct worker *worker, struct load_queue *queue, struct slot 
 
 static inline struct slot *slot_of(struct load_queue *queue, uint32_t head)
 {
-	uint32_t index = head <= queue->ring.mask ? queue->slots.of_head[head] : NO_SLOT;
+	uint32_t index = head < ring_size(&queue->ring) ? queue->slots.of_head[head] : NO_SLOT;
 
 	return index == NO_SLOT ? NULL : &queue->slots.slot[index];
 }
@@ -197,7 +197,7 @@ static uint32_t fill(struct worker *worker, struct load_queue *queue, uint32_t m
 
 static void publish(struct worker *worker, struct load_queue *queue, uint32_t added, uint64_t now)
 {
-	struct split_ring *ring = &queue->ring;
+	struct ring *ring = &queue->ring;
 
 	for (uint32_t i = 0; i < added; i++) {
 		/* The slots were taken from here, in this order. */

@@ -10,7 +10,7 @@
 #include <linux/virtio_blk.h>
 #include "../src/common.h"
 #include "load.h"
-#include "split_ring.h"
+#include "ring.h"
 
 #define SECTOR_BITS 9
 #define STATUS_UNWRITTEN 0xffu
@@ -35,7 +35,10 @@ _Static_assert(sizeof(struct slot) == 64, "one cache line each");
 
 struct slots {
 	struct slot *slot;
-	uint16_t *of_head; /* which slot a head belongs to, or NO_SLOT: as long as the ring */
+	uint16_t *of_head;                /* which slot a head belongs to, or NO_SLOT: as long as the ring */
+	struct vring_packed_desc *chains; /* packed: what goes into the ring, `per_slot` for each slot */
+	uint16_t *lengths;                /* packed: how many of them */
+	uint32_t per_slot;
 	uint32_t count;
 	uint32_t segments;
 	uint32_t piece; /* how far apart the pieces of a slot's data are */
@@ -43,11 +46,11 @@ struct slots {
 	bool indirect;
 	uint64_t memory; /* here and for the device */
 	uint64_t gpa;
-	struct split_ring *ring;
+	struct ring *ring;
 };
 
 int slots_init(struct slots *slots, const struct vb_load_options *options, const struct vb_load_ring *memory,
-	struct split_ring *ring);
+	struct ring *ring);
 void slots_deinit(struct slots *slots);
 
 /* Make the descriptors of a slot those of its op and length. */

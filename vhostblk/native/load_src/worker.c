@@ -19,7 +19,10 @@ static int queue_init(struct load_queue *queue, const struct vb_load_options *op
 	queue->index = index;
 	queue->kick_fd = ring->kick_fd;
 	queue->call_fd = ring->call_fd;
-	if (!ring_init(&queue->ring, ring->desc, ring->avail, ring->used, ring->size, options->event_idx))
+	queue->ring.is_packed = options->packed;
+	if (options->packed)
+		packed_init(&queue->ring.packed, ring->desc, ring->avail, ring->used, ring->size, options->event_idx);
+	else if (!split_init(&queue->ring.split, ring->desc, ring->avail, ring->used, ring->size, options->event_idx))
 		return -EBUSY;
 	error = slots_init(&queue->slots, options, ring, &queue->ring);
 	if (error)
@@ -179,8 +182,7 @@ static void sleep_for_calls(struct worker *worker)
 	}
 	/* With EVENT_IDX a call for what is past does not come again. */
 	for (uint32_t i = 0; i < worker->count; i++)
-		if (!worker->queues[i].ring.event_idx)
-			ring_disable_calls(&worker->queues[i].ring);
+		ring_stop_calls(&worker->queues[i].ring);
 }
 
 void *worker_main(void *argument)

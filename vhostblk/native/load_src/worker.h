@@ -6,7 +6,7 @@
 #include "slot.h"
 
 struct load_queue {
-	struct split_ring ring;
+	struct ring ring;
 	struct slots slots;
 	struct pattern pattern;
 	uint16_t *idle; /* slots that wait, first in first out: a ring of idle_mask + 1 */

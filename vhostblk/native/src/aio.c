@@ -12,6 +12,11 @@
 /* When io_uring has refused a submission it is tried again after that. */
 #define RETRY_NS 1000000
 
+/* One system call of many parts. For larger writes the kernel looks for larger pages, which takes it up to four times
+ * as long. */
+#define MANY_BYTES (1ull << 20)
+#define MANY_PIECES 64
+
 struct aio {
 	struct aio_uring *uring; /* NULL: the pool does everything */
 	struct aio_pool *pool;
@@ -21,6 +26,7 @@ struct aio {
 	/* Operations that found the ring full, in order. */
 	struct aio_op *backlog;
 	struct aio_op **backlog_end;
+	struct aio_op *swept; /* unwanted, and not begun */
 };
 
 static int watch(struct aio *aio, int fd)
@@ -95,8 +101,8 @@ enum vb_io_kind aio_kind(const struct aio *aio)
 
 void aio_start(struct aio *aio, struct aio_op *op)
 {
-	/* fallocate always blocks; io_uring would hand it to a worker of its own. */
-	if (!aio->uring || op->flags & AIO_POOL || op->kind == VB_IO_FALLOCATE) {
+	/* fallocate always blocks; io_uring would hand it to a worker of its own. It knows no operations of many. */
+	if (!aio->uring || op->flags & AIO_POOL || op->kind >= VB_IO_FALLOCATE) {
 		aio_pool_start(aio->pool, op);
 	} else if (aio->backlog || !aio_uring_start(aio->uring, op)) {
 		op->next = NULL;
@@ -158,9 +164,51 @@ void aio_flush(struct aio *aio)
 		retry_soon(aio);
 }
 
+void aio_cancel(struct aio *aio, struct aio_op *op)
+{
+	op->unwanted = true;
+	if (aio->uring && !(op->flags & AIO_POOL) && op->kind != VB_IO_FALLOCATE)
+		aio_uring_cancel(aio->uring, op);
+}
+
+/* Those of the backlog that are unwanted. */
+static struct aio_op *sweep_backlog(struct aio *aio)
+{
+	struct aio_op *swept = NULL, *op = aio->backlog, *next;
+
+	aio->backlog = NULL;
+	aio->backlog_end = &aio->backlog;
+	for (; op; op = next) {
+		next = op->next;
+		op->next = NULL;
+		if (op->unwanted) {
+			op->next = swept;
+			swept = op;
+		} else {
+			*aio->backlog_end = op;
+			aio->backlog_end = &op->next;
+		}
+	}
+	return swept;
+}
+
+void aio_sweep(struct aio *aio)
+{
+	struct aio_op *lists[] = {aio_pool_sweep(aio->pool), sweep_backlog(aio)};
+
+	for (size_t i = 0; i < sizeof(lists) / sizeof(*lists); i++) {
+		for (struct aio_op *op = lists[i], *next; op; op = next) {
+			next = op->next;
+			op->result = -ECANCELED;
+			op->next = aio->swept;
+			aio->swept = op;
+		}
+	}
+}
+
 bool aio_pending(const struct aio *aio)
 {
-	return aio_pool_pending(aio->pool) || (aio->uring && aio_uring_pending(aio->uring));
+	return aio->swept || aio_pool_pending(aio->pool) || (aio->uring && aio_uring_pending(aio->uring));
 }
 
 /* The kernel would rather not do it now, or its ring cannot: a thread that may block can. */
@@ -169,35 +217,53 @@ static bool refused(const struct aio_op *op, int64_t result)
 	return !(op->flags & AIO_POOL) && (result == -EAGAIN || result == -EINTR);
 }
 
-struct aio_op *aio_reap(struct aio *aio)
-{
-	struct aio_op *finished = aio_pool_pending(aio->pool) ? aio_pool_reap(aio->pool) : NULL, *op;
-	int64_t result;
-
-	if (!aio->uring)
-		return finished;
-	if (aio->retry_due)
-		retry_comes(aio);
-	while ((op = aio_uring_reap(aio->uring, &result))) {
-		if (refused(op, result)) {
-			op->flags |= AIO_POOL;
-			aio_start(aio, op);
-		} else if (aio_advance(op, result)) {
-			op->next = finished;
-			finished = op;
-		} else {
-			aio_start(aio, op);
-		}
-	}
-	return finished;
-}
-
 /* Give the first piece its original extent again. */
 static void restore_piece(struct aio_op *op)
 {
 	op->iov->iov_base = (char *)op->iov->iov_base - op->trimmed;
 	op->iov->iov_len += op->trimmed;
 	op->trimmed = 0;
+}
+
+/* An unwanted one that would be tried again, or go on. */
+static void abandon(struct aio_op *op)
+{
+	if (op->trimmed)
+		restore_piece(op);
+	op->result = -ECANCELED;
+}
+
+struct aio_op *aio_reap(struct aio *aio)
+{
+	struct aio_op *finished = aio_pool_pending(aio->pool) ? aio_pool_reap(aio->pool) : NULL, *op;
+	int64_t result;
+
+	while ((op = aio->swept)) {
+		aio->swept = op->next;
+		op->next = finished;
+		finished = op;
+	}
+	if (!aio->uring)
+		return finished;
+	if (aio->retry_due)
+		retry_comes(aio);
+	while ((op = aio_uring_reap(aio->uring, &result))) {
+		bool again = refused(op, result);
+
+		if (again && !op->unwanted)
+			op->flags |= AIO_POOL;
+		else if (!again)
+			again = !aio_advance(op, result);
+		if (again && !op->unwanted) {
+			aio_start(aio, op);
+			continue;
+		}
+		if (again)
+			abandon(op);
+		op->next = finished;
+		finished = op;
+	}
+	return finished;
 }
 
 /* Go on behind `bytes`; pieces of length 0 are skipped too. */
@@ -292,10 +358,55 @@ static int64_t run_once(struct aio_op *op)
 	return result < 0 ? -errno : result;
 }
 
+/* Parts that follow each other in their file are one system call. */
+static int64_t run_many(const struct aio_op *op)
+{
+	const struct vb_io_part *part = op->parts, *end = part + op->pieces;
+	uint64_t begun = 0; /* bytes of *part that are done */
+	int64_t done = 0;
+
+	while (part < end) {
+		struct iovec pieces[MANY_PIECES];
+		struct aio_op call = {
+			.iov = pieces,
+			.kind = op->kind == VB_IO_READ_MANY ? VB_IO_READ : VB_IO_WRITE,
+			.buffer = -1,
+			.file = -1,
+			.fd = part->fd,
+			.offset = part->offset + begun,
+		};
+		uint64_t wanted = 0;
+
+		do {
+			uint64_t length = MIN(part->length - begun, MANY_BYTES - wanted);
+
+			pieces[call.pieces++] = (struct iovec){(char *)part->address + begun, length};
+			wanted += length;
+			begun += length;
+			if (begun < part->length)
+				break;
+			begun = 0;
+			part++;
+		} while (part < end && wanted < MANY_BYTES && call.pieces < MANY_PIECES && part->fd == call.fd &&
+			 part->offset == call.offset + wanted);
+		aio_run(&call);
+		if (call.result < 0)
+			return call.result;
+		done += call.result;
+		if ((uint64_t)call.result < wanted)
+			break;
+	}
+	return done;
+}
+
 void aio_run(struct aio_op *op)
 {
 	int64_t result;
 
+	if (op->kind == VB_IO_READ_MANY || op->kind == VB_IO_WRITE_MANY) {
+		op->result = run_many(op);
+		return;
+	}
 	do {
 		result = run_once(op);
 	} while (result == -EINTR || !aio_advance(op, result));

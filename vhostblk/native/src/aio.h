@@ -17,22 +17,26 @@ enum aio_flag {
 };
 
 /* A kind besides those of enum vb_io_op: fill the vector with zeroes; no file. With AIO_POOL only. */
-#define AIO_ZEROES (VB_IO_FALLOCATE + 1)
+#define AIO_ZEROES (VB_IO_WRITE_MANY + 1)
 
 struct aio_op {
 	struct aio_op *next; /* aio's, and then the list that aio_reap returns */
-	struct iovec *iov;   /* pieces not yet transferred; changed during the operation, as it was afterwards */
-	uint32_t pieces;
-	uint8_t kind;   /* enum vb_io_op, or AIO_ZEROES */
-	uint8_t flags;  /* enum aio_flag */
-	int16_t buffer; /* number of the registered buffer that has the one piece, or -1 */
-	int16_t file;   /* number of the registered file that fd is, or -1 */
+	union {
+		struct iovec *iov; /* pieces not yet transferred; changed during the operation, as it was afterwards */
+		const struct vb_io_part *parts; /* of *_MANY */
+	};
+	uint32_t pieces; /* or parts */
+	uint8_t kind;    /* enum vb_io_op, or AIO_ZEROES */
+	uint8_t flags;   /* enum aio_flag */
+	int16_t buffer;  /* number of the registered buffer that has the one piece, or -1 */
+	int16_t file;    /* number of the registered file that fd is, or -1 */
 	int32_t fd;
 	int32_t mode;     /* FALLOCATE */
 	uint64_t offset;  /* in the file; advances */
 	uint64_t length;  /* FALLOCATE */
 	int64_t result;   /* bytes transferred so far; at the end that, or -errno */
 	uint64_t trimmed; /* bytes already cut off the front of *iov */
+	bool unwanted;    /* see aio_cancel */
 };
 
 struct aio;
@@ -52,6 +56,13 @@ void aio_flush(struct aio *aio);
 bool aio_pending(const struct aio *aio);
 /* What has finished, as a list; NULL when nothing has. */
 struct aio_op *aio_reap(struct aio *aio);
+
+/*
+ * Nobody wants it any more: if it has not begun it will not begin, and if the kernel lets go of it so do we. aio_reap
+ * gives it back all the same, with -ECANCELED if it was not done. aio_sweep takes effect for many: call it after the last.
+ */
+void aio_cancel(struct aio *aio, struct aio_op *op);
+void aio_sweep(struct aio *aio);
 
 /* Do it here and now: result in op->result. Context: any thread. */
 void aio_run(struct aio_op *op);
@@ -88,6 +99,8 @@ int aio_uring_fd(const struct aio_uring *uring);
 /* False: the ring is full, the operation is still the caller's. */
 bool aio_uring_start(struct aio_uring *uring, struct aio_op *op);
 void aio_uring_flush(struct aio_uring *uring);
+/* Ask the kernel to let go of it; it may not, and it may not even be asked. */
+void aio_uring_cancel(struct aio_uring *uring, struct aio_op *op);
 /* Whether there is something that the kernel did not take. */
 bool aio_uring_refused(const struct aio_uring *uring);
 bool aio_uring_pending(const struct aio_uring *uring);
@@ -107,5 +120,7 @@ int aio_pool_fd(const struct aio_pool *pool);
 int aio_pool_timer_fd(const struct aio_pool *pool);
 void aio_pool_start(struct aio_pool *pool, struct aio_op *op);
 void aio_pool_flush(struct aio_pool *pool);
+/* Those that are unwanted, and that no thread has begun; the owner has them again. */
+struct aio_op *aio_pool_sweep(struct aio_pool *pool);
 bool aio_pool_pending(const struct aio_pool *pool);
 struct aio_op *aio_pool_reap(struct aio_pool *pool);

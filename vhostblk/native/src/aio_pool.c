@@ -75,10 +75,13 @@ static struct aio_op *take(struct aio_pool *pool)
 /* Under the lock. */
 static void give_back(struct aio_pool *pool, struct aio_op *op)
 {
-	if (!pool->done)
-		eventfd_write(pool->event_fd, 1);
+	bool is_first = !pool->done;
+
+	/* Before the owner is told: finding nothing, he would look again and again while this thread does not run. */
 	op->next = pool->done;
 	store_release(&pool->done, op);
+	if (is_first)
+		eventfd_write(pool->event_fd, 1);
 }
 
 static void *worker(void *opaque)
@@ -256,6 +259,38 @@ void aio_pool_flush(struct aio_pool *pool)
 		hand_over(pool);
 	if (pool->look_ns && now_ns() >= pool->look_ns)
 		look(pool);
+}
+
+/* Move what is unwanted from one list to another. */
+static void sweep(struct aio_op **list, struct aio_op ***end, uint32_t *count, uint32_t *brief, struct aio_op **swept)
+{
+	struct aio_op **link = list;
+
+	while (*link) {
+		struct aio_op *op = *link;
+
+		if (!op->unwanted) {
+			link = &op->next;
+			continue;
+		}
+		*link = op->next;
+		*count -= 1;
+		*brief -= is_brief(op);
+		op->next = *swept;
+		*swept = op;
+	}
+	*end = link;
+}
+
+struct aio_op *aio_pool_sweep(struct aio_pool *pool)
+{
+	struct aio_op *swept = NULL;
+
+	sweep(&pool->fresh, &pool->fresh_end, &pool->fresh_count, &pool->fresh_brief, &swept);
+	pthread_mutex_lock(&pool->lock);
+	sweep(&pool->queue, &pool->queue_end, &pool->queued, &pool->brief, &swept);
+	pthread_mutex_unlock(&pool->lock);
+	return swept;
 }
 
 bool aio_pool_pending(const struct aio_pool *pool)

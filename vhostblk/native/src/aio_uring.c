@@ -147,17 +147,33 @@ bool aio_uring_pending(const struct aio_uring *uring)
 	return may_reap(uring) || io_uring_sq_ready(&uring->ring);
 }
 
+void aio_uring_cancel(struct aio_uring *uring, struct aio_op *op)
+{
+	struct io_uring_sqe *sqe;
+
+	/* Only what the kernel has can be found there. */
+	aio_uring_flush(uring);
+	sqe = uring->in_flight < uring->depth ? io_uring_get_sqe(&uring->ring) : NULL;
+	if (!sqe)
+		return;
+	io_uring_prep_cancel(sqe, op, 0);
+	io_uring_sqe_set_data(sqe, NULL);
+	uring->in_flight++;
+}
+
 struct aio_op *aio_uring_reap(struct aio_uring *uring, int64_t *result)
 {
 	struct io_uring_cqe *cqe;
 	struct aio_op *op;
 
-	if (!may_reap(uring) || io_uring_peek_cqe(&uring->ring, &cqe))
-		return NULL;
-	op = io_uring_cqe_get_data(cqe);
-	*result = cqe->res;
-	io_uring_cqe_seen(&uring->ring, cqe);
-	uring->in_flight--;
+	do {
+		if (!may_reap(uring) || io_uring_peek_cqe(&uring->ring, &cqe))
+			return NULL;
+		op = io_uring_cqe_get_data(cqe);
+		*result = cqe->res;
+		io_uring_cqe_seen(&uring->ring, cqe);
+		uring->in_flight--;
+	} while (!op); /* the answer to a cancellation: what was cancelled has its own */
 	return op;
 }
 
@@ -253,6 +269,12 @@ bool aio_uring_start(struct aio_uring *uring, struct aio_op *op)
 void aio_uring_flush(struct aio_uring *uring)
 {
 	(void)uring;
+}
+
+void aio_uring_cancel(struct aio_uring *uring, struct aio_op *op)
+{
+	(void)uring;
+	(void)op;
 }
 
 bool aio_uring_refused(const struct aio_uring *uring)

@@ -2,8 +2,9 @@
  * blk.c: virtio-blk requests. VIRTIO 1.2 §5.2.6; vhostblk/virtio/blk_request.py has the same list of rules, in the same
  * order:
  *
- * 1. The status is the last writable byte, wherever it is (§2.7.4.1). None: the queue is broken.
- * 2. The header is the first 16 readable bytes, in any framing, copied once. Fewer: IOERR.
+ * 1. The status is the last writable byte, wherever it is (§2.7.4.1). None, or not in guest memory: the queue is broken.
+ * 2. Any other buffer that is not in guest memory: IOERR, nothing is looked at. The header is the first 16 readable
+ *    bytes, in any framing, copied once. Fewer: IOERR.
  * 3. A type that is not implemented: UNSUPP.
  * 4. OUT, DISCARD or WRITE_ZEROES on a read-only device: IOERR (§5.2.6.2).
  * 5. IN, OUT: data not a multiple of 512 bytes, or more than 2147483136 of them: IOERR. Any byte at or beyond the
@@ -130,9 +131,10 @@ int blk_parse(struct chain *chain, const struct blk_limits *limits, struct blk_r
 	/* Without a header it is of no type: 0 would be a read. */
 	*ret = (struct blk_request){.type = UINT32_MAX, .op = VB_OP_OTHER, .status = VIRTIO_BLK_S_IOERR};
 	if (!chain->writable_bytes)
-		return -VB_BROKEN_NO_STATUS;
+		return chain->incomplete ? -VB_BROKEN_ADDRESS : -VB_BROKEN_NO_STATUS;
 	ret->status_byte = take_last_byte(writable, &chain->writable);
-	if (chain->readable_bytes < sizeof(header))
+	ret->incomplete = chain->incomplete;
+	if (chain->incomplete || chain->readable_bytes < sizeof(header))
 		return 0;
 	take_record(&readable, &chain->readable, &header);
 	ret->type = le32toh(header.type);

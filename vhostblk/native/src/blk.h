@@ -11,6 +11,7 @@ struct blk_request {
 	int status;      /* -1: to be executed; otherwise it was refused: complete it with this */
 	uint64_t offset; /* bytes; IN and OUT */
 	uint64_t length; /* bytes of data */
+	bool incomplete; /* some of it is not in guest memory, so it was refused */
 	uint8_t *status_byte;
 	struct iovec *data; /* inside the chain's pieces, which were cut to fit */
 	uint32_t pieces;
@@ -23,7 +24,7 @@ struct blk_limits {
 	uint32_t max_segments;
 };
 
-/* 0, or -VB_BROKEN_NO_STATUS. Cuts header and status byte off the chain's pieces. */
+/* 0, or -VB_BROKEN_NO_STATUS, -VB_BROKEN_ADDRESS. Cuts header and status byte off the chain's pieces. */
 int blk_parse(struct chain *chain, const struct blk_limits *limits, struct blk_request *ret);
 
 /* The segments of a DISCARD or WRITE_ZEROES that blk_parse has accepted so far: read once, checked, stored in `ret`,

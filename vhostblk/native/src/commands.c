@@ -77,9 +77,20 @@ static void set_memory(struct vb_thread *thread, struct attachment *a, const str
 			queue_move(thread->queues[i]);
 }
 
+static void set_log(struct vb_thread *thread, struct attachment *a, const struct vb_message *command)
+{
+	a->log = (struct vb_memory_log *)command->pointer;
+	a->data_log = command->flags & 1 ? a->log : NULL;
+	a->log_fd = command->result;
+	for (uint32_t i = 0; i < thread->slots; i++)
+		if (thread->queues[i] && thread->queues[i]->attachment == a)
+			queue_set_log(thread->queues[i]);
+}
+
 static void run_disk_command(struct vb_thread *thread, struct attachment *a, const struct vb_message *command)
 {
 	const struct vb_queue_config *config = (const struct vb_queue_config *)command->pointer;
+	uint64_t aux = 0;
 	int result = 0;
 
 	switch (command->type) {
@@ -100,11 +111,16 @@ static void run_disk_command(struct vb_thread *thread, struct attachment *a, con
 	case VB_REVOKE:
 		attachment_revoke(a, command);
 		return;
+	case VB_LOG_SET:
+		set_log(thread, a, command);
+		break;
 	case VB_QUEUE_START:
 		result = find_queue(thread, command->queue) ? -EEXIST : queue_start(a, command->queue, config);
+		if (!result)
+			aux = virtqueue_replays(&find_queue(thread, command->queue)->vq);
 		break;
 	}
-	thread_ack(thread, command, result, 0);
+	thread_ack(thread, command, result, aux);
 }
 
 static void run_queue_command(struct vb_thread *thread, struct queue *queue, const struct vb_message *command)
@@ -123,6 +139,11 @@ static void run_queue_command(struct vb_thread *thread, struct queue *queue, con
 		queue->enabled = command->flags & 1;
 		queue_wake(queue);
 		break;
+	case VB_QUEUE_LOG:
+		queue->logged = command->flags & 1;
+		queue->config.log_gpa = command->offset;
+		queue_set_log(queue);
+		break;
 	case VB_QUEUE_FD:
 		result = queue_set_fd(queue, (enum vb_queue_fd)command->aux, command->result);
 		queue_wake(queue);
@@ -137,7 +158,9 @@ static void run_request_command(struct vb_thread *thread, const struct vb_messag
 
 	if (!request)
 		return; /* control's mistake: there is nobody to tell */
-	if (command->type == VB_RETRY)
+	if (request->queue->suspending && (command->type == VB_RETRY || command->result == VB_SUSPENDED))
+		request_suspend(request);
+	else if (command->type == VB_RETRY)
 		request_serve(request);
 	else
 		request_complete(request, command->result, command->length);
@@ -157,6 +180,7 @@ static void run_command(struct vb_thread *thread, const struct vb_message *comma
 	case VB_FLUSH_SET:
 	case VB_MAP:
 	case VB_REVOKE:
+	case VB_LOG_SET:
 	case VB_QUEUE_START:
 		attachment = find_attachment(thread, command->disk);
 		if (attachment)
@@ -167,6 +191,7 @@ static void run_command(struct vb_thread *thread, const struct vb_message *comma
 	case VB_QUEUE_STOP:
 	case VB_QUEUE_ENABLE:
 	case VB_QUEUE_FD:
+	case VB_QUEUE_LOG:
 		queue = find_queue(thread, command->queue);
 		if (queue)
 			run_queue_command(thread, queue, command);

@@ -24,8 +24,15 @@
 /* Memory that somebody else writes while we look at it is read through these, exactly once. */
 #define load_relaxed(p) __atomic_load_n(p, __ATOMIC_RELAXED)
 #define load_acquire(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#ifdef VB_STORE_HOOK
+/* A test that ends us before any store. */
+void vb_store_hook(void);
+#define store_relaxed(p, v) (vb_store_hook(), __atomic_store_n(p, v, __ATOMIC_RELAXED))
+#define store_release(p, v) (vb_store_hook(), __atomic_store_n(p, v, __ATOMIC_RELEASE))
+#else
 #define store_relaxed(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #define store_release(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+#endif
 
 /* Every store before it is visible to everybody before any load after it is done. */
 static inline void full_fence(void)

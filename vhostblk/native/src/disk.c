@@ -88,6 +88,7 @@ struct attachment *attachment_create(struct vb_thread *thread, struct vb_disk *d
 	a->thread = thread;
 	a->disk = disk_ref(disk);
 	a->flush_fd = VB_FLUSH_MISS;
+	a->log_fd = -1;
 	extent_map_init(&a->map, disk->config.max_extents);
 	list_init(&a->in_flight);
 	list_init(&a->barriers);
@@ -225,7 +226,33 @@ int attachment_set_flush(struct attachment *a, const struct vb_message *command)
 	return 0;
 }
 
-/* What shall be registered: io_uring takes at most 1 GiB at a time. */
+static int compare_pieces(const void *a, const void *b)
+{
+	const struct fixed_piece *left = a, *right = b;
+
+	return left->address < right->address ? -1 : left->address > right->address;
+}
+
+/* The piece that holds the address, or NULL. */
+static struct fixed_piece *find_piece(const struct memory_use *use, uint64_t address)
+{
+	uint32_t low = 0, high = use->pieces;
+
+	while (low < high) {
+		uint32_t middle = (low + high) / 2;
+		struct fixed_piece *piece = &use->fixed[middle];
+
+		if (address < piece->address)
+			high = middle;
+		else if (address - piece->address >= piece->length)
+			low = middle + 1;
+		else
+			return piece;
+	}
+	return NULL;
+}
+
+/* What shall be registered, ascending by address: io_uring takes at most 1 GiB at a time. */
 static void plan_pieces(struct memory_use *use)
 {
 	uint64_t count = 0;
@@ -244,6 +271,7 @@ static void plan_pieces(struct memory_use *use)
 			use->fixed[use->pieces++] = (struct fixed_piece){r->hva + done, length, -1};
 		}
 	}
+	qsort(use->fixed, use->pieces, sizeof(*use->fixed), compare_pieces);
 }
 
 /* Pieces that stay where they are stay registered: a second time they would count twice against the locked-memory limit.
@@ -252,13 +280,12 @@ static void plan_pieces(struct memory_use *use)
 static void inherit_pieces(struct memory_use *use, struct memory_use *old)
 {
 	for (uint32_t i = 0; i < use->pieces; i++) {
-		struct fixed_piece *piece = &use->fixed[i];
+		struct fixed_piece *piece = &use->fixed[i], *same = find_piece(old, piece->address);
 
-		for (uint32_t j = 0; j < old->pieces && piece->number < 0; j++)
-			if (old->fixed[j].address == piece->address && old->fixed[j].length == piece->length) {
-				piece->number = old->fixed[j].number;
-				old->fixed[j].number = -1;
-			}
+		if (!same || same->address != piece->address || same->length != piece->length)
+			continue;
+		piece->number = same->number;
+		same->number = -1;
 	}
 }
 
@@ -346,11 +373,7 @@ int attachment_set_memory(struct attachment *a, const struct vb_message *command
 int memory_use_buffer(const struct memory_use *use, const struct iovec *piece)
 {
 	uint64_t address = (uint64_t)piece->iov_base;
+	const struct fixed_piece *fixed = find_piece(use, address);
 
-	for (uint32_t i = 0; i < use->pieces; i++)
-		if (address >= use->fixed[i].address && address - use->fixed[i].address < use->fixed[i].length)
-			return piece->iov_len <= use->fixed[i].length - (address - use->fixed[i].address)
-				       ? use->fixed[i].number
-				       : -1;
-	return -1;
+	return fixed && piece->iov_len <= fixed->length - (address - fixed->address) ? fixed->number : -1;
 }

@@ -10,6 +10,7 @@
 #include "extent_map.h"
 #include "flush.h"
 #include "memory.h"
+#include "memory_log.h"
 
 struct vb_disk {
 	uint32_t refs;
@@ -91,11 +92,16 @@ struct attachment {
 	struct vb_thread *thread;
 	struct vb_disk *disk;
 	struct extent_map map;
-	struct memory_use *memory; /* NULL: none was set */
-	uint32_t retired;          /* memory uses that still have users */
-	uint8_t cold;              /* so many reads are not looked for in the page cache */
-	uint8_t cold_next;         /* that, when the next one is not found there */
-	int32_t flush_fd;          /* or VB_FLUSH_MISS, VB_FLUSH_NOTHING */
+	struct memory_use *memory;      /* NULL: none was set */
+	uint32_t retired;               /* memory uses that still have users */
+	struct vb_memory_log *log;      /* for rings, or NULL */
+	struct vb_memory_log *data_log; /* the same for buffers */
+	int32_t log_fd;                 /* signalled when something was marked; -1: none */
+	uint32_t log_region;            /* where the last mark was: most are there */
+	bool marked;                    /* since log_fd was last signalled */
+	uint8_t cold;                   /* so many reads are not looked for in the page cache */
+	uint8_t cold_next;              /* that, when the next one is not found there */
+	int32_t flush_fd;               /* or VB_FLUSH_MISS, VB_FLUSH_NOTHING */
 	uint32_t queues;
 	uint64_t sequence;         /* grows with each I/O that begins and each barrier */
 	struct list in_flight;     /* of struct io_track */

@@ -386,7 +386,7 @@ static void touch_data(struct vb_message *message)
 		message->flags |= VB_REQUEST_FAULTED;
 }
 
-int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max)
+int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uint32_t max, uint32_t *alike)
 {
 	uint32_t count = message_ring_take(&thread->up, messages, max);
 	eventfd_t ignored;
@@ -402,8 +402,11 @@ int vb_thread_receive(struct vb_thread *thread, struct vb_message *messages, uin
 	full_fence(); /* [S2] */
 	if (load_relaxed(&thread->starved))
 		eventfd_write(thread->down_fd, 1);
-	for (uint32_t i = 0; i < count; i++)
+	*alike = count > 0;
+	for (uint32_t i = 0; i < count; i++) {
 		touch_data(&messages[i]);
+		*alike &= messages[i].type == VB_REQUEST && messages[i].disk == messages[0].disk;
+	}
 	return (int)count;
 }
 

@@ -82,6 +82,7 @@ static bool lead_or_watch(struct attachment *a)
 
 static void lead(struct request *request)
 {
+	request->state = REQUEST_ENGINE;
 	request->op = (struct aio_op){.kind = VB_IO_FDATASYNC, .buffer = -1, .file = -1, .fd = request->op.fd};
 	aio_start(request->queue->thread->aio, &request->op);
 }
@@ -104,9 +105,22 @@ void flush_join(struct request *request, int fd)
 		request_flushed(request, -error);
 		return;
 	}
+	request->state = REQUEST_LINE;
 	list_append(&a->flushes, &request->in_line);
 	if (leads)
 		lead(request);
+}
+
+void flush_leave(struct request *request)
+{
+	struct attachment *a = request->queue->attachment;
+
+	list_remove(&request->in_line);
+	if (!list_empty(&a->flushes))
+		return;
+	pthread_mutex_lock(&a->disk->line.lock);
+	unwatch(a);
+	pthread_mutex_unlock(&a->disk->line.lock);
 }
 
 /* Serve those whose tickets have come up. */

@@ -26,6 +26,8 @@ struct vb_thread;
 /* Have request_flushed called when an fdatasync of the file that begins after this call has ended. The request's I/O has
  * been announced (attachment_io_begins). */
 void flush_join(struct request *request, int fd);
+/* It is not the one that does the fdatasync, and does not wait for it any more. */
+void flush_leave(struct request *request);
 /* The fdatasync that was begun for this request has ended. */
 void flush_ended(struct request *leader);
 /* One that requests of this thread may have waited for has ended on another. */

@@ -78,7 +78,7 @@ int vb_io_submit(struct vb_io *io, const struct vb_io_request *requests, uint32_
 	while (taken < count && io->free) {
 		const struct vb_io_request *from = &requests[taken++];
 		struct host_request *request = io->free;
-		bool transfer = from->op == VB_IO_READ || from->op == VB_IO_WRITE;
+		bool transfer = from->op != VB_IO_FDATASYNC && from->op != VB_IO_FALLOCATE;
 
 		io->free = request->next_free;
 		io->in_flight++;

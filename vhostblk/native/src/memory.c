@@ -17,7 +17,8 @@ struct vb_memory {
 	uint32_t count;
 	uint32_t guarded; /* so many guards are valid */
 	int *guards;
-	struct vb_region regions[]; /* ascending by gpa, disjoint */
+	const struct vb_region **by_hva; /* the same, ascending by hva */
+	struct vb_region regions[];      /* ascending by gpa, disjoint */
 };
 
 static int compare_gpa(const void *a, const void *b)
@@ -25,6 +26,14 @@ static int compare_gpa(const void *a, const void *b)
 	const struct vb_region *left = a, *right = b;
 
 	return left->gpa < right->gpa ? -1 : left->gpa > right->gpa;
+}
+
+static int compare_hva(const void *a, const void *b)
+{
+	const struct vb_region *left = *(const struct vb_region *const *)a;
+	const struct vb_region *right = *(const struct vb_region *const *)b;
+
+	return left->hva < right->hva ? -1 : left->hva > right->hva;
 }
 
 static bool wraps(uint64_t start, uint64_t size)
@@ -58,6 +67,23 @@ static int guard_regions(struct vb_memory *memory)
 	return 0;
 }
 
+static int allocate_tables(struct vb_memory *memory)
+{
+	uint32_t count = memory->count ? memory->count : 1;
+
+	memory->guards = calloc(count, sizeof(*memory->guards));
+	memory->by_hva = calloc(count, sizeof(*memory->by_hva));
+	return memory->guards && memory->by_hva ? 0 : -ENOMEM;
+}
+
+static void sort_regions(struct vb_memory *memory)
+{
+	qsort(memory->regions, memory->count, sizeof(*memory->regions), compare_gpa);
+	for (uint32_t i = 0; i < memory->count; i++)
+		memory->by_hva[i] = &memory->regions[i];
+	qsort(memory->by_hva, memory->count, sizeof(*memory->by_hva), compare_hva);
+}
+
 int vb_memory_create(const struct vb_region *regions, uint32_t count, struct vb_memory **ret)
 {
 	struct vb_memory *memory = calloc(1, sizeof(*memory) + count * sizeof(*regions));
@@ -67,11 +93,13 @@ int vb_memory_create(const struct vb_region *regions, uint32_t count, struct vb_
 		return -ENOMEM;
 	memory->refs = 1;
 	memory->count = count;
-	memory->guards = calloc(count ? count : 1, sizeof(*memory->guards));
 	if (count)
 		memcpy(memory->regions, regions, count * sizeof(*regions));
-	qsort(memory->regions, count, sizeof(*regions), compare_gpa);
-	error = !memory->guards ? -ENOMEM : !regions_valid(memory->regions, count) ? -EINVAL : guard_regions(memory);
+	error = allocate_tables(memory);
+	if (!error) {
+		sort_regions(memory);
+		error = regions_valid(memory->regions, count) ? guard_regions(memory) : -EINVAL;
+	}
 	if (error) {
 		vb_memory_unref(memory);
 		return error;
@@ -94,6 +122,7 @@ void vb_memory_unref(struct vb_memory *memory)
 	while (memory->guarded)
 		sigbus_guard_remove(memory->guards[--memory->guarded]);
 	free(memory->guards);
+	free(memory->by_hva);
 	free(memory);
 }
 
@@ -150,13 +179,45 @@ void *memory_search(const struct vb_memory *memory, struct memory_window *window
 	return NULL;
 }
 
-void *memory_ring(const struct vb_memory *memory, uint64_t uva, uint64_t length)
+static const struct vb_region *region_of_uva(const struct vb_memory *memory, uint64_t uva)
 {
 	for (uint32_t i = 0; i < memory->count; i++) {
 		const struct vb_region *r = &memory->regions[i];
 
 		if (uva >= r->uva && uva - r->uva < r->size)
-			return length <= r->size - (uva - r->uva) ? (void *)(r->hva + (uva - r->uva)) : NULL;
+			return r;
+	}
+	return NULL;
+}
+
+void *memory_ring(const struct vb_memory *memory, uint64_t uva, uint64_t length)
+{
+	const struct vb_region *r = region_of_uva(memory, uva);
+
+	return r && length <= r->size - (uva - r->uva) ? (void *)(r->hva + (uva - r->uva)) : NULL;
+}
+
+uint64_t memory_ring_gpa(const struct vb_memory *memory, uint64_t uva)
+{
+	const struct vb_region *r = region_of_uva(memory, uva);
+
+	return r->gpa + (uva - r->uva);
+}
+
+const struct vb_region *memory_region_at(const struct vb_memory *memory, uint64_t hva)
+{
+	uint32_t low = 0, high = memory->count;
+
+	while (low < high) {
+		uint32_t middle = (low + high) / 2;
+		const struct vb_region *r = memory->by_hva[middle];
+
+		if (hva < r->hva)
+			high = middle;
+		else if (hva - r->hva >= r->size)
+			low = middle + 1;
+		else
+			return r;
 	}
 	return NULL;
 }

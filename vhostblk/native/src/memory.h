@@ -31,9 +31,15 @@ static inline void *memory_at(
 /* A ring area, by its address in the front-end, or NULL unless all of it lies in one region. */
 void *memory_ring(const struct vb_memory *memory, uint64_t uva, uint64_t length);
 
+/* The guest physical address of what memory_ring has found. */
+uint64_t memory_ring_gpa(const struct vb_memory *memory, uint64_t uva);
+
 /* Read a byte of every page of a VB_REQUEST's data; then, whether anybody's memory has ever been truncated.
  * Context: any thread. */
 bool memory_touch(uint64_t pointer, uint32_t count, uint64_t length);
+
+/* The region that an address in this process is in, or NULL. */
+const struct vb_region *memory_region_at(const struct vb_memory *memory, uint64_t hva);
 
 /* The regions, ascending by gpa. */
 uint32_t memory_count(const struct vb_memory *memory);

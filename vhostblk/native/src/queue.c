@@ -210,6 +210,7 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 	queue->stats = config->stats;
 	queue->key = key;
 	queue->enabled = config->enabled;
+	queue->logged = config->logged;
 	queue->call_may_wait = notifier_may_wait(config->call_fd);
 	queue->kicks_off = true; /* as far as we know */
 	error = prepare(queue, config);
@@ -221,6 +222,7 @@ int queue_start(struct attachment *attachment, uint32_t key, const struct vb_que
 	if (config->call_fd >= 0)
 		signal_driver(queue);
 	queue->thread->queues[queue->slot] = queue;
+	queue_set_log(queue);
 	list_init(&queue->awake);
 	queue->thread->resting++;
 	queue_wake(queue);
@@ -235,6 +237,15 @@ void queue_stop(struct queue *queue, const struct vb_message *command)
 	queue->stop = *command;
 	queue_wake(queue);
 	thread_owe_ack(queue->thread);
+	if (command->flags & 1 && virtqueue_tracks(&queue->vq))
+		queue_suspend(queue);
+}
+
+/* What is not in the log will not be in the front-end's copy of the guest: no more. */
+static void check_log(struct queue *queue)
+{
+	if (queue->attachment->log && vb_memory_log_lost(queue->attachment->log))
+		queue_break(queue, VB_BROKEN_LOG);
 }
 
 static void finish_stop(struct queue *queue)
@@ -243,22 +254,29 @@ static void finish_stop(struct queue *queue)
 
 	/* Leave the ring as whoever starts it next may expect it: asking for kicks. */
 	enable_kicks(queue);
+	check_log(queue);
 	unwatch_kick(queue);
 	list_remove(&queue->awake);
 	thread->queues[queue->slot] = NULL;
 	queue->attachment->queues--;
 	thread->owed -= !queue->broken;
-	thread_ack_owed(thread, &queue->stop, 0, queue->vq.next_avail);
+	thread_ack_owed(thread, &queue->stop, 0, virtqueue_base(&queue->vq));
 	queue_free(queue);
+}
+
+static bool has_faulted(const struct queue *queue)
+{
+	struct memory_use *use = queue->attachment->memory;
+
+	return (use && vb_memory_faulted(use->memory)) || inflight_faulted(&queue->vq.inflight);
 }
 
 void queue_break(struct queue *queue, enum vb_broken reason)
 {
 	struct vb_message message = {.type = VB_QUEUE_BROKEN, .queue = queue->key};
-	struct memory_use *use = queue->attachment->memory;
 
 	/* Zeroes where the memory was make no sense, but whatever they look like, this is the reason. */
-	if (use && vb_memory_faulted(use->memory))
+	if (has_faulted(queue))
 		reason = VB_BROKEN_MEMORY_FAULT;
 	if (reason == VB_BROKEN_MEMORY_FAULT || reason == VB_BROKEN_RING_ADDRESS)
 		queue->dead = true;
@@ -286,21 +304,33 @@ void queue_move(struct queue *queue)
 	queue_wake(queue);
 }
 
+void queue_set_log(struct queue *queue)
+{
+	queue->vq.log.log = queue->logged ? queue->attachment->log : NULL;
+	queue->vq.log.gpa = queue->config.log_gpa;
+}
+
 void queue_check_memory(struct queue *queue)
 {
-	struct memory_use *use = queue->attachment->memory;
-
-	if (use && vb_memory_faulted(use->memory))
+	if (has_faulted(queue))
 		queue_break(queue, VB_BROKEN_MEMORY_FAULT);
 }
 
 /* ---------------------------------------------------------------- a turn */
 
+/* What was left in flight is owed, unless it may stay so. */
+static bool owes_replays(const struct queue *queue)
+{
+	return virtqueue_replays(&queue->vq) && !queue->suspending;
+}
+
 /* Whether it takes chains at all: its own completions, or commands, change that, and wake it. */
 static bool takes_chains(const struct queue *queue)
 {
-	return queue->enabled && !queue->stopping && !queue->broken && queue->in_flight < QUEUE_REQUESTS &&
-	       queue->spilled < SPILLED_MAX;
+	/* A stop does not end before these are done. */
+	bool wanted = queue->stopping ? owes_replays(queue) : queue->enabled;
+
+	return wanted && !queue->broken && queue->in_flight < QUEUE_REQUESTS && queue->spilled < SPILLED_MAX;
 }
 
 static bool may_pop(const struct queue *queue)
@@ -308,9 +338,14 @@ static bool may_pop(const struct queue *queue)
 	return takes_chains(queue) && thread_room(queue->thread) > ROOM_RESERVE;
 }
 
+static bool is_drained(const struct queue *queue)
+{
+	return queue->stopping && !queue->in_flight && (queue->broken || !owes_replays(queue));
+}
+
 static bool has_news(const struct queue *queue)
 {
-	return (queue->vq.notified != queue->vq.used_idx && !queue->dead) || (queue->stopping && !queue->in_flight);
+	return (virtqueue_has_news(&queue->vq) && !queue->dead) || is_drained(queue);
 }
 
 bool queue_rest(struct queue *queue)
@@ -343,6 +378,7 @@ static void show_completions(struct queue *queue)
 
 	if (!queue->dead)
 		virtqueue_publish(&queue->vq);
+	queue->attachment->marked = true;
 	queue->thread->shown = true;
 	queue->thread->now = now_ns();
 	stats_batch_finish(&queue->batch, queue->stats, queue->thread->now - before);
@@ -376,6 +412,7 @@ bool queue_run(struct queue *queue)
 static void notify_driver(struct queue *queue)
 {
 	virtqueue_publish(&queue->vq);
+	queue->attachment->marked = true;
 	queue->thread->shown = true;
 	store_relaxed(&queue->stats->last_ns, queue->thread->now);
 	if (!virtqueue_should_notify(&queue->vq)) {
@@ -386,12 +423,26 @@ static void notify_driver(struct queue *queue)
 	}
 }
 
+/* vhost-user, VHOST_USER_SET_LOG_FD. */
+static void tell_of_marks(struct queue *queue)
+{
+	struct attachment *a = queue->attachment;
+
+	if (a->marked && a->log_fd >= 0)
+		notifier_signal(&queue->thread->notifier, a->log_fd, notifier_may_wait(a->log_fd));
+	a->marked = false;
+	check_log(queue);
+}
+
 void queue_publish(struct queue *queue)
 {
 	queue->work = 0;
-	if (queue->vq.notified != queue->vq.used_idx && !queue->dead)
+	if (virtqueue_has_news(&queue->vq) && !queue->dead)
 		notify_driver(queue);
+	if (queue->attachment->log)
+		tell_of_marks(queue);
 	store_relaxed(&queue->stats->in_flight, queue->in_flight);
-	if (queue->stopping && !queue->in_flight)
+	store_relaxed(&queue->stats->oldest_ns, ages_oldest(&queue->ages));
+	if (is_drained(queue))
 		finish_stop(queue);
 }

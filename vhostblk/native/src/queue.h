@@ -4,6 +4,7 @@
  */
 #pragma once
 #include "../engine.h"
+#include "ages.h"
 #include "aio.h"
 #include "blk.h"
 #include "common.h"
@@ -36,6 +37,8 @@
 enum request_state {
 	REQUEST_FREE,
 	REQUEST_ENGINE, /* being looked at, or in I/O */
+	REQUEST_LINE,   /* waits for an fdatasync that another one does */
+	REQUEST_FAILED, /* in thread->failed */
 	REQUEST_CONTROL /* VB_REQUEST was sent: VB_COMPLETE or VB_RETRY comes */
 };
 
@@ -44,10 +47,13 @@ struct request {
 	struct request *next_free;
 	uint32_t generation; /* so that a stale cookie finds nothing */
 	uint16_t index;      /* in queue->requests */
-	uint16_t head;
-	uint8_t state; /* enum request_state */
+	uint16_t head;       /* of its chain */
+	uint16_t slots;      /* the same */
+	uint16_t entry;      /* the same */
+	uint8_t state;       /* enum request_state */
 	bool missed;
 	bool flush_after; /* a write that is durable by an fdatasync behind it */
+	uint8_t half;     /* of queue->ages */
 	struct memory_use *memory;
 	uint64_t started_ns;
 	struct blk_request blk;
@@ -77,6 +83,8 @@ struct queue {
 	uint16_t slot;      /* in thread->queues */
 	bool enabled;
 	bool stopping;
+	bool suspending; /* that, and what is in flight may stay so */
+	bool logged;     /* what is written to its ring is marked, if there is a log */
 	bool broken;
 	bool dead;              /* broken so that not even the used ring may be touched */
 	bool kicks_off;         /* the driver was told not to kick */
@@ -85,6 +93,7 @@ struct queue {
 	struct vb_message stop; /* the VB_QUEUE_STOP, when stopping */
 	uint32_t work;          /* in this turn */
 	uint32_t in_flight;     /* requests that are not free */
+	struct ages ages;       /* of those */
 	uint64_t spilled;       /* pieces of all requests that are allocated */
 	struct chain *chain;    /* scratch */
 	struct request *free;
@@ -98,6 +107,8 @@ void queue_stop(struct queue *queue, const struct vb_message *command);
 int queue_set_fd(struct queue *queue, enum vb_queue_fd which, int fd);
 /* The disk has another memory map. */
 void queue_move(struct queue *queue);
+/* The disk has another log of guest memory, or the queue has another place in it. */
+void queue_set_log(struct queue *queue);
 /* Some guarded memory was truncated, maybe ours. */
 void queue_check_memory(struct queue *queue);
 
@@ -114,6 +125,11 @@ void queue_kicked(struct queue *queue);
 
 void queue_break(struct queue *queue, enum vb_broken reason);
 
+/* suspend.c: it stops, and what has not begun stays in flight; what has ends as it does otherwise. */
+void queue_suspend(struct queue *queue);
+/* Let go of it, without an answer. */
+void request_suspend(struct request *request);
+
 /* request.c: take what was popped into queue->chain as a request, and serve it. */
 void request_accept(struct queue *queue);
 
@@ -126,6 +142,10 @@ static inline uint64_t request_cookie(const struct request *request)
 /* By the cookie of a VB_REQUEST that control has, or NULL. */
 struct request *request_find(struct vb_thread *thread, uint64_t cookie);
 void request_complete(struct request *request, int status, uint64_t written);
+/* It is the queue's again, answered or not. */
+void request_release(struct request *request);
+/* What was written to guest memory for it, in the log. */
+void request_mark_written(struct request *request);
 
 /* serve.c: answer it, begin its I/O, or hand it to control. */
 void request_serve(struct request *request);
@@ -133,5 +153,7 @@ void request_serve(struct request *request);
 void request_io_done(struct aio_op *op);
 /* Hand over what has failed and is control's to decide about, as far as there is room. Whether there was any. */
 bool requests_ask_control(struct vb_thread *thread);
+/* Nothing of the engine's touches its range any more. */
+void request_untrack(struct request *request);
 /* All that the file had when the request joined the line of flushes is durable; or -errno. */
 void request_flushed(struct request *request, int error);

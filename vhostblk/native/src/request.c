@@ -31,15 +31,22 @@ static struct request *request_take(struct queue *queue)
 	request->generation++;
 	request->state = REQUEST_ENGINE;
 	request->head = queue->chain->head;
+	request->slots = queue->chain->slots;
+	request->entry = queue->chain->entry;
 	request->missed = false;
 	request->started_ns = queue->thread->now;
 	request->memory = queue->attachment->memory;
 	memory_use_get(request->memory);
-	queue->in_flight++;
+	request->half = ages_begin(&queue->ages, request->started_ns);
+	/* The rest is told at the end of the turn, but this one's I/O may keep the thread from getting there. */
+	if (!queue->in_flight++) {
+		store_relaxed(&queue->stats->in_flight, 1);
+		store_relaxed(&queue->stats->oldest_ns, request->started_ns);
+	}
 	return request;
 }
 
-static void request_release(struct request *request)
+void request_release(struct request *request)
 {
 	struct queue *queue = request->queue;
 
@@ -52,6 +59,7 @@ static void request_release(struct request *request)
 	request->state = REQUEST_FREE;
 	request->next_free = queue->free;
 	queue->free = request;
+	ages_end(&queue->ages, request->half);
 	queue->in_flight--;
 }
 
@@ -68,6 +76,20 @@ static uint64_t bytes_of(const struct blk_request *blk)
 	return bytes;
 }
 
+/* The data, also of a read that has failed: part of it may be there. A request that was refused has none. */
+__attribute__((noinline)) void request_mark_written(struct request *request)
+{
+	struct attachment *a = request->queue->attachment;
+	const struct vb_memory *memory = request->memory->memory;
+	const struct blk_request *blk = &request->blk;
+	struct iovec status = {blk->status_byte, 1};
+
+	a->marked = true;
+	memory_log_mark_pieces(a->data_log, memory, &a->log_region, &status, 1);
+	if (blk->status < 0 && (blk->op == VB_OP_READ || blk->op == VB_OP_GET_ID))
+		memory_log_mark_pieces(a->data_log, memory, &a->log_region, blk->data, blk->pieces);
+}
+
 void request_complete(struct request *request, int status, uint64_t written)
 {
 	struct queue *queue = request->queue;
@@ -76,11 +98,15 @@ void request_complete(struct request *request, int status, uint64_t written)
 
 	queue_wake(queue);
 	if (!queue->dead) {
-		/* Guest memory was written: the data and this byte (for the dirty log of live migration). After a
-		 * failure nothing is vouched for but the status, VIRTIO 1.2 §2.7.8.2. */
+		/* After a failure nothing is vouched for but the status, VIRTIO 1.2 §2.7.8.2. */
 		store_relaxed(blk->status_byte, (uint8_t)status);
+		if (queue->attachment->data_log)
+			request_mark_written(request);
 		written = failed ? 1 : MIN(written, blk->length) + 1;
-		virtqueue_push(&queue->vq, request->head, (uint32_t)MIN(written, UINT32_MAX));
+		virtqueue_push(
+			&queue->vq, request->head, request->slots, request->entry, (uint32_t)MIN(written, UINT32_MAX));
+	} else if (queue->attachment->data_log) {
+		request_mark_written(request);
 	}
 	/* Clocks are not free. What began since the clock was last read is counted when the driver is shown that it is
 	 * done, which for the driver is when it is done. */

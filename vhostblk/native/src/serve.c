@@ -78,8 +78,13 @@ __attribute__((noinline)) static void fail_io(struct request *request, int error
 	if (request->blk.op == VB_OP_WRITE)
 		note_write(request);
 	if (request->queue->attachment->disk->config.ask_after_errors >> request->blk.op & 1) {
+		if (request->queue->suspending) {
+			request_suspend(request); /* it fails once more for whoever has the ring next, who can wait */
+			return;
+		}
 		/* Many may fail at a time, and nobody has put room in the ring up aside for that. */
 		request->op.result = error;
+		request->state = REQUEST_FAILED;
 		list_append(&request->queue->thread->failed, &request->in_line);
 		return;
 	}
@@ -115,7 +120,7 @@ static void finish_io(struct request *request, int64_t result)
 }
 
 /* An acknowledgement that has waited for this is not seen before the end of the turn: what finish_io notes is there. */
-static void untrack_io(struct request *request)
+void request_untrack(struct request *request)
 {
 	struct attachment *attachment = request->queue->attachment;
 	struct extent_file *file = request->file;
@@ -132,17 +137,20 @@ void request_io_done(struct aio_op *op)
 
 	if (op->kind == VB_IO_FDATASYNC) {
 		flush_ended(request);
+	} else if (request->queue->suspending && (op->result == -ECANCELED || request->flush_after)) {
+		request_untrack(request);
+		request_suspend(request);
 	} else if (request->flush_after && op->result == (int64_t)request->blk.length) {
 		flush_join(request, op->fd);
 	} else {
-		untrack_io(request);
+		request_untrack(request);
 		finish_io(request, op->result);
 	}
 }
 
 void request_flushed(struct request *request, int error)
 {
-	untrack_io(request);
+	request_untrack(request);
 	finish_io(request, error ? error : (int64_t)request->blk.length);
 }
 
@@ -356,7 +364,7 @@ void request_serve(struct request *request)
 	}
 	if (request->blk.status >= 0) {
 		if (request->blk.status == VIRTIO_BLK_S_IOERR)
-			report_failure(request, -EINVAL);
+			report_failure(request, request->blk.incomplete ? -EFAULT : -EINVAL);
 		request_complete(request, request->blk.status, 0);
 		return;
 	}

@@ -16,17 +16,24 @@
 #include <unistd.h>
 #include "sigbus.h"
 
+/* Front-ends decide how many there are. Linux gives a process four times as many mappings. */
 #define GUARD_SLOTS 16384
+#define GUARD_BUCKET_BITS 12
 
 struct guard_slot {
 	uint64_t start;
 	uint64_t end;   /* 0: the slot is free. Pair [G1]: stored last, looked at first and again at the end */
 	uint32_t users; /* under the lock */
 	uint32_t faulted;
+	uint32_t next; /* under the lock: 1 + the number of the next one of its bucket, or that is free; 0: none */
 };
 
 static struct guard_slot slots[GUARD_SLOTS];
 static uint32_t slots_used; /* none beyond was ever in use */
+/* Under the lock: slots in use by their ranges, and free ones, as in `next`. A map of hundreds of regions is exchanged for
+ * one more or one less, and all of them are looked for. */
+static uint32_t buckets[1 << GUARD_BUCKET_BITS];
+static uint32_t vacant;
 static uint32_t faults;
 static bool installed; /* under the lock */
 static struct sigaction previous;
@@ -111,44 +118,76 @@ static int install(void)
 	return 0;
 }
 
-static int find_slot(uint64_t start, uint64_t end)
+static uint32_t *bucket_of(uint64_t start, uint64_t end)
 {
-	int vacant = -ENOSPC;
+	/* Addresses end in zeroes: what is mixed is in the upper bits. */
+	return &buckets[(start + end) * 0x9e3779b97f4a7c15u >> (64 - GUARD_BUCKET_BITS)];
+}
 
-	for (uint32_t i = 0; i < slots_used; i++) {
-		if (slots[i].users && slots[i].start == start && slots[i].end == end)
-			return (int)i;
-		if (!slots[i].users && vacant < 0)
-			vacant = (int)i;
-	}
-	if (vacant < 0 && slots_used < GUARD_SLOTS)
-		vacant = (int)slots_used;
-	return vacant;
+/* A slot that is free, taken from where it is listed; -ENOSPC: there is none. */
+static int take_slot(void)
+{
+	uint32_t slot = vacant;
+
+	if (!slot)
+		return slots_used < GUARD_SLOTS ? (int)slots_used : -ENOSPC;
+	vacant = slots[slot - 1].next;
+	return (int)slot - 1;
+}
+
+static int use_slot(uint64_t start, uint64_t end)
+{
+	uint32_t *bucket = bucket_of(start, end);
+	int number;
+
+	for (uint32_t slot = *bucket; slot; slot = slots[slot - 1].next)
+		if (slots[slot - 1].start == start && slots[slot - 1].end == end) {
+			slots[slot - 1].users++;
+			return (int)slot - 1;
+		}
+	number = take_slot();
+	if (number < 0)
+		return number;
+	slots[number].users = 1;
+	slots[number].next = *bucket;
+	*bucket = (uint32_t)number + 1;
+	store_relaxed(&slots[number].faulted, 0);
+	store_release(&slots[number].start, start);
+	store_release(&slots[number].end, end); /* [G1] */
+	if ((uint32_t)number == slots_used)
+		store_release(&slots_used, slots_used + 1);
+	return number;
 }
 
 int sigbus_guard_add(uint64_t address, uint64_t size)
 {
-	int slot, error;
+	int slot;
 
 	pthread_mutex_lock(&lock);
-	error = install();
-	slot = error ? error : find_slot(address, address + size);
-	if (slot >= 0 && !slots[slot].users++) {
-		store_relaxed(&slots[slot].faulted, 0);
-		store_release(&slots[slot].start, address);
-		store_release(&slots[slot].end, address + size); /* [G1] */
-		if ((uint32_t)slot == slots_used)
-			store_release(&slots_used, slots_used + 1);
-	}
+	slot = install();
+	if (!slot)
+		slot = use_slot(address, address + size);
 	pthread_mutex_unlock(&lock);
 	return slot;
+}
+
+static void free_slot(struct guard_slot *slot, uint32_t number)
+{
+	uint32_t *link = bucket_of(slot->start, slot->end);
+
+	while (*link != number + 1)
+		link = &slots[*link - 1].next;
+	*link = slot->next;
+	slot->next = vacant;
+	vacant = number + 1;
+	store_release(&slot->end, 0); /* [G1] */
 }
 
 void sigbus_guard_remove(int slot)
 {
 	pthread_mutex_lock(&lock);
 	if (!--slots[slot].users)
-		store_release(&slots[slot].end, 0); /* [G1] */
+		free_slot(&slots[slot], (uint32_t)slot);
 	pthread_mutex_unlock(&lock);
 }
 

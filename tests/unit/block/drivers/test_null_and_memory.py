@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import time
 
 import pytest
@@ -99,6 +100,77 @@ def test_memory_that_cannot_be_had_is_refused_in_one_line() -> None:
             await graph.add("memory,size=9223372036854775296")
         with pytest.raises(ConfigError, match="Parameter 'size' is missing"):
             await graph.add("memory")
+        await graph.close_all()
+
+    asyncio.run(scenario())
+
+
+def test_memory_that_is_known_to_be_there_is_no_more_than_what_was_written() -> None:
+    """Every read and write against a model, also where holes come to be, and where somebody else writes."""
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        node = await graph.add("memory,size=1M,discard=unmap")
+        assert isinstance(node, MemoryNode)
+        backend = BlockBackend(node, "the test", writable=True, resize=True)
+        chance = random.Random(5)
+        model = bytearray(1 << 20)
+        for number in range(3000):
+            offset, length = (
+                chance.randrange(len(model)),
+                chance.choice((1, 512, 4096, 9000, 70000)),
+            )
+            if chance.random() < 0.5:
+                offset &= -4096
+            end = min(offset + length, len(model))
+            what = chance.choice(
+                ["write", "write", "read", "read", "zero", "discard", "past us", "resize"]
+            )
+            data = chance.randbytes(end - offset)
+            if what == "write":
+                await backend.pwritev(offset, IoVec.of(data))
+                model[offset:end] = data
+            elif what == "past us":
+                os.pwrite(node._fd, data, offset)
+                model[offset:end] = data
+            elif what == "zero":
+                await backend.pwrite_zeroes(offset, end - offset, may_unmap=True)
+                model[offset:end] = bytes(end - offset)
+            elif what == "discard":
+                await backend.pdiscard(offset & -4096, 4096)
+                model[offset & -4096 : (offset & -4096) + 4096] = bytes(4096)
+            elif what == "resize" and number % 10 == 0:
+                size = max(offset & -512, 512)
+                await backend.truncate(size)
+                await backend.truncate(len(model))
+                model[size:] = bytes(len(model) - size)
+            buffer = bytearray(end - offset)
+            before = await node.driver_allocated_size()
+            await backend.preadv(offset, IoVec.of(buffer))
+            assert buffer == model[offset:end], f"{what} {number}: {offset}+{length}"
+            assert await node.driver_allocated_size() == before, "reading has filled a hole"
+        await backend.close()
+        await graph.close_all()
+
+    asyncio.run(scenario())
+
+
+def test_small_requests_in_memory_that_is_there_need_no_system_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        graph = BlockGraph()
+        node = await graph.add("memory,size=1M")
+        backend = BlockBackend(node, "the test", writable=True)
+        await backend.pwritev(4096, IoVec.of(b"a" * 12288))
+        with monkeypatch.context() as patch:
+            patch.delattr(os, "pwrite")
+            patch.delattr(os, "preadv")
+            await backend.pwritev(8000, IoVec.of(b"b" * 5000))
+            buffer = bytearray(8192)
+            await backend.preadv(8192, IoVec.of(buffer))
+        assert buffer == b"b" * 4808 + b"a" * 3384
+        await backend.close()
         await graph.close_all()
 
     asyncio.run(scenario())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import os
+import random
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +17,13 @@ import pytest
 from tests.unit.block.drivers.disks import read, with_file
 from vhostblk.block import clear, pipeline
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.drivers import host_file, posix
+from vhostblk.block.drivers import file_ranges, host_file
 from vhostblk.block.drivers.file import FileNode
 from vhostblk.block.host_io import HostIO
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import align_up
+from vhostblk.block.limits import align_down, align_up
 from vhostblk.block.node import ExtentFlag, FlushTarget, Req
+from vhostblk.block.status import block_status, block_statuses
 from vhostblk.errors import BlockError
 
 
@@ -37,6 +40,36 @@ def memory_image() -> Iterator[Path]:
     path.write_bytes(b"i" * 65536)
     yield path
     path.unlink()
+
+
+# ---------------------------------------------------------------- holes
+
+
+@pytest.mark.parametrize("alignment", [512, 4096])
+def test_many_runs_of_a_file_with_holes_are_those_that_are_found_one_by_one(
+    tmp_path: Path, alignment: int
+) -> None:
+    path = tmp_path / "holes.img"
+    rnd = random.Random(7)
+    with path.open("wb") as file:
+        for at in sorted(rnd.sample(range(2000), 700)):
+            file.seek(at * 4096)
+            file.write(b"x" * 4096)
+        file.truncate(2000 * 4096 + 512)
+
+    async def scenario(backend: BlockBackend, node: FileNode) -> None:
+        node.limits = dataclasses.replace(node.limits, request_alignment=alignment)
+        offset, end = 512 if alignment == 512 else 4096, align_down(node.length, alignment)
+        answers = 0
+        while offset < end:
+            many = await block_statuses(node, offset, end - offset)
+            answers += 1
+            for found in many:
+                assert found == await block_status(node, offset, end - offset)
+                offset += found.length
+        assert answers < 5
+
+    with_file(path, scenario)
 
 
 # ---------------------------------------------------------------- the end of the file
@@ -94,7 +127,7 @@ def test_what_makes_a_file_longer_never_makes_it_shorter_for_somebody_else(image
             data = bytes([turn + 1]) * 4096
             await asyncio.gather(
                 clear.pwrite_zeroes(node, end, 4096),
-                pipeline.pwritev(node, end + 65536, IoVec.of(data)),
+                pipeline.pwritev(node.lane, end + 65536, IoVec.of(data)),
             )
             assert path.stat().st_size == node.length == end + 65536 + 4096
             assert await read(backend, end + 65536, 4096) == data
@@ -113,8 +146,8 @@ def test_padding_is_not_cut_off_while_others_write_behind_it(
             end = align_up(node.length, 4096)
             data = bytes([turn + 1]) * 4096
             await asyncio.gather(
-                pipeline.pwritev(node, end, IoVec.of(b"y" * 512)),
-                pipeline.pwritev(node, end + 8192, IoVec.of(data)),
+                pipeline.pwritev(node.lane, end, IoVec.of(b"y" * 512)),
+                pipeline.pwritev(node.lane, end + 8192, IoVec.of(data)),
             )
             assert await read(backend, end + 8192, 4096) == data
 
@@ -416,7 +449,7 @@ def lacking(node: FileNode, monkeypatch: pytest.MonkeyPatch, missing: set[int]) 
     return fallocate
 
 
-PUNCH, ZERO, ALLOCATE = posix._PUNCH, posix._ZERO, posix._ALLOCATE
+PUNCH, ZERO, ALLOCATE = file_ranges._PUNCH, file_ranges._ZERO, file_ranges._ALLOCATE
 
 
 @pytest.mark.parametrize(

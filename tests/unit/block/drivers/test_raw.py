@@ -26,7 +26,7 @@ def with_window(window: str, scenario: Scenario) -> None:
     async def everything() -> None:
         graph = BlockGraph()
         child = await graph.add("memory,node-name=m,size=64k,discard=unmap")
-        await pipeline.pwritev(child, 0, IoVec.of(b"\xff" * 65536))
+        await pipeline.pwritev(child.lane, 0, IoVec.of(b"\xff" * 65536))
         node = await graph.add(f"raw,node-name=r,file=m,discard=unmap{window}")
         backend = BlockBackend(node, "the test", writable=True, resize=True)
         await scenario(graph, backend, child)
@@ -38,7 +38,7 @@ def with_window(window: str, scenario: Scenario) -> None:
 
 async def content(node: BlockNode) -> bytes:
     buffer = bytearray(65536)
-    await pipeline.preadv(node, 0, IoVec.of(buffer))
+    await pipeline.preadv(node.lane, 0, IoVec.of(buffer))
     return bytes(buffer)
 
 
@@ -126,7 +126,7 @@ def test_window_of_fixed_size_stays_as_it_is() -> None:
         await pipeline.truncate(child, 131_072)
         assert backend.length == 8192
         for request in (
-            pipeline.pwritev(backend.node, 8000, IoVec.of(bytes(200))),
+            pipeline.pwritev(backend.node.lane, 8000, IoVec.of(bytes(200))),
             backend.node.driver_pwrite_zeroes(8192, 1, 0),
             backend.node.driver_pdiscard(8192, 1),
         ):

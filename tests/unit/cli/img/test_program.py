@@ -60,7 +60,8 @@ def test_trace_events_do_not_exist(img: Img, tmp_path: Path, expect_log: Expecte
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("secret,id=a,data=x", "Parameter 'qom-type' does not accept value 'secret'"),
+        ("iothread,id=a", "Parameter 'qom-type' does not accept value 'iothread'"),
+        ("secret,id=a", "Either 'file' or 'data' must be provided"),
         ("id=a", "Parameter 'qom-type' is missing"),
         ("throttle-group", "Parameter 'id' is missing"),
         ("throttle-group,id=a,x=1", "Parameter 'x' is unexpected"),

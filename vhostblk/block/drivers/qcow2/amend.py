@@ -20,24 +20,24 @@ from vhostblk.block.drivers.qcow2 import header_change, resize
 from vhostblk.block.drivers.qcow2.backing import rewritten
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.create import check_refcount_bits, version_type
-from vhostblk.block.drivers.qcow2.encryption import OtherEncryption
+from vhostblk.block.drivers.qcow2.encrypted_node import EncryptedNode
+from vhostblk.block.drivers.qcow2.encryption_options import OtherEncryption
 from vhostblk.block.drivers.qcow2.entries import (
     COMPRESSED,
     OFFSET_MASK,
     Kind,
 )
+from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType, feature_names
 from vhostblk.block.drivers.qcow2.header import (
     AutoClear,
     Compatible,
     Compression,
-    Extension,
-    ExtensionType,
     Header,
     Incompatible,
-    feature_names,
 )
 from vhostblk.block.drivers.qcow2.layout import refcount_clusters
 from vhostblk.block.drivers.qcow2.metadata import HeaderChange
+from vhostblk.block.drivers.qcow2.snapshot_changes import ZERO
 from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, read_table
 from vhostblk.block.edge import Edge
@@ -47,7 +47,6 @@ from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, option
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 _PIECE = 1 << 20
-_ZERO = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,15 +81,13 @@ class Qcow2AmendOptions(OtherEncryption):
         INTEGER, None, name="refcount_bits", about="Width of a reference count entry in bits"
     )
 
-    def __post_init__(self) -> None:
-        self.refuse_encryption("Can't amend encryption options - encryption not present")
-
     def check(self, header: Header) -> None:
         """Refuse what cannot be, before anything is changed.
 
         Raises:
             ConfigError: in QEMU's words.
         """
+        self.key_change(header.crypt)
         version = self.compat or header.version
         bits = self.refcount_bits or 1 << header.refcount_order
         if self.refcount_bits is not None:
@@ -138,7 +135,7 @@ class Qcow2AmendOptions(OtherEncryption):
             raise ConfigError(why, errno.ENOTSUP)
 
 
-class AmendNode(SnapshotNode):
+class AmendNode(SnapshotNode, EncryptedNode):
     """The part of a qcow2 node that changes what the image is like."""
 
     amend_options_type = Qcow2AmendOptions
@@ -146,15 +143,21 @@ class AmendNode(SnapshotNode):
     _data: Edge
 
     async def driver_amend(
-        self, options: Qcow2AmendOptions, progress: Callable[[int, int], None]
+        self,
+        options: Qcow2AmendOptions,
+        progress: Callable[[int, int], None],
+        *,
+        force: bool = False,
     ) -> None:
         """Upgrade first, because other changes may need that, and downgrade last."""
         options.check(self._header)
         if self._is_corrupt:
             raise BlockError(errno.EIO, f"{self.node_name}: image is corrupt")
         version = options.compat or self._header.version
+        keys = options.key_change(self._header.crypt)
         steps = [
             (self._upgrade, version > self._header.version),
+            (lambda: self._change_keys(keys, force=force), keys is not None),
             (
                 lambda: self._set_refcount_bits(options.refcount_bits),
                 options.refcount_bits is not None,
@@ -166,6 +169,11 @@ class AmendNode(SnapshotNode):
         if version < self._header.version:
             size = options.size or self._header.size
             await self._check_snapshots(size)
+            if self.is_encrypted and self._has_backing and await self._snapshots_have_zeroes():
+                raise ConfigError(
+                    "Cannot downgrade an encrypted image with zero clusters in snapshots",
+                    errno.ENOTSUP,
+                )
             if any(bitmap.persistent for bitmap in self.bitmaps):  # stored or not
                 raise ConfigError(
                     "Cannot downgrade an image with persistent bitmaps", errno.ENOTSUP
@@ -254,12 +262,7 @@ class AmendNode(SnapshotNode):
         ):
             raise ConfigError("Internal snapshots prevent downgrade of image", errno.ENOTSUP)
         for one in table.snapshots:
-            async for entry in self._entries_of(one.l1_offset, one.l1_entries):
-                if entry & (_ZERO | COMPRESSED) == _ZERO:
-                    raise ConfigError(
-                        "Internal snapshots with zero clusters prevent downgrade of image",
-                        errno.ENOTSUP,
-                    )
+            one.check_l1(self._header.cluster_size)
         if self._header.compression != Compression.ZLIB:
             await self._settle()
             active = self._header.l1_offset, self._header.l1_entries
@@ -279,8 +282,17 @@ class AmendNode(SnapshotNode):
                 for entry in await read_table(self._file, table & OFFSET_MASK, words):
                     yield entry
 
+    @property
+    def _has_backing(self) -> bool:
+        return "backing" in self.children or bool(self._header.backing_name)
+
     async def _downgrade(self) -> None:
-        await self._expand_zeroes()
+        has_backing = self._has_backing
+        await self._expand_zeroes(has_backing=has_backing)
+        if await self._snapshots_have_zeroes():
+            await self._change_snapshots(
+                lambda change: change.without_zeroes(has_backing=has_backing)
+            )
 
         def change(old: Header) -> HeaderChange:
             new = replace(
@@ -297,11 +309,17 @@ class AmendNode(SnapshotNode):
 
         await self._rewrite(change)
 
-    async def _expand_zeroes(self) -> None:
+    async def _snapshots_have_zeroes(self) -> bool:
+        for one in (await self._snapshots()).snapshots:
+            async for entry in self._entries_of(one.l1_offset, one.l1_entries):
+                if entry & (ZERO | COMPRESSED) == ZERO:
+                    return True
+        return False
+
+    async def _expand_zeroes(self, *, has_backing: bool) -> None:
         """Zero clusters become clusters of zeroes; or nothing, where nothing is below."""
         clusters, metadata = self._clusters, self._metadata
         size, end = self._header.cluster_size, metadata.l1_covers
-        has_backing = "backing" in self.children or bool(self._header.backing_name)
         changes = resize.Resize(metadata, clusters, self._file, self._data, 0)
         at = 0
         while at < end:

@@ -4,7 +4,7 @@ Theory of operation: fields and extensions of a header are in its first sector, 
 files that are long; the name of the backing file may be anywhere behind them in the first cluster. So a new name is
 written where nothing is yet, that becomes durable, and then the first sector is written, which refers to it and has the
 format. A crash leaves the old name, or the new. Names of features are for messages only: where they are in the way they
-go.
+go, and come back behind everything else, as one more such change.
 
 Headers in, writes out. Knows nothing about files.
 """
@@ -15,12 +15,8 @@ import errno
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from vhostblk.block.drivers.qcow2.header import (
-    MAX_BACKING_NAME,
-    Extension,
-    ExtensionType,
-    Header,
-)
+from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType
+from vhostblk.block.drivers.qcow2.header import MAX_BACKING_NAME, Header
 from vhostblk.block.drivers.qcow2.metadata import HeaderChange
 from vhostblk.block.limits import SECTOR_SIZE, align_up
 from vhostblk.errors import BlockError, ImageError
@@ -64,7 +60,9 @@ def rewritten(header: Header, candidates: Iterable[Header]) -> HeaderChange:
     Raises:
         BlockError: EINVAL: no such header can be; ENOSPC: there is no room for its names.
     """
+    wanted: Header | None = None
     for bare in candidates:
+        wanted = wanted or bare
         for place in _places(header, bare, len(bare.encoded_backing_name)):
             new = replace(bare, backing_offset=place)
             try:
@@ -73,8 +71,22 @@ def rewritten(header: Header, candidates: Iterable[Header]) -> HeaderChange:
                 raise BlockError(errno.EINVAL, str(error)) from None
             writes = _writes(header, new)
             if writes is not None:
-                return new, writes
+                return (new, writes) if wanted is bare else _completed(new, wanted, writes)
     raise BlockError(errno.ENOSPC, "No space left in the file header for the backing file's name")
+
+
+def _completed(there: Header, wanted: Header, writes: list[tuple[int, bytes]]) -> HeaderChange:
+    """From one header to another that says more of the same, if there is room for it behind the first sector."""
+    new = replace(wanted, backing_offset=wanted.extensions_end if wanted.backing_name else 0)
+    try:
+        new.check()
+        data = new.to_bytes()
+    except ImageError:
+        return there, writes
+    behind = there.extensions_end, there.backing_start + len(there.encoded_backing_name)
+    if max(behind) > SECTOR_SIZE or not SECTOR_SIZE < len(data) <= new.cluster_size:
+        return there, writes
+    return new, [*writes, (SECTOR_SIZE, data[SECTOR_SIZE:]), (0, data[:SECTOR_SIZE])]
 
 
 def _extensions(header: Header, driver: str) -> Iterator[tuple[Extension, ...]]:

@@ -74,14 +74,15 @@ class BitmapNode(CheckNode):
         if bits is not None:
             dirty.load(bits)
         enabled = bits is not None and bool(entry.flags & BitmapFlag.AUTO)
-        self.bitmaps.append(
+        self.bitmaps.insert(
+            0,
             DirtyBitmap(
                 *(self, entry.name, dirty),
                 enabled=enabled,
                 persistent=True,
                 inconsistent=bits is None,
                 readonly=self.read_only,
-            )
+            ),
         )
         if enabled:
             self.write_log.dirty_maps.append(dirty)  # nobody has extents yet
@@ -111,9 +112,13 @@ class BitmapNode(CheckNode):
         """
         if self._bitmap_store is None or self.read_only or self._is_corrupt:
             return
-        wanted = [self._wanted(bitmap) for bitmap in self.bitmaps if bitmap.persistent]
-        if wanted or self._bitmap_store.directory.bitmaps:
-            await self._write_bitmaps(wanted)
+        kept = {entry.name: at for at, entry in enumerate(self._bitmap_store.directory.bitmaps)}
+        bitmaps = sorted(
+            (bitmap for bitmap in self.bitmaps if bitmap.persistent),
+            key=lambda bitmap: kept.get(bitmap.name or "", len(kept)),
+        )
+        if bitmaps or kept:
+            await self._write_bitmaps([self._wanted(bitmap) for bitmap in bitmaps])
 
     async def _write_bitmaps(self, wanted: list[Bits]) -> None:
         assert self._bitmap_store is not None

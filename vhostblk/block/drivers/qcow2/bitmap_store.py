@@ -25,7 +25,8 @@ from vhostblk.block.drivers.qcow2.bitmaps import (
     used_by,
 )
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
-from vhostblk.block.drivers.qcow2.header import AutoClear, ExtensionType, Header
+from vhostblk.block.drivers.qcow2.extensions import ExtensionType
+from vhostblk.block.drivers.qcow2.header import AutoClear, Header
 from vhostblk.block.drivers.qcow2.header_change import change
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.tables import read_bytes
@@ -141,7 +142,7 @@ class BitmapStore:
             await self._file.flush()
         except BaseException:
             for offset, length in taken:
-                await metadata.refcounts.release(offset, length // self._header.cluster_size)
+                await metadata.refcounts.release(offset, length)
             raise
         extensions = [
             one for one in metadata.header.extensions if one.type != ExtensionType.BITMAPS
@@ -159,7 +160,7 @@ class BitmapStore:
         except ImageError as error:
             # Nothing was written.
             for offset, length in taken:
-                await metadata.refcounts.release(offset, length // self._header.cluster_size)
+                await metadata.refcounts.release(offset, length)
             raise BlockError(errno.EFBIG, str(error)) from None
         places = metadata.refcounts.places
         for offset, length in replaced:
@@ -204,14 +205,7 @@ class BitmapStore:
 
     async def _write_anew(self, metadata: Metadata, data: bytes, taken: list[Place]) -> int:
         clusters = -(-len(data) // self._header.cluster_size)
-        refcounts = metadata.refcounts
-        # Contiguous, wherever that is: behind everything else, in the end.
-        while True:
-            offset, got = await refcounts.allocate(clusters)
-            if got == clusters:
-                break
-            await refcounts.release(offset, got)
-            refcounts.skip(offset, got)
+        offset = await metadata.room_for(clusters)
         taken.append((offset, clusters * self._header.cluster_size))
         await self._file.pwritev(offset, IoVec.of(data))
         return offset

@@ -12,13 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
-from vhostblk.block.drivers.qcow2.header import (
-    MAX_OFFSET,
-    AutoClear,
-    Extension,
-    ExtensionType,
-    Header,
-)
+from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType
+from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, AutoClear, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
 from vhostblk.block.edge import Edge

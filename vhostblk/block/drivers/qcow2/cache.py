@@ -42,11 +42,16 @@ class TableCache:
         codec: of their numbers.
         slice_bytes: of each slice.
         total_bytes: that slices may take in the file; some are always kept.
-        load_event: what the file is told before one is read.
+        load_event: what the file is told before one is read; None: nothing.
     """
 
     def __init__(
-        self, file: Edge, codec: Codec, slice_bytes: int, total_bytes: int, load_event: str
+        self,
+        file: Edge,
+        codec: Codec,
+        slice_bytes: int,
+        total_bytes: int,
+        load_event: str | None = None,
     ) -> None:
         self._load_event = load_event
         self.slice_bytes = slice_bytes
@@ -104,6 +109,11 @@ class TableCache:
         self.changed(slice_)
         return slice_
 
+    def put(self, offset: int, data: bytes | bytearray) -> None:
+        """What the file has there, for the next one who asks."""
+        self._make_room()
+        self._slices[offset] = Slice(offset, self._codec.decode(data))
+
     def changed(self, slice_: Slice) -> None:
         """It has to be written."""
         assert self._slices.get(slice_.offset) is slice_
@@ -150,7 +160,8 @@ class TableCache:
     async def _load(self, offset: int) -> Slice:
         loading = self._loading[offset] = asyncio.get_running_loop().create_future()
         try:
-            await self._file.debug_event(self._load_event)
+            if self._load_event is not None:
+                await self._file.debug_event(self._load_event)
             data = await read_bytes(self._file, offset, self.slice_bytes)
         finally:
             del self._loading[offset]

@@ -8,18 +8,16 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vhostblk.block.drivers.qcow2 import repair
+from vhostblk.block.check import CheckResult
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.drivers.qcow2.metadata import Metadata
+from vhostblk.block.drivers.qcow2.repair import check_image
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import CheckMode
 from vhostblk.block.node import BlockNode
 from vhostblk.errors import BlockError, ConfigError, ImageError
-
-if TYPE_CHECKING:
-    from vhostblk.block.check import CheckResult
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +39,7 @@ class CheckNode(BlockNode):
     @property
     def _is_written(self) -> bool:
         """Whether tables are kept for writing."""
-        return not self.read_only and not self.for_check
+        return not self.read_only and not self.inactive and not self.for_check
 
     async def _corrupt(self, error: ImageError) -> BlockError:
         """What a request fails with that has found damage; from now on nobody writes, and the image says so."""
@@ -75,7 +73,7 @@ class CheckNode(BlockNode):
     async def _repair_dirty(self) -> None:
         """Repair what somebody has left who had put off reference counts, before it is written."""
         if self._is_written and self._header.incompatible & Incompatible.DIRTY:
-            result = await repair.repair_dirty(self._file, self._header)
+            result = await _repair_dirty(self._file, self._header)
             log.info(
                 "node '%s': image was not closed properly: %s",
                 *(self.node_name, result.summary()),
@@ -91,8 +89,25 @@ class CheckNode(BlockNode):
             await self._store(self._metadata.finish())
             await self._file.flush()
         try:
-            await repair.check_image(self._file, await self._load_header(), fix, result)
+            if fix and not self.read_only:
+                await self._metadata.clear_unknown_features()
+            await check_image(self._file, await self._load_header(), fix, result)
             if fix:
                 await self.driver_activate()
         except ConfigError as error:
             raise BlockError(errno.EIO, str(error)) from None
+
+
+async def _repair_dirty(file: Edge, header: Header) -> CheckResult:
+    """Repair an image that was not closed by somebody who puts off reference counts.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
+    result = CheckResult()
+    await check_image(file, header, CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS, result)
+    if not result.is_clean:
+        left = [message for message in result.messages if message.startswith("ERROR")]
+        why = left[-1].removeprefix("ERROR ") if left else "leaks"
+        raise ConfigError(f"Could not repair dirty image: {why}", errno.EIO)
+    return result

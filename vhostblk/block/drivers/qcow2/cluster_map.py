@@ -171,7 +171,7 @@ class ClusterMap:
         if not self._l1[index] & COPIED or not self.l2_table(offset):
             async with self._growing:
                 if not self._l1[index] & COPIED or not self.l2_table(offset):
-                    await self._own_table(index, self.l2_table(offset))
+                    await self._own_table(offset, self.l2_table(offset))
         return await self.slice_at(self.l2_table(offset), offset)
 
     def own_slice_now(self, offset: int) -> Slice | None:
@@ -203,13 +203,22 @@ class ClusterMap:
             slice_.table[index] = entry
         self.cache.changed(slice_)
 
-    def fill(self, slice_: Slice, offset: int, host: int, count: int) -> None:
-        """`change` so many clusters, which are one behind the other in the file; without subclusters."""
+    def fill(self, slice_: Slice, offset: int, host: int, count: int, bitmap: int = 0) -> None:
+        """`change` so many clusters, which are one behind the other in the file; each with the same subclusters."""
         size = self.header.cluster_size
         first = (offset - self.slice_start(offset)) >> self._cluster_bits
-        places = range(host | COPIED, (host | COPIED) + count * size, size)
-        slice_.table[first : first + count] = array("Q", places)
+        places = array("Q", range(host | COPIED, (host | COPIED) + count * size, size))
+        if self._extended:
+            slice_.table[2 * first : 2 * (first + count) : 2] = places
+            slice_.table[2 * first + 1 : 2 * (first + count) : 2] = array("Q", [bitmap]) * count
+        else:
+            slice_.table[first : first + count] = places
         self.cache.changed(slice_)
+
+    def count_empty(self, slice_: Slice, start: int, end: int) -> int:
+        """How many clusters from this byte of the disk on the slice says nothing of; no need to look behind `end`."""
+        entries = self.entries(slice_, start, end).tobytes()
+        return (len(entries) - len(entries.lstrip(b"\0"))) // self.header.l2_entry_size
 
     def entry(self, slice_: Slice, offset: int) -> tuple[int, int]:
         """The entry for the cluster at this byte of the disk, and its bitmap, where there are any."""
@@ -225,9 +234,9 @@ class ClusterMap:
         first, last = ((at - base >> self.header.cluster_bits) * words for at in (start, end))
         return slice_.table[first:last]
 
-    async def _own_table(self, index: int, old: int) -> None:
-        """A new L2 table, with the content of the old one if there is one."""
-        size = self.header.cluster_size
+    async def _own_table(self, offset: int, old: int) -> None:
+        """A new L2 table for these bytes of the disk, with the content of the old one if there is one."""
+        size, index = self.header.cluster_size, offset // self._l2_covers
         new, _ = await self.refcounts.allocate(1, what="L2 table")
         try:
             if old:
@@ -246,6 +255,8 @@ class ClusterMap:
             # Slices of a table that is not ours alone are never dirty; who reads one now finds that it has moved.
             self.cache.forget(old + at)
             self.cache.forget(new + at)
+        which = offset % self._l2_covers // self.slice_covers * self.cache.slice_bytes
+        self.cache.put(new + which, content[which : which + self.cache.slice_bytes])
         if old:
             if old not in self._overlapping:
                 self.refcounts.places.remove(old)
@@ -314,18 +325,9 @@ class ClusterMap:
 
     async def _move_l1(self, entries: int) -> None:
         header = self.header
+        await self.debug_event("l1_grow_alloc_table")
         clusters = -(-entries * 8 // header.cluster_size)
-        if clusters >= self.refcounts.per_block:
-            # A block of counts is where it counts, so no more clusters than that are next to each other.
-            what = f"Failed to grow the L1 table: {os.strerror(errno.EFBIG)}"
-            raise BlockError(errno.EFBIG, what)
-        # Contiguous, wherever that is: behind everything else, in the end.
-        while True:
-            offset, got = await self.refcounts.allocate(clusters)
-            if got == clusters:
-                break
-            await self.refcounts.release(offset, got * header.cluster_size)
-            self.refcounts.skip(offset, got)
+        offset = await self.room_for(clusters)
         old_bytes = len(self._l1) * 8
         if old_bytes:
             self.refcounts.give_up(header.l1_offset, old_bytes)
@@ -334,6 +336,26 @@ class ClusterMap:
         self._l1.extend([0] * (entries - len(self._l1)))
         self.header = replace(header, l1_entries=entries, l1_offset=offset)
         self._l1_moved = self._header_dirty = True
+
+    async def room_for(self, clusters: int) -> int:
+        """Take clusters that are next to each other, wherever that is: behind everything else, in the end.
+
+        Returns: the offset of the first.
+
+        Raises:
+            BlockError: the child's errno, EFBIG.
+            ImageError: free clusters turn out to be tables.
+        """
+        refcounts = self.refcounts
+        if clusters >= refcounts.per_block:
+            # A block of counts is where it counts, so no more clusters than that are next to each other by chance.
+            return await refcounts.allocate_run(clusters)
+        while True:
+            offset, got = await refcounts.allocate(clusters)
+            if got == clusters:
+                return offset
+            await refcounts.release(offset, got * self.header.cluster_size)
+            refcounts.skip(offset, got)
 
     def _l1_writes(self, dirty: set[int], moved: bool) -> list[tuple[int, bytes]]:
         start = self.header.l1_offset

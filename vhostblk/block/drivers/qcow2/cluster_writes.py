@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vhostblk.block.drivers.qcow2.cache import Slice
 from vhostblk.block.drivers.qcow2.entries import (
@@ -27,6 +27,7 @@ from vhostblk.block.drivers.qcow2.entries import (
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
 from vhostblk.block.drivers.qcow2.locks import RangeLocks
 from vhostblk.block.drivers.qcow2.metadata import Metadata
+from vhostblk.block.drivers.qcow2.refcounts import Old
 from vhostblk.block.drivers.qcow2.tables import Table
 from vhostblk.block.edge import Edge
 from vhostblk.block.execution import to_the_end
@@ -34,6 +35,9 @@ from vhostblk.block.flags import Req
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import align_down, align_up
 from vhostblk.errors import BlockError, ImageError
+
+if TYPE_CHECKING:
+    from vhostblk.block.crypto.encrypted_file import Encryption
 
 Read = Callable[[int, IoVec], Awaitable[None]]
 Changed = Callable[[int, int], Awaitable[None]]
@@ -44,14 +48,6 @@ _MOST = 16 << 20
 _NO_FALLBACK = int(Req.NO_FALLBACK)
 
 
-@dataclass(slots=True)
-class Old:
-    """What a cluster was, and gives up."""
-
-    offset: int
-    length: int
-
-
 class ClusterWrites:
     """Reads where things are, and writes.
 
@@ -60,6 +56,7 @@ class ClusterWrites:
         read: the disk's content, for copy on write; under the locks already.
         changed: told of each range of the disk that has another place now; returns when nobody uses the old one.
         has_backing: whether something may be below now.
+        encryption: of what goes to `data`.
     """
 
     def __init__(
@@ -71,6 +68,7 @@ class ClusterWrites:
         read: Read,
         changed: Changed,
         has_backing: Callable[[], bool],
+        encryption: Encryption | None = None,
     ) -> None:
         self.locks = RangeLocks()
         self._metadata = metadata
@@ -79,6 +77,7 @@ class ClusterWrites:
         self._read = read
         self._changed = changed
         self._has_backing = has_backing
+        self._encryption = encryption
         header = metadata.header
         self._entries = EntryReader(header)
         self._size = header.cluster_size
@@ -136,12 +135,20 @@ class ClusterWrites:
             BlockError: the child's errno; ENOSPC, EFBIG.
             ImageError: an entry is wrong.
         """
-        at, end = offset, offset + iov.length
+        at, end, behind = offset, offset + iov.length, 0
         while at < end:
-            at += await self._write_some(at, end, iov.slice(at - offset, end - at))
+            piece = iov.slice(at - offset, end - at)
+            count, behind = await self._write_some(at, end, piece, behind)
+            at += count
 
-    async def _write_some(self, offset: int, end: int, iov: IoVec) -> int:
-        """Write a part; returns how many bytes."""
+    async def _write_some(self, offset: int, end: int, iov: IoVec, behind: int) -> tuple[int, int]:
+        """Write a part.
+
+        Args:
+            behind: where the part before ends in the file; 0: there is none.
+
+        Returns: how many bytes, and where they end in the file; 0 if somebody was faster.
+        """
         async with self.locks.held(offset, end, alone=False):
             run = await self.run(offset, end)
             if _is_in_place(run) and (run.end >= end or not await self._reusable(offset, end)):
@@ -150,10 +157,9 @@ class ClusterWrites:
                 self._check_not_a_table(host, count)
                 if self._metadata.has_debug_events:
                     await self._metadata.debug_event("write_aio")
-                await self._data.pwritev(host, iov.slice(0, count))
-                return count
-        if self._metadata.is_full:
-            await self._metadata.sync()
+                await self._put(offset, host, iov.slice(0, count))
+                return count, host + count
+        await self._metadata.make_way()
         start = align_down(offset, self._size)
         stop = min(
             align_up(end, self._size),
@@ -161,14 +167,14 @@ class ClusterWrites:
             start + max(_MOST, self._size),
         )
         async with self.locks.held(start, stop, alone=True):
-            return await self._write_anew(offset, min(end, stop), iov)
+            return await self._write_anew(offset, min(end, stop), iov, behind)
 
-    async def _write_anew(self, offset: int, end: int, iov: IoVec) -> int:
-        """Write to clusters that need a place; 0 if somebody was faster."""
+    async def _write_anew(self, offset: int, end: int, iov: IoVec, behind: int) -> tuple[int, int]:
+        """Write to clusters that need a place; as `_write_some`."""
         run = await self.run(offset, end)
         reused = await self._reusable(offset, end)
         if _is_in_place(run) and not reused:
-            return 0
+            return 0, 0
         start = align_down(offset, self._size)
         slice_ = await self._metadata.own_slice(offset)
         entry, bitmap = self._metadata.entry(slice_, offset)
@@ -176,14 +182,14 @@ class ClusterWrites:
         count = 1
         fresh = self._are_fresh(slice_, start, end)
         if fresh:
-            host, count = await self._new_clusters(start, -(-(end - start) // self._size))
+            host, count = await self._new_clusters(start, -(-(end - start) // self._size), behind)
         elif reuses:
             host, count = entry & OFFSET_MASK, max(reused, 1)
             self._check_not_a_table(host, count * self._size)
         else:
             wanted = self._how_many(slice_.table, offset, end)
             self.check_sound(slice_.table, offset, start, start + wanted * self._size)
-            host, count = await self._new_clusters(start, wanted)
+            host, count = await self._new_clusters(start, wanted, behind)
         end = min(end, start + count * self._size)
         first, last = self._copied_around(offset, end, entry, bitmap)
         try:
@@ -216,32 +222,7 @@ class ClusterWrites:
             )
             self._metadata.change(slice_, at, (host + at - start) | COPIED, new_bits)
         await to_the_end(self.let_go(start, start + count * self._size, old))
-        return end - offset
-
-    async def write_compressed(self, start: int, data: bytes) -> None:
-        """Write a whole cluster, which is compressed already, and shorter for that.
-
-        Raises: as `write`.
-        """
-        if self._metadata.is_full:
-            await self._metadata.sync()
-        end = start + self._size
-        async with self.locks.held(start, end, alone=True):
-            slice_ = await self._metadata.own_slice(start)
-            self.check_sound(slice_.table, start, start, end)
-            refcounts = self._metadata.refcounts
-            host = await refcounts.allocate_bytes(len(data))
-            try:
-                entry = self._entries.compressed_entry(host, len(data))
-                await self._metadata.debug_event("write_compressed")
-                await self._data.pwritev(host, IoVec.of(data))
-                slice_ = await self._metadata.own_slice(start)
-            except BaseException:
-                await refcounts.release(host, len(data))
-                raise
-            old, _ = self._metadata.entry(slice_, start)
-            self._metadata.change(slice_, start, entry)
-            await to_the_end(self.let_go(start, end, self.gives_up(old)))
+        return end - offset, host + end - start
 
     async def let_go(self, start: int, end: int, old: list[Old]) -> None:
         """Clusters of the disk have another place, or none: the old ones are given up when nobody uses them."""
@@ -317,10 +298,16 @@ class ClusterWrites:
             count += 1
         return max(count, 1)
 
-    async def _new_clusters(self, start: int, count: int) -> tuple[int, int]:
+    async def _new_clusters(self, start: int, count: int, behind: int) -> tuple[int, int]:
         if self._is_external:
             return start, count
-        return await self._metadata.refcounts.allocate(count, together=True)
+        refcounts = self._metadata.refcounts
+        # As in QEMU: what follows on what was written is put there, as far as it fits.
+        if behind and not behind % self._size:
+            there = await refcounts.allocate_at(behind, count)
+            if there:
+                return behind, there
+        return await refcounts.allocate(count, together=True)
 
     def _copied_around(self, offset: int, end: int, entry: int, bitmap: int) -> tuple[int, int]:
         """The range to write, so that no cluster or subcluster is half old: up to whole ones.
@@ -357,13 +344,19 @@ class ClusterWrites:
         """
         if self._is_external:
             # The file is not longer than the disk.
-            last = max(end, min(last, self._metadata.header.size))
+            size = self._metadata.header.size
+            last = max(end, min(last, size if self._encryption is None else align_down(size, 512)))
         tell = self._metadata.debug_event
         if first == offset and last == end:
             await tell("write_aio")
-            await self._data.pwritev(offset + shift, iov)
+            await self._put(offset, offset + shift, iov)
             return
-        if is_blank and await self._is_zero(first, offset) and await self._is_zero(end, last):
+        if (
+            self._encryption is None
+            and is_blank
+            and await self._is_zero(first, offset)
+            and await self._is_zero(end, last)
+        ):
             try:
                 await tell("cluster_alloc_space")
                 await self._data.pwrite_zeroes(first + shift, last - first, _NO_FALLBACK)
@@ -385,7 +378,14 @@ class ClusterWrites:
         if tail:
             parts.append(IoVec.of(tail))
         await tell("write_aio")
-        await self._data.pwritev(first + shift, concat(tuple(parts)))
+        await self._put(first, first + shift, concat(tuple(parts)))
+
+    async def _put(self, offset: int, host: int, iov: IoVec) -> None:
+        """Data go where they belong."""
+        if self._encryption is None:
+            await self._data.pwritev(host, iov)
+        else:
+            await self._encryption.write(self._data, offset, host, iov)
 
     async def _is_zero(self, start: int, end: int) -> bool:
         """Whether it is known that the range, in one cluster, reads as zeroes."""
@@ -406,11 +406,11 @@ class ClusterWrites:
             host, length = self._entries.compressed_place(entry)
             return [Old(host, length)]
         host = entry & OFFSET_MASK
-        return [Old(host, self._size)] if host else []
+        return [Old(host, self._size, bool(entry & COPIED))] if host else []
 
     def _give_up(self, old: list[Old]) -> None:
         for place in old:
-            self._metadata.refcounts.give_up(place.offset, place.length)
+            self._metadata.refcounts.give_up(place.offset, place.length, frees=place.is_alone)
 
 
 def _is_in_place(run: Run) -> bool:

@@ -1,5 +1,5 @@
-"""Guest clusters of an image that is written: what reads as zeroes, and what is given up; the rest of what is done with
-them is in `cluster_writes.py`.
+"""Guest clusters of an image that is written: what is compressed, what reads as zeroes, and what is given up; the rest
+of what is done with them is in `cluster_writes.py`.
 
 Context: the control loop. Knows nothing about how tables reach the disk: `metadata.py`.
 """
@@ -7,13 +7,16 @@ Context: the control loop. Knows nothing about how tables reach the disk: `metad
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from contextlib import suppress
 
-from vhostblk.block.drivers.qcow2.cluster_writes import ClusterWrites, Old
+from vhostblk.block.drivers.qcow2.cluster_writes import ClusterWrites
 from vhostblk.block.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK, Kind
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
+from vhostblk.block.drivers.qcow2.refcounts import Old
 from vhostblk.block.drivers.qcow2.tables import Table
 from vhostblk.block.execution import to_the_end
+from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import align_down, align_up
 from vhostblk.errors import BlockError
 
@@ -26,6 +29,58 @@ _ALL_ZERO = _ALL << SUBCLUSTERS
 
 class Clusters(ClusterWrites):
     """Reads where things are, writes, and clears."""
+
+    # ------------------------------------------------------------------ compressed writes
+
+    async def write_compressed(self, offset: int, clusters: Sequence[bytes]) -> None:
+        """Write whole clusters from `offset` on, which are compressed already, and shorter for that.
+
+        Raises: as `write`; of those that are in one slice of a table none is written then.
+        """
+        while clusters:
+            room = self._metadata.slice_start(offset) + self._metadata.slice_covers - offset
+            count = min(room // self._size, len(clusters))
+            await self._write_compressed(offset, clusters[:count])
+            clusters = clusters[count:]
+            offset += count * self._size
+
+    async def _write_compressed(self, start: int, clusters: Sequence[bytes]) -> None:
+        metadata, refcounts = self._metadata, self._metadata.refcounts
+        await metadata.make_way()
+        end = start + len(clusters) * self._size
+        async with self.locks.held(start, end, alone=True):
+            slice_ = await metadata.own_slice(start)
+            self.check_sound(slice_.table, start, start, end)
+            places: list[int] = []
+            entries: list[int] = []
+            try:
+                for data in clusters:
+                    places.append(await refcounts.allocate_bytes(len(data)))
+                    entries.append(self._entries.compressed_entry(places[-1], len(data)))
+                await self._write_packed(places, clusters)
+                slice_ = await metadata.own_slice(start)
+            except BaseException:
+                for host, data in zip(places, clusters, strict=False):
+                    await refcounts.release(host, len(data))
+                raise
+            old: list[Old] = []
+            for at, entry in zip(range(start, end, self._size), entries, strict=True):
+                old += self.gives_up(metadata.entry(slice_, at)[0])
+                metadata.change(slice_, at, entry)
+            await to_the_end(self.let_go(start, end, old))
+
+    async def _write_packed(self, places: Sequence[int], clusters: Sequence[bytes]) -> None:
+        """Compressed clusters; those that are behind each other in the file at once."""
+        first, count = 0, len(clusters)
+        while first < count:
+            last, end = first, places[first]
+            while last < count and places[last] == end:
+                end += len(clusters[last])
+                last += 1
+            for _ in range(first, last):
+                await self._metadata.debug_event("write_compressed")
+            await self._data.pwritev(places[first], IoVec.of(b"".join(clusters[first:last])))
+            first = last
 
     # ------------------------------------------------------------------ zeroes and discards
 
@@ -102,7 +157,9 @@ class Clusters(ClusterWrites):
         self, entry: int, bits: int, low: int, high: int, *, keep: bool, discard: bool
     ) -> tuple[int, int]:
         """The entry of a cluster whose subclusters `low`..`high` read as zeroes."""
-        is_allocated = bool(entry & (OFFSET_MASK | COMPRESSED | COPIED | _ZERO) or bits)
+        is_allocated = bool(entry & (OFFSET_MASK | COMPRESSED | COPIED | _ZERO))
+        # As in QEMU, subclusters without a place are as good as discarded.
+        is_allocated |= bool(bits) and not discard
         if not is_allocated and not self._has_backing() and self._leaves_unallocated(discard):
             return entry, bits
         keep = keep and not entry & COMPRESSED and bool(entry & COPIED or (bits and not discard))

@@ -1,7 +1,7 @@
 """Compressed writes (block layer row B16.11): whole clusters, each compressed for itself, several at a time.
 
 Theory of operation: what is written is copied first, because a guest may change its memory meanwhile. Threads compress,
-one cluster each, ahead of what is written; the results are written in the order of the disk, each behind the one
+some neighbours each, ahead of what is written; the results are written in the order of the disk, each behind the one
 before, into the same cluster of the file if there is room. A cluster that does not get smaller is written plainly. The
 last cluster of a disk may be shorter than the others: zeroes are behind it.
 
@@ -12,19 +12,26 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import groupby
 
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec
 from vhostblk.block.iov import IoVec
 
-# Clusters of one request that are compressed at the same time, or wait to be written.
+# Bytes that one thread compresses before it comes back; at least a cluster.
+_AT_ONCE = 128 << 10
+# Such pieces of one request that are compressed at the same time, or wait to be written.
 _AHEAD = 8
 
 
-def _begin(function: Callable[[bytes], bytes], data: bytes) -> asyncio.Future[bytes]:
-    """Have a thread do it."""
-    return asyncio.get_running_loop().run_in_executor(None, function, data)
+def _compress(codec: ClusterCodec, data: bytes, size: int) -> list[bytes | None]:
+    """Each cluster of the data; None: it does not get smaller. In a thread."""
+    found: list[bytes | None] = []
+    for at in range(0, len(data), size):
+        compressed = codec.compress(data[at : at + size].ljust(size, b"\0"))
+        found.append(compressed if len(compressed) < size else None)
+    return found
 
 
 class CompressedWrites:
@@ -32,40 +39,48 @@ class CompressedWrites:
 
     def __init__(self, clusters: Clusters, codec: ClusterCodec, cluster_size: int) -> None:
         self._clusters = clusters
-        self._compress = codec.compress
+        self._codec = codec
         self._size = cluster_size
 
     async def write(self, offset: int, iov: IoVec) -> None:
         """Write whole clusters, except for the last one of the disk.
 
         Raises:
-            BlockError: as `Clusters.write`; those before have been written.
+            BlockError: as `Clusters.write`; those before may have been written.
             ImageError: an entry is wrong.
         """
+        loop = asyncio.get_running_loop()
         pieces = self._pieces(offset, iov)
-        ahead: deque[tuple[int, bytes, asyncio.Future[bytes]]] = deque()
+        ahead: deque[tuple[int, bytes, asyncio.Future[list[bytes | None]]]] = deque()
         try:
             while True:
-                for at, data in pieces:
-                    whole = data.ljust(self._size, b"\0")
-                    ahead.append((at, data, _begin(self._compress, whole)))
-                    if len(ahead) == _AHEAD:
-                        break
+                while len(ahead) < _AHEAD and (piece := next(pieces, None)) is not None:
+                    at, data = piece
+                    work = loop.run_in_executor(None, _compress, self._codec, data, self._size)
+                    ahead.append((at, data, work))
                 if not ahead:
                     return
                 at, data, compressed = ahead.popleft()
-                await self._write_one(at, data, await compressed)
+                await self._write_piece(at, data, await compressed)
         finally:
             for _, _, compressed in ahead:
                 compressed.cancel()
 
     def _pieces(self, offset: int, iov: IoVec) -> Iterator[tuple[int, bytes]]:
-        for done in range(0, iov.length, self._size):
-            piece = iov.slice(done, min(self._size, iov.length - done))
+        step = max(_AT_ONCE // self._size, 1) * self._size
+        for done in range(0, iov.length, step):
+            piece = iov.slice(done, min(step, iov.length - done))
             yield offset + done, piece.tobytes()
 
-    async def _write_one(self, offset: int, data: bytes, compressed: bytes) -> None:
-        if len(compressed) < self._size:
-            await self._clusters.write_compressed(offset, compressed)
-        else:
-            await self._clusters.write(offset, IoVec.of(data))
+    async def _write_piece(self, offset: int, data: bytes, clusters: list[bytes | None]) -> None:
+        """In order; those next to each other that are of the same kind together."""
+        start = 0
+        for is_plain, group in groupby(clusters, lambda one: one is None):
+            some = list(group)
+            end = start + len(some) * self._size
+            if is_plain:
+                await self._clusters.write(offset + start, IoVec.of(data[start:end]))
+            else:
+                smaller = [one for one in some if one is not None]
+                await self._clusters.write_compressed(offset + start, smaller)
+            start = end

@@ -16,8 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.crypto import encrypted_file, luks
+from vhostblk.block.drivers.qcow2 import encryption
 from vhostblk.block.drivers.qcow2.compressed import codec
-from vhostblk.block.drivers.qcow2.encryption import NewEncryption
+from vhostblk.block.drivers.qcow2.encryption_options import NewEncryption
+from vhostblk.block.drivers.qcow2.extensions import (
+    Extension,
+    ExtensionType,
+    encryption_header,
+    feature_names,
+)
 from vhostblk.block.drivers.qcow2.header import (
     MAX_CLUSTER_BITS,
     MIN_CLUSTER_BITS,
@@ -25,11 +33,9 @@ from vhostblk.block.drivers.qcow2.header import (
     AutoClear,
     Compatible,
     Compression,
-    Extension,
-    ExtensionType,
+    Crypt,
     Header,
     Incompatible,
-    feature_names,
 )
 from vhostblk.block.drivers.qcow2.layout import Layout
 from vhostblk.block.flags import Preallocation
@@ -111,7 +117,6 @@ class Qcow2CreateOptions(NewEncryption):
     )
 
     def __post_init__(self) -> None:
-        self.refuse_encryption("Encrypted qcow2 images are not supported")
         if self.size % SECTOR_SIZE:
             raise ConfigError(f"Image size must be a multiple of {SECTOR_SIZE} bytes")
         self._refuse_in_version_2(self.extended_l2, "Extended L2 entries are only supported with")
@@ -177,6 +182,7 @@ def layout_of(options: Qcow2CreateOptions, *, external: bool = False) -> Layout:
         cluster_size=options.cluster_size,
         refcount_order=options.refcount_bits.bit_length() - 1,
         l2_entry_size=16 if options.extended_l2 else 8,
+        crypt_bytes=options.luks.payload_bytes if options.crypt == Crypt.LUKS else 0,
         # A raw data file shows the same with tables and without: they say where everything is.
         preallocated=options.preallocation != "off" or options.data_file_raw,
         external=external,
@@ -192,6 +198,8 @@ def plan(options: Qcow2CreateOptions, *, data_file: str | None) -> tuple[Layout,
     Raises:
         ConfigError: EFBIG: the disk is too large for such clusters; names are too long; options contradict each other.
     """
+    if options.crypt and options.data_file_raw:
+        raise ConfigError("An encrypted image cannot have a raw external data file")
     if data_file is None and options.data_file_raw:
         raise ConfigError("data-file-raw requires data-file")
     if data_file is not None and options.compat < 3:
@@ -211,7 +219,8 @@ def plan(options: Qcow2CreateOptions, *, data_file: str | None) -> tuple[Layout,
         refcount_order=layout.refcount_order,
         compression=Compression[options.compression_type.upper()],
         backing_name=options.backing_file or "",
-        extensions=_extensions(options, data_file),
+        extensions=_extensions(options, data_file, layout),
+        crypt=options.crypt,
     )
     try:
         header.check_sizes()
@@ -236,12 +245,16 @@ def _incompatible(options: Qcow2CreateOptions, data_file: str | None) -> int:
     return found
 
 
-def _extensions(options: Qcow2CreateOptions, data_file: str | None) -> tuple[Extension, ...]:
+def _extensions(
+    options: Qcow2CreateOptions, data_file: str | None, layout: Layout
+) -> tuple[Extension, ...]:
     found = []
     if options.backing_fmt is not None:
         found.append(Extension(ExtensionType.BACKING_FORMAT, _bytes(options.backing_fmt)))
     if data_file is not None:
         found.append(Extension(ExtensionType.DATA_FILE, _bytes(data_file)))
+    if layout.crypt_bytes:
+        found.append(encryption_header(layout.crypt_offset, layout.crypt_bytes))
     if options.compat >= 3:
         found += feature_names(options.cluster_size)
     return tuple(found)
@@ -262,6 +275,7 @@ async def create(creation: Creation, options: Qcow2CreateOptions) -> None:
     plan(options, data_file="" if has_data_file else None)  # before anything is touched
     if options.compression_type != "zlib":
         codec(Compression.ZSTD)
+    password = _password(creation, options)
     file = await creation.child("file")
     data = await creation.child("data-file") if has_data_file else None
     layout, header = plan(options, data_file=filename(data.node) if data is not None else None)
@@ -274,6 +288,8 @@ async def create(creation: Creation, options: Qcow2CreateOptions) -> None:
         await file.pwritev(offset, IoVec.of(tables))
     for offset, tables in layout.mapping_tables():
         await file.pwritev(offset, IoVec.of(tables))
+    if layout.crypt_bytes:
+        await luks.format_volume(encryption.header_range(file, header), options.luks, password)
     await file.flush()
     try:
         await file.pwritev(0, IoVec.of(header.to_bytes().ljust(layout.cluster_size, b"\0")))
@@ -282,6 +298,23 @@ async def create(creation: Creation, options: Qcow2CreateOptions) -> None:
         with contextlib.suppress(BlockError):
             await file.pwrite_zeroes(0, SECTOR_SIZE)
         raise
+
+
+def _password(creation: Creation, options: Qcow2CreateOptions) -> bytes:
+    """What an encrypted image is going to be opened with.
+
+    Raises:
+        ConfigError: there is no such secret; or it cannot be encrypted like that.
+    """
+    if not options.crypt:
+        return b""
+    password = encrypted_file.required_password(
+        creation.secrets, options.encrypt_key_secret, "encrypt."
+    )
+    if options.crypt == Crypt.LUKS:
+        options.luks.check()
+    encryption.aes_cipher(password)  # whether there is a library
+    return password
 
 
 async def _prepare_data_file(data: BlockBackend, layout: Layout, mode: Preallocation) -> None:

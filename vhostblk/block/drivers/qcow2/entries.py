@@ -9,9 +9,9 @@ import enum
 import errno
 from array import array
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
+from vhostblk.block.drivers.qcow2.tables import Table, count_alike
 from vhostblk.block.flags import StatusFlag
 from vhostblk.errors import BlockError, ImageError
 
@@ -22,6 +22,10 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 # Bits of an L1 entry, and of a standard descriptor, that have no meaning yet.
 L1_RESERVED = 0x7F00_0000_0000_01FF
 _SECTOR = 512
+# Runs of as many clusters are worth looking for.
+_MANY = 64
+# Whatever is behind that much, the tables of no file are long enough for it to get behind what an entry can say.
+_FAR = 1 << 55
 _ALL = (1 << SUBCLUSTERS) - 1
 _IS_DATA, _IS_ZERO, _HAS_PLACE = map(
     int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.OFFSET_VALID)
@@ -29,8 +33,6 @@ _IS_DATA, _IS_ZERO, _HAS_PLACE = map(
 _IS_COMPRESSED = int(StatusFlag.DATA | StatusFlag.COMPRESSED)
 # Clusters that are compared at first, to see whether a run goes on.
 _FIRST_PIECE = 16
-
-Table: TypeAlias = "array[int]"
 
 
 class Kind(enum.Enum):
@@ -285,7 +287,8 @@ class EntryReader:
             tuple[int, int, int]
         ] = []  # number of the first cluster, flags, place: 0 where there is none
         run_flags, next_place = -1, 0
-        for number in range(index, stop):
+        number = index
+        while number < stop:
             entry = table[number]
             if entry & COMPRESSED:
                 flags, place = _IS_COMPRESSED, ~number  # each for itself
@@ -302,7 +305,15 @@ class EntryReader:
             if flags != run_flags or place != next_place:
                 runs.append((number, flags, place))
                 run_flags = flags
+                step = size if place else 0
+                ahead = number + _MANY
+                if ahead < stop and 0 <= place <= _FAR and table[ahead] == entry + _MANY * step:
+                    # All in between may be alike.
+                    count = min(count_alike(table, number, entry, step), stop - number) - 1
+                    number += count
+                    place += count * step
             next_place = place + size if place else 0
+            number += 1
         if stop == index:
             self.part_at(table, base, offset)
         found = []

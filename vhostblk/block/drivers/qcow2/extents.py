@@ -1,9 +1,9 @@
 """What somebody above may do in an image without asking: runs of the file, of backing files, of nothing.
 
-Theory of operation: a run that is allocated and not compressed is one of the file that has the data, for writing if the
-image shares it with nobody; what is not allocated is a run of the backing file, or reads as zeroes. A chain costs
-nothing once it was looked up. What was given out and has no place in the image yet is remembered (`shown`), roughly:
-who gives it one need not take back what nobody can have.
+Theory of operation: a run that is allocated, and neither compressed nor encrypted, is one of the file that has the
+data, for writing if the image shares it with nobody; what is not allocated is a run of the backing file, or zeroes. A
+chain costs nothing once it was looked up. What was given out and has no place in the image yet is remembered (`shown`),
+roughly: who gives it one need not take back what nobody can have.
 
 Knows nothing about how clusters get their place.
 """
@@ -49,7 +49,7 @@ class Qcow2Extents(BlockNode):
         """What is allocated is the data file's, what is not is the backing file's, or zeroes."""
         run = await self._run(offset, self.length, since=0)
         start, end = run.start, min(run.end, self.length)
-        if run.kind is Kind.COMPRESSED:
+        if run.kind is Kind.COMPRESSED or (run.kind is Kind.NORMAL and self.is_encrypted):
             return None
         if run.kind is Kind.NORMAL:
             return await self._of_file(run, start, end, offset, length)
@@ -76,7 +76,7 @@ class Qcow2Extents(BlockNode):
             while at < end:
                 run = await self._run(at, end, start)
                 stop = min(run.end, end)
-                if run.kind is Kind.NORMAL:
+                if run.kind is Kind.NORMAL and not self.is_encrypted:
                     place = run.host + at - run.start
                     if file is None or not file.offset <= place < file.end:
                         file = await host_extent(self._data.node, place, stop - at)
@@ -129,6 +129,9 @@ class Qcow2Extents(BlockNode):
             return None
         flags = file.flags
         if self._is_corrupt or self.for_check or not self._may_write_alone(run):
+            flags &= ~ExtentFlag.WRITE
+        if self.is_outlived and self._metadata.is_dirty:
+            # Perhaps only we know of this cluster, and what is written there would be gone with us.
             flags &= ~ExtentFlag.WRITE
         return HostExtent(
             start,

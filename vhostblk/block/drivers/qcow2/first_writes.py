@@ -14,12 +14,12 @@ Context: the control loop. Knows nothing about extents.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Container, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.drivers.qcow2.cluster_writes import Read
-from vhostblk.block.drivers.qcow2.entries import COPIED, EntryReader, Kind, Run
+from vhostblk.block.drivers.qcow2.entries import EntryReader, Kind, Run
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS
 from vhostblk.block.drivers.qcow2.locks import RangeLocks
 from vhostblk.block.drivers.qcow2.metadata import Metadata
@@ -27,6 +27,7 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import Ranges, merged
 from vhostblk.block.iov import IoVec, concat
+from vhostblk.block.limits import SECTOR_SIZE
 
 __all__ = ["FirstWrites"]
 
@@ -40,15 +41,17 @@ _WHOLE = (1 << SUBCLUSTERS) - 1
 
 @dataclass(slots=True, eq=False)
 class _New:
-    """A cluster that gets a place.
+    """Clusters that get a place, all of them in one slice of a table.
 
     Attributes:
         at: on the disk.
-        content: what it has; None: zeroes.
+        count: clusters, one behind the other.
+        content: what it has, of one alone; None: zeroes.
         host: where.
     """
 
     at: int
+    count: int = 1
     content: IoVec | None = None
     host: int = 0
 
@@ -82,12 +85,15 @@ class FirstWrites:
         self._size = header.cluster_size
         self._extended = header.has_subclusters
 
-    async def prepare(self, ranges: Ranges, backed: int) -> tuple[list[Run], Ranges]:
+    async def prepare(
+        self, ranges: Ranges, backed: int, at_once: bool = False
+    ) -> tuple[list[Run], Ranges]:
         """Give a place to what is simple.
 
         Args:
             ranges: of what will be written, each for itself.
             backed: up to where something may be below.
+            at_once: they are written next, so what the file grows by need not be allocated before.
 
         Returns: whole clusters, in order: those that got a place, and those that had one where they may be written. It
             is true until the next `await`.
@@ -96,84 +102,112 @@ class FirstWrites:
             BlockError: a child's errno; ENOSPC, EFBIG. Some clusters may have got their place.
             ImageError: an entry is wrong.
         """
-        if self._metadata.is_full:
-            await self._metadata.sync()
+        await self._metadata.make_way()
         size = self._size
-        covered, touched = set[int](), set[int]()
+        covered = set[int]()
         for start, end in ranges:
-            touched.update(range(start // size * size, end, size))
             if start < backed:
                 covered.update(range(-(-start // size) * size, end // size * size, size))
-        wanted = sorted(touched)[: max(_MOST // size, 1)]
-        with self._locks.taken(self._runs(wanted)) as free:
-            clusters = [at for run in free for at in range(*run, size)]
-            new, there = await self._look(clusters, backed, covered)
-            done = 0
-            while done < len(new):
-                host, count = await self._metadata.refcounts.allocate(len(new) - done)
-                await self._use(new[done : done + count], host)
-                done += count
-        return self._placed(new), self._runs(there)
+        with self._locks.taken(self._wanted(ranges)) as free:
+            new, there = await self._look(free, backed, covered)
+            placed: list[_New] = []
+            while new:
+                host, count = await self._metadata.refcounts.allocate(sum(one.count for one in new))
+                first, new = self._split(new, count)
+                await self._use(first, host, at_once)
+                placed += first
+        return self._placed(placed), merged([(at, at + size) for at in there])
+
+    def _wanted(self, ranges: Ranges) -> list[tuple[int, int]]:
+        """Whole clusters, as many as are taken at a time."""
+        size = self._size
+        wanted: list[tuple[int, int]] = []
+        left = max(_MOST // size, 1) * size
+        for start, end in merged([(a // size * size, -(-b // size) * size) for a, b in ranges]):
+            wanted.append((start, min(end, start + left)))
+            left -= wanted[-1][1] - start
+            if not left:
+                break
+        return wanted
 
     async def _look(
-        self, clusters: Iterable[int], backed: int, covered: Container[int]
+        self, ranges: Ranges, backed: int, covered: Container[int]
     ) -> tuple[list[_New], list[int]]:
         """Those that may get a place here, and those that need none."""
-        metadata = self._metadata
+        metadata, size = self._metadata, self._size
         new: list[_New] = []
         there: list[int] = []
         copied = 0
-        for at in clusters:
-            own = metadata.own_slice_now(at) or await metadata.own_slice(at)
-            entry, bitmap = metadata.entry(own, at)
-            if not (entry or bitmap):
-                is_zero = at >= backed
-            else:
-                run = self._entries.part_at(own.table, metadata.slice_start(at), at)
-                if run.kind is Kind.NORMAL and run.copied:
-                    there.append(at)
+        for start, end in ranges:
+            at, stop = start, start
+            while at < end:
+                own = metadata.own_slice_now(at) or await metadata.own_slice(at)
+                if at >= stop:
+                    stop = min(metadata.slice_start(at) + metadata.slice_covers, end)
+                if at >= backed and (count := metadata.count_empty(own, at, stop)):
+                    new.append(_New(at, count))
+                    at += count * size
                     continue
-                is_zero = run.kind is Kind.ZERO
-                if run.has_host or not is_zero or run.end - run.start < self._size:
-                    continue
-            if is_zero:
-                new.append(_New(at))
-            elif at not in covered and (not copied or copied + self._size <= _MOST_COPIED):
-                copied += self._size
-                new.append(_New(at, IoVec.of(bytearray(self._size))))
+                one, at = at, at + size
+                entry, bitmap = metadata.entry(own, one)
+                is_zero = False
+                if entry or bitmap:
+                    run = self._entries.part_at(own.table, metadata.slice_start(one), one)
+                    if run.kind is Kind.NORMAL and run.copied:
+                        there.append(one)
+                        continue
+                    is_zero = run.kind is Kind.ZERO
+                    if run.has_host or not is_zero or run.end - run.start < size:
+                        continue
+                if is_zero:
+                    new.append(_New(one))
+                elif one not in covered and (not copied or copied + size <= _MOST_COPIED):
+                    copied += size
+                    new.append(_New(one, content=IoVec.of(bytearray(size))))
         return new, there
 
-    async def _use(self, new: list[_New], host: int) -> None:
+    def _split(self, new: list[_New], count: int) -> tuple[list[_New], list[_New]]:
+        """The first so many clusters, and the others."""
+        for number, one in enumerate(new):
+            if one.count > count:
+                if not count:
+                    return new[:number], new[number:]
+                rest = _New(one.at + count * self._size, one.count - count)
+                one.count = count
+                return new[: number + 1], [rest, *new[number + 1 :]]
+            count -= one.count
+        return new, []
+
+    async def _use(self, new: list[_New], host: int, at_once: bool) -> None:
         """Put them there, as the disk shows them now."""
         metadata, size = self._metadata, self._size
         linked = 0
         try:
-            for number, cluster in enumerate(new):
-                cluster.host = host + number * size
-            await self._fill(new)
-            for cluster in new:
-                at = cluster.at
-                own = metadata.own_slice_now(at) or await metadata.own_slice(at)
-                metadata.change(own, at, cluster.host | COPIED, _WHOLE)
+            for one in new:
+                one.host = host
+                host += one.count * size
+            await self._fill(new, at_once)
+            for one in new:
+                own = metadata.own_slice_now(one.at) or await metadata.own_slice(one.at)
+                metadata.fill(own, one.at, one.host, one.count, _WHOLE)
                 linked += 1
         finally:
             await to_the_end(self._settle(new, linked))
 
     async def _settle(self, new: list[_New], linked: int) -> None:
         """Nobody sees anything else for the first of them; the others are free again."""
-        await self._changed(self._runs([cluster.at for cluster in new[:linked]]))
-        if linked < len(new):
-            unused = (len(new) - linked) * self._size
-            await self._metadata.refcounts.release(new[linked].host, unused)
+        size = self._size
+        await self._changed(merged([(one.at, one.at + one.count * size) for one in new[:linked]]))
+        if unused := sum(one.count for one in new[linked:]):
+            await self._metadata.refcounts.release(new[linked].host, unused * size)
 
-    async def _fill(self, new: list[_New]) -> None:
+    async def _fill(self, new: list[_New], at_once: bool) -> None:
         copies = [self._copy(cluster) for cluster in new if cluster.content is not None]
         if copies:
             # None goes on when this has ended.
             for error in await asyncio.gather(*copies, return_exceptions=True):
                 if error is not None:
                     raise error
-        size = self._size
         first = 0
         while first < len(new):
             last, is_zero = first + 1, new[first].content is None
@@ -181,10 +215,20 @@ class FirstWrites:
                 last += 1
             host, parts = new[first].host, [c.content for c in new[first:last] if c.content]
             if is_zero:
-                await self._data.pwrite_zeroes(host, (last - first) * size)
+                count = sum(one.count for one in new[first:last])
+                await self._zero(host, count * self._size, at_once)
             else:
                 await self._data.pwritev(host, concat(tuple(parts)))
             first = last
+
+    async def _zero(self, host: int, length: int, at_once: bool) -> None:
+        file = self._data.node
+        is_plain = file.limits.request_alignment <= SECTOR_SIZE and file.has_zero_init()
+        if at_once and is_plain and host >= file.length:
+            # What a file grows by is zeroes: blocks that are allocated for them cost more than those for data.
+            await self._data.pwritev(host + length - SECTOR_SIZE, IoVec.of(bytes(SECTOR_SIZE)))
+        else:
+            await self._data.pwrite_zeroes(host, length)
 
     async def _copy(self, cluster: _New) -> None:
         content = cluster.content
@@ -196,17 +240,13 @@ class FirstWrites:
     def _placed(self, new: list[_New]) -> list[Run]:
         """Runs of the disk that are runs of the file."""
         runs: list[Run] = []
-        size = self._size
         start = host = end = 0
-        for cluster in new:
-            if cluster.at != end or cluster.host - host != end - start:
+        for one in new:
+            if one.at != end or one.host - host != end - start:
                 if end:
                     runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
-                start, host = cluster.at, cluster.host
-            end = cluster.at + size
+                start, host = one.at, one.host
+            end = one.at + one.count * self._size
         if end:
             runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
         return runs
-
-    def _runs(self, clusters: Sequence[int]) -> list[tuple[int, int]]:
-        return merged([(at, at + self._size) for at in clusters])

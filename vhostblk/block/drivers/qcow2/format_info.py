@@ -19,14 +19,22 @@ from vhostblk.block.drivers.qcow2.header import (
 _BITMAP_FLAGS = {BitmapFlag.IN_USE: "in-use", BitmapFlag.AUTO: "auto"}
 
 
-def qcow2_facts(header: Header, directory: BitmapDirectory) -> dict[str, Any]:
-    """All that there is to say; of version 2 that is little."""
+def qcow2_facts(
+    header: Header, directory: BitmapDirectory, encryption: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All that there is to say; of version 2 that is little.
+
+    Args:
+        encryption: what there is to say of that; None: there is none.
+    """
+    encrypted = {} if encryption is None else {"encrypt": encryption}
     refcount_bits = 1 << header.refcount_order
     compression = Compression(header.compression).name.lower()
     if header.version < 3:
         return {
             "compat": "0.10",
             "refcount-bits": refcount_bits,
+            **encrypted,
             "compression-type": compression,
         }
     facts: dict[str, Any] = {"compat": "1.1"}
@@ -39,6 +47,7 @@ def qcow2_facts(header: Header, directory: BitmapDirectory) -> dict[str, Any]:
         "lazy-refcounts": bool(header.compatible & Compatible.LAZY_REFCOUNTS),
         "corrupt": bool(header.incompatible & Incompatible.CORRUPT),
         "refcount-bits": refcount_bits,
+        **encrypted,
     }
     if directory.bitmaps:
         facts["bitmaps"] = [_bitmap(bitmap) for bitmap in directory.bitmaps]

@@ -1,4 +1,4 @@
-"""The header of a qcow2 image, and its extensions (qcow2 specification, "Header" and "Header extensions").
+"""The header of a qcow2 image (qcow2 specification, "Header").
 
 Bytes in, values out, and the reverse. Whatever a header says is checked here before anybody uses it: the file may come
 from anywhere. Unknown fields and extensions are kept, so that `to_bytes` gives back what was read.
@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from vhostblk.block.drivers.qcow2.extensions import (
+    Extension,
+    ExtensionType,
+    decode,
+    parse_extensions,
+    refuse_features,
+)
 from vhostblk.block.limits import MAX_LENGTH
 from vhostblk.errors import ImageError
 
 MAGIC = b"QFI\xfb"
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
-_EXTENSION = struct.Struct(">II")
-_FEATURE = struct.Struct(">BB46s")
 _V2_LENGTH = _V2.size
 _V3_LENGTH = _V2.size + _V3.size
 
@@ -51,6 +55,10 @@ class Incompatible(enum.IntFlag):
     EXTENDED_L2 = 16
 
 
+# As a number: it is asked for often, and a test of an enumeration's flags takes a microsecond.
+_EXTENDED_L2 = int(Incompatible.EXTENDED_L2)
+
+
 class Compatible(enum.IntFlag):
     """Features that may be ignored."""
 
@@ -64,17 +72,6 @@ class AutoClear(enum.IntFlag):
     RAW_DATA_FILE = 2
 
 
-class ExtensionType(enum.IntEnum):
-    """Extensions that have a meaning here; others are kept as they are."""
-
-    END = 0
-    BACKING_FORMAT = 0xE2792ACA
-    FEATURE_NAMES = 0x6803F857
-    BITMAPS = 0x23852875
-    ENCRYPTION = 0x0537BE77
-    DATA_FILE = 0x44415441
-
-
 class Compression(enum.IntEnum):
     """How compressed clusters are compressed."""
 
@@ -82,28 +79,18 @@ class Compression(enum.IntEnum):
     ZSTD = 1
 
 
+class Crypt(enum.IntEnum):
+    """How guest data are encrypted."""
+
+    NONE = 0
+    AES = 1
+    LUKS = 2
+
+
 _INCOMPATIBLE = sum(Incompatible)
-# "Feature name table": type, bit and name of each feature, for programs that do not know it.
-_FEATURE_NAMES = (
-    (0, 0, b"dirty bit"),
-    (0, 1, b"corrupt bit"),
-    (0, 2, b"external data file"),
-    (0, 3, b"compression type"),
-    (0, 4, b"extended L2 entries"),
-    (1, 0, b"lazy refcounts"),
-    (2, 0, b"bitmaps"),
-    (2, 1, b"raw external data"),
-)
-_LEAST_FOR_NAMES = 8192
-_CRYPT_METHODS = ("none", "AES", "LUKS")
-
-
-@dataclass(frozen=True, slots=True)
-class Extension:
-    """A header extension as it is in the file."""
-
-    type: int
-    data: bytes
+_CRYPT_HEADER = struct.Struct(">QQ")
+# A header with keys of the longest kind takes 2 MiB.
+_MAX_CRYPT_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +102,7 @@ class Header:
         l1_entries: of the active L1 table.
         backing_name: as it is written in the image; empty: there is no backing file.
         backing_offset: where that is in the first cluster, if there is a gap before; else it is behind the extensions.
+        crypt: how guest data are encrypted.
         unknown: what a header longer than any we know has behind the known fields.
     """
 
@@ -136,6 +124,7 @@ class Header:
     backing_offset: int = field(default=0, compare=False)
     extensions: tuple[Extension, ...] = field(default=())
     unknown: bytes = b""
+    crypt: int = Crypt.NONE
 
     # ------------------------------------------------------------------ what follows from it
 
@@ -147,7 +136,7 @@ class Header:
     @property
     def has_subclusters(self) -> bool:
         """Whether parts of a cluster can be allocated (extended L2 entries)."""
-        return bool(self.incompatible & Incompatible.EXTENDED_L2)
+        return bool(self.incompatible & _EXTENDED_L2)
 
     @property
     def subcluster_size(self) -> int:
@@ -179,20 +168,30 @@ class Header:
         """The external data file, as it is written in the image; empty: the image does not say."""
         return self._string(ExtensionType.DATA_FILE)
 
+    @property
+    def crypt_area(self) -> tuple[int, int]:
+        """Where the encryption's own header is, and its length; nothing: it has none."""
+        for extension in self.extensions:
+            if extension.type == ExtensionType.ENCRYPTION and self.crypt == Crypt.LUKS:
+                offset, length = _CRYPT_HEADER.unpack(extension.data)
+                return offset, length
+        return 0, 0
+
     def _string(self, type_: ExtensionType) -> str:
         for extension in reversed(self.extensions):
             if extension.type == type_:
-                return _decode(extension.data)
+                return decode(extension.data)
         return ""
 
     # ------------------------------------------------------------------ bytes
 
     @classmethod
-    def parse(cls, data: bytes) -> Header:
+    def parse(cls, data: bytes, *, for_check: bool = False) -> Header:
         """Read and check a header.
 
         Args:
             data: the beginning of the file: its first cluster, or less if the file is shorter.
+            for_check: of an image whose table of snapshots is going to be checked, and may be damaged.
 
         Raises:
             ImageError: what is wrong, or not supported.
@@ -208,11 +207,10 @@ class Header:
         known, unknown, length = _parse_version_3(data, version, cluster_bits)
         if backing_offset > 1 << cluster_bits:
             raise ImageError("Invalid backing file offset")
-        extensions = tuple(_parse_extensions(data, length, backing_offset))
-        _refuse_unknown_features(known.incompatible, extensions)
-        if crypt:
-            name = _CRYPT_METHODS[crypt] if crypt < len(_CRYPT_METHODS) else str(crypt)
-            raise ImageError(f"Encrypted images are not supported (method {name})")
+        extensions = tuple(parse_extensions(data, length, backing_offset))
+        refuse_features(known.incompatible & ~_INCOMPATIBLE, extensions)
+        if crypt not in tuple(Crypt):
+            raise ImageError(f"Unsupported encryption method {crypt}")
         header = cls(
             version=version,
             cluster_bits=cluster_bits,
@@ -232,8 +230,11 @@ class Header:
             backing_offset=backing_offset,
             extensions=extensions,
             unknown=unknown,
+            crypt=crypt,
         )
         header.check()
+        if not for_check:
+            header.check_snapshots("Snapshot table")
         return header
 
     def to_bytes(self) -> bytes:
@@ -253,7 +254,7 @@ class Header:
                 len(name),
                 self.cluster_bits,
                 self.size,
-                0,
+                self.crypt,
             ),
             *(self.l1_entries, self.l1_offset, self.refcount_table_offset),
             *(self.refcount_table_clusters, self.snapshots, self.snapshots_offset),
@@ -289,12 +290,10 @@ class Header:
                 self.incompatible, self.compatible, self.autoclear, self.refcount_order, length
             )
             tail += fields
-        for extension in self.extensions:
-            tail += _EXTENSION.pack(extension.type, len(extension.data))
-            tail += extension.data + bytes(-len(extension.data) % 8)
+        tail += b"".join(extension.to_bytes() for extension in self.extensions)
         if self.backing_name and _V2_LENGTH + len(tail) == self.backing_offset:
             return tail  # the name ends them where there is no room for more
-        return tail + _EXTENSION.pack(ExtensionType.END, 0)
+        return tail + Extension(ExtensionType.END, b"").to_bytes()
 
     # ------------------------------------------------------------------ checks
 
@@ -315,20 +314,55 @@ class Header:
         if self.autoclear & AutoClear.RAW_DATA_FILE and self.backing_name:
             raise ImageError("An image with a raw external data file cannot have a backing file")
         self.check_sizes()
+        self._check_crypt()
         if not self.refcount_table_clusters:
             raise ImageError("Image does not contain a reference count table")
         refcount_bytes = self.refcount_table_clusters * self.cluster_size
         self._check_offset("Reference count table", self.refcount_table_offset, refcount_bytes)
-        if self.snapshots > MAX_SNAPSHOTS:
-            raise ImageError("Snapshot table too large")
-        # Even if there are none.
-        if self.snapshots_offset % self.cluster_size or self.snapshots_offset > MAX_OFFSET:
-            raise ImageError("Snapshot table offset invalid")
         self._check_offset("Active L1 table", self.l1_offset, self.l1_entries * 8)
         if self.l1_entries_needed(self.size) > _INT_MAX:
             raise ImageError("Image is too big")
         if self.l1_entries < self.l1_entries_needed(self.size):
             raise ImageError("L1 table is too small")
+
+    def _check_crypt(self) -> None:
+        """An encrypted image says where the keys are, and no other one does."""
+        for extension in self.extensions:
+            if extension.type != ExtensionType.ENCRYPTION:
+                continue
+            if self.crypt != Crypt.LUKS:
+                raise ImageError(
+                    "CRYPTO header extension only expected with LUKS encryption method"
+                )
+            if len(extension.data) != _CRYPT_HEADER.size:
+                raise ImageError(
+                    f"CRYPTO header extension size {len(extension.data)}, but expected size {_CRYPT_HEADER.size}"
+                )
+        offset, length = self.crypt_area
+        if self.crypt == Crypt.LUKS and not length:
+            raise ImageError(f"Missing CRYPTO header for crypt method {self.crypt:d}")
+        if offset % self.cluster_size:
+            raise ImageError(
+                f"Encryption header offset '{offset}' is not a multiple of cluster size '{self.cluster_size}'"
+            )
+        if length > _MAX_CRYPT_BYTES:
+            raise ImageError(f"Encryption header is too large: {length} bytes")
+        if length:
+            self._check_offset("Encryption header", offset, length)
+        if self.crypt and self.autoclear & AutoClear.RAW_DATA_FILE:
+            raise ImageError("An encrypted image cannot have a raw external data file")
+
+    def check_snapshots(self, name: str) -> None:
+        """Whether a table of snapshots can be where it says.
+
+        Raises:
+            ImageError: it cannot; begins with this name of it.
+        """
+        if self.snapshots > MAX_SNAPSHOTS:
+            raise ImageError(f"{name} too large")
+        # Even if there are none.
+        if self.snapshots_offset % self.cluster_size or self.snapshots_offset > MAX_OFFSET:
+            raise ImageError(f"{name} offset invalid")
 
     def check_sizes(self) -> None:
         """Nothing is larger than anybody would read.
@@ -350,14 +384,6 @@ class Header:
     def _check_offset(self, name: str, offset: int, length: int) -> None:
         if offset % self.cluster_size or offset > MAX_OFFSET - length or (length and not offset):
             raise ImageError(f"{name} offset invalid")
-
-
-def feature_names(cluster_size: int) -> tuple[Extension, ...]:
-    """The extension that names all features, if clusters are so large that something else has room, too."""
-    if cluster_size < _LEAST_FOR_NAMES:
-        return ()
-    names = b"".join(_FEATURE.pack(*feature) for feature in _FEATURE_NAMES)
-    return (Extension(ExtensionType.FEATURE_NAMES, names),)
 
 
 def cluster_size_of(data: bytes | bytearray) -> int:
@@ -397,50 +423,6 @@ def _parse_version_3(data: bytes, version: int, cluster_bits: int) -> tuple[_Ver
     return _Version3(incompatible, compatible, autoclear, order, compression), unknown, length
 
 
-def _parse_extensions(data: bytes, start: int, backing_offset: int) -> Iterator[Extension]:
-    """Extensions, up to the one that ends them, or to the name of the backing file."""
-    end = min(backing_offset, len(data)) if backing_offset else len(data)
-    seen: set[int] = set()
-    while start < end:
-        if start + _EXTENSION.size > end:
-            if backing_offset:
-                raise ImageError("Header extension too large")
-            return  # behind the end of the file is nothing
-        type_, length = _EXTENSION.unpack_from(data, start)
-        start += _EXTENSION.size
-        if type_ == ExtensionType.END:
-            return
-        if length > end - start:
-            raise ImageError("Header extension too large")
-        # Of formats of the backing file the last one counts, as in QEMU.
-        if (
-            type_ in seen
-            and type_ in tuple(ExtensionType)
-            and type_ != ExtensionType.BACKING_FORMAT
-        ):
-            raise ImageError(f"Header extension {type_:#x} appears twice")
-        seen.add(type_)
-        yield Extension(type_, data[start : start + length])
-        start += length + -length % 8
-
-
-def _refuse_unknown_features(incompatible: int, extensions: tuple[Extension, ...]) -> None:
-    unknown = incompatible & ~_INCOMPATIBLE
-    if not unknown:
-        return
-    found = []
-    for extension in extensions:
-        if extension.type == ExtensionType.FEATURE_NAMES:
-            whole = len(extension.data) // _FEATURE.size * _FEATURE.size
-            for kind, bit, name in _FEATURE.iter_unpack(extension.data[:whole]):
-                if kind == 0 and unknown >> bit & 1:
-                    found.append(_decode(name.rstrip(b"\0")))
-                    unknown &= ~(1 << bit)
-    if unknown:
-        found.append(f"Unknown incompatible feature: {unknown:x}")
-    raise ImageError(f"Unsupported qcow2 feature(s): {', '.join(found)}")
-
-
 def _backing_name(data: bytes, offset: int, length: int, cluster_bits: int) -> str:
     if not offset:
         return ""
@@ -449,9 +431,4 @@ def _backing_name(data: bytes, offset: int, length: int, cluster_bits: int) -> s
     name = data[offset : offset + length]
     if len(name) != length or b"\0" in name:
         raise ImageError("Invalid backing file name")
-    return _decode(name)
-
-
-def _decode(name: bytes) -> str:
-    """Names are bytes to the kernel, and to us, too."""
-    return name.decode(errors="surrogateescape")
+    return decode(name)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from vhostblk.block.drivers.qcow2.header import Extension, Header
+from vhostblk.block.drivers.qcow2.extensions import Extension
+from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.limits import SECTOR_SIZE, align_up
 
 ROOM = 0x526F6F6D

@@ -1,8 +1,8 @@
 """Where things are in an image that is new, and how many clusters that takes (qcow2 specification, "General").
 
 Numbers in, numbers and tables out. A new image has, one after the other: the header, the reference count table, its
-blocks, the L1 table; and if clusters are preallocated, all L2 tables, then the data. Whoever wants to know how large an
-image gets (`measure`) counts the same things. Knows nothing about files.
+blocks, the L1 table, the keys of an encrypted one; and if clusters are preallocated, all L2 tables, then the data.
+Whoever wants to know how large an image gets (`measure`) counts the same things. Knows nothing about files.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Layout:
         l2_entry_size: bytes.
         preallocated: every guest cluster has a place.
         external: guest data are in a file of their own.
+        crypt_bytes: of the encryption's header.
     """
 
     size: int
@@ -49,6 +50,7 @@ class Layout:
     l2_entry_size: int
     preallocated: bool = False
     external: bool = False
+    crypt_bytes: int = 0
 
     # ------------------------------------------------------------------ how much, in clusters
 
@@ -68,6 +70,11 @@ class Layout:
         return -(-self.l1_entries * _ENTRY // self.cluster_size)
 
     @property
+    def crypt_clusters(self) -> int:
+        """Of the encryption's header."""
+        return -(-self.crypt_bytes // self.cluster_size)
+
+    @property
     def l2_clusters(self) -> int:
         """Of all L2 tables that there are."""
         return self.l1_entries if self.preallocated else 0
@@ -79,7 +86,8 @@ class Layout:
 
     @property
     def _counts(self) -> tuple[int, int]:
-        counted = 1 + self.l1_clusters + self.l2_clusters + self.data_clusters
+        counted = 1 + self.l1_clusters + self.crypt_clusters
+        counted += self.l2_clusters + self.data_clusters
         return refcount_clusters(counted, self.cluster_size, self.refcount_order)
 
     @property
@@ -116,10 +124,15 @@ class Layout:
         return self.cluster_size * (1 + table + blocks) if self.l1_entries else 0
 
     @property
-    def l2_offset(self) -> int:
-        """Of the L2 tables."""
+    def crypt_offset(self) -> int:
+        """Of the encryption's header."""
         blocks, table = self._counts
         return self.cluster_size * (1 + table + blocks + self.l1_clusters)
+
+    @property
+    def l2_offset(self) -> int:
+        """Of the L2 tables."""
+        return self.crypt_offset + self.cluster_size * self.crypt_clusters
 
     @property
     def data_offset(self) -> int:
@@ -131,6 +144,8 @@ class Layout:
         """How long the file is."""
         if self.preallocated:
             return self.cluster_size * self.clusters
+        if self.crypt_bytes:
+            return self.l2_offset
         blocks, table = self._counts
         return self.cluster_size * (1 + table + blocks) + self.l1_entries * _ENTRY
 

@@ -17,6 +17,7 @@ from vhostblk.block.drivers.qcow2.create import (
     check_refcount_bits,
     version_type,
 )
+from vhostblk.block.drivers.qcow2.encryption_options import NewEncryption
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_L1_BYTES, Header
 from vhostblk.block.drivers.qcow2.layout import Layout
@@ -34,7 +35,7 @@ _HAS_DATA = StatusFlag.DATA | StatusFlag.ALLOCATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Qcow2MeasureOptions:
+class Qcow2MeasureOptions(NewEncryption):
     """Those of new images that make a difference, in the order in which they are looked at."""
 
     cluster_size: int = option(SIZE, 65536, name="cluster_size", about="bytes of a cluster")
@@ -49,7 +50,6 @@ class Qcow2MeasureOptions:
         choice("off", "metadata", "falloc", "full"), "off", about="what gets its place at once"
     )
     backing_file: str | None = option(STRING, None, name="backing_file", about="what is below")
-    encrypt_format: str | None = option(STRING, None, name="encrypt.format", about="not supported")
     size: int = option(SIZE, about="bytes of the disk")
 
     def __post_init__(self) -> None:
@@ -61,7 +61,9 @@ class Qcow2MeasureOptions:
                 "(use compat=1.1 or greater)"
             )
         if self.encrypt_format == "luks":
-            raise ConfigError("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+            self.luks.check()
+            if self.encrypt_key_secret is None:
+                raise ConfigError("Parameter 'encrypt.key-secret' is required for cipher")
 
 
 async def measure(options: Qcow2MeasureOptions, source: BlockNode | None) -> Measurement:
@@ -89,7 +91,10 @@ async def measure(options: Qcow2MeasureOptions, source: BlockNode | None) -> Mea
         data = await _data_of(source, layout.cluster_size)
     if source is not None and options.compat >= 3:
         bitmaps = await source.driver_bitmap_room(layout.cluster_size)
-    return Measurement(layout.end - disk + data, layout.end, bitmaps)
+    keys = 0
+    if options.encrypt_format == "luks":
+        keys = align_up(options.luks.payload_bytes, layout.cluster_size)
+    return Measurement(keys + layout.end - disk + data, keys + layout.end, bitmaps)
 
 
 async def _data_of(source: BlockNode, cluster_size: int) -> int:

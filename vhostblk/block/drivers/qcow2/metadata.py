@@ -29,6 +29,7 @@ from typing import TypeAlias
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.cluster_map import ClusterMap
 from vhostblk.block.drivers.qcow2.header import AutoClear, Header, Incompatible
+from vhostblk.block.drivers.qcow2.refcount_table import RefcountWrites
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.tables import (
     Table,
@@ -147,7 +148,15 @@ class Metadata(ClusterMap):
             await self.sync(everything=True)
         if self._is_marked_dirty:
             await self._file.flush()
-            await self._mark(Incompatible.DIRTY, on=False)
+            await self.mark_clean()
+
+    async def mark_dirty(self) -> None:
+        """The image says from now on that its counts are wrong; raises BlockError."""
+        await self._mark(Incompatible.DIRTY, on=True)
+
+    async def mark_clean(self) -> None:
+        """They are not, and that is on the disk; raises BlockError."""
+        await self._mark(Incompatible.DIRTY, on=False)
 
     @property
     def _is_marked_dirty(self) -> bool:
@@ -218,6 +227,14 @@ class Metadata(ClusterMap):
         """Whether there are changes of L2 tables, and of reference counts, that are not on the disk."""
         return self.cache.is_dirty, self._has_counts
 
+    async def make_way(self) -> None:
+        """Before clusters are taken: what is dirty is written if there is too much of it, or that frees many.
+
+        Raises: as `sync`.
+        """
+        if self.is_full or self.refcounts.could_settle:
+            await self.sync()
+
     @property
     def is_full(self) -> bool:
         """Whether so much waits to be written that it is time."""
@@ -241,9 +258,9 @@ class Metadata(ClusterMap):
         refcounts, cache = self.refcounts, self.cache
         puts_off = self.lazy and not everything and not refcounts.is_full
         if puts_off and self._has_counts and not self._is_marked_dirty:
-            await self._mark(Incompatible.DIRTY, on=True)
+            await self.mark_dirty()
         # One moment:
-        counts = refcounts.no_writes() if puts_off else refcounts.take_writes()
+        counts = RefcountWrites.none() if puts_off else refcounts.take_writes()
         slices = cache.take_dirty()
         pictures = cache.writes(slices)
         l1_dirty, l1_moved = self._l1_dirty, self._l1_moved
@@ -257,21 +274,22 @@ class Metadata(ClusterMap):
         header, self._header_dirty = (self.header if self._header_dirty else None), False
         l1 = self._l1_writes(l1_dirty, l1_moved)
         try:
-            await self._write_all(counts.blocks, "refblock_update_part")
-            if counts.table:
-                await self._file.flush()
-                await self.debug_event("refblock_alloc_hookup")
-                await self._write_all(counts.table)
+            await self._write_counts(counts)
             if moved is not None:
                 await self._file.flush()
+                await self.debug_event("refblock_alloc_switch_table")
                 await self.write_header(**moved)
             if self._data is not self._file:
                 await self._data.flush()
             await self._file.flush()
             await self._write_all(pictures, "l2_update")
+            if l1_moved:
+                await self.debug_event("l1_grow_write_table")
             await self._write_all(l1, "l1_update")
             if header is not None:
                 await self._file.flush()
+                if l1_moved:
+                    await self.debug_event("l1_grow_activate_table")
                 await self.write_header(
                     size=header.size, l1_entries=header.l1_entries, l1_offset=header.l1_offset
                 )
@@ -289,6 +307,19 @@ class Metadata(ClusterMap):
         cache.written(slices)
         await to_the_end(self._settle(given_up))
 
+    async def _write_counts(self, counts: RefcountWrites) -> None:
+        """Blocks, then where they are."""
+        is_moved = counts.moved is not None
+        if counts.table:
+            await self.debug_event("refblock_alloc_write")
+        if is_moved:
+            await self.debug_event("refblock_alloc_write_blocks")
+        await self._write_all(counts.blocks, "refblock_update_part")
+        for group in counts.table:
+            await self._file.flush()
+            event = "refblock_alloc_write_table" if is_moved else "refblock_alloc_hookup"
+            await self._write_all(group, event)
+
     async def _count_new_table(self) -> None:
         """What is counted for tables is not put off, as in QEMU: a crash then costs less to repair."""
         if not self.lazy:
@@ -297,10 +328,7 @@ class Metadata(ClusterMap):
             counts = self.refcounts.take_writes()
             try:
                 if counts.moved is None:
-                    await self._write_all(counts.blocks, "refblock_update_part")
-                    if counts.table:
-                        await self._file.flush()
-                        await self._write_all(counts.table)
+                    await self._write_counts(counts)
             except BaseException:
                 self.refcounts.not_written(counts)
                 raise

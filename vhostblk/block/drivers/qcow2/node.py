@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import image_info
 from vhostblk.block.driver import NodeInfo, OpenContext
-from vhostblk.block.drivers.qcow2 import format_info, measuring, resize
+from vhostblk.block.drivers.qcow2 import emptying, format_info, measuring, resize
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
 from vhostblk.block.drivers.qcow2.bitmaps import load_directory
@@ -39,7 +39,11 @@ from vhostblk.block.drivers.qcow2.options import Qcow2Options, join_options
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.refcounts import Refcounts
 from vhostblk.block.drivers.qcow2.request_node import RequestNode
-from vhostblk.block.drivers.qcow2.snapshots import inactive_tables
+from vhostblk.block.drivers.qcow2.snapshots import (
+    SnapshotTableError,
+    inactive_tables,
+    load_snapshots,
+)
 from vhostblk.block.drivers.qcow2.tables import OFFSETS
 from vhostblk.block.execution import to_the_end
 from vhostblk.block.extent import Hull
@@ -125,22 +129,34 @@ class Qcow2Node(AmendNode, RequestNode):
                 self.read_only = True
         self.cluster_size = header.cluster_size
         self.length = align_down(header.size, SECTOR_SIZE)
+        await self._open_encryption(context)
         await self._open_data_file(context)
         await self._load_tables()
         if not self.without_backing:
             await context.open_implied(
                 self, "backing", Role.COW, header.backing_name, header.backing_format
             )
-        await self._load_bitmaps()
+        if not self.inactive:
+            await self._load_bitmaps()
         self._is_open = True
 
     async def _load_header(self) -> Header:
         try:
-            return Header.parse(await self._beginning())
+            return Header.parse(await self._beginning(), for_check=self.for_check)
         except ImageError as error:
             raise _unusable(error) from None
         except BlockError as error:
             raise ConfigError(f"Could not read qcow2 header: {error.strerror}") from None
+
+    async def _check_snapshots_are_read(self) -> None:
+        """Whether the table of snapshots can be read; who checks the image finds out itself."""
+        try:
+            if not self.for_check:
+                await load_snapshots(self._file, self._header)
+        except ImageError as error:
+            raise _unusable(error) from None
+        except BlockError as error:
+            raise ConfigError(f"Failed to read snapshot table: {error.strerror}") from None
 
     def _make_cache(self, header: Header) -> TableCache:
         slice_bytes = self.options.slice_bytes(header)
@@ -155,6 +171,7 @@ class Qcow2Node(AmendNode, RequestNode):
         )
 
     async def _load_tables(self) -> None:
+        await self._check_snapshots_are_read()
         await self._repair_dirty()
         header, file = self._header, self._file
         refcounts = None
@@ -176,6 +193,7 @@ class Qcow2Node(AmendNode, RequestNode):
             read=self._read,
             changed=self._moved,
             has_backing=lambda: "backing" in self.children,
+            encryption=self._encryption,
         )
         self._compressing = CompressedWrites(self._clusters, self._codec, header.cluster_size)
         self._raw_data = None
@@ -212,7 +230,9 @@ class Qcow2Node(AmendNode, RequestNode):
             )
 
     def refresh_limits(self) -> None:
-        """Zeroes by subclusters, discards by clusters."""
+        """Zeroes by subclusters, discards by clusters; encryption by sectors."""
+        if self.is_encrypted:
+            self.limits.request_alignment = max(self.limits.request_alignment, SECTOR_SIZE)
         self.limits.pwrite_zeroes_alignment = self._header.subcluster_size
         self.limits.pdiscard_alignment = self._header.cluster_size
 
@@ -263,8 +283,9 @@ class Qcow2Node(AmendNode, RequestNode):
             directory = await load_directory(self._file, self._header)
         except (ImageError, BlockError) as error:
             raise ConfigError(f"Could not read the image's bitmaps: {error}") from None
+        encryption = self._opened.facts() if self._opened is not None else None
         return image_info.FormatInfo(
-            self.driver_name, format_info.qcow2_facts(self._header, directory)
+            self.driver_name, format_info.qcow2_facts(self._header, directory, encryption)
         )
 
     async def driver_flush_to_os(self) -> None:
@@ -281,7 +302,11 @@ class Qcow2Node(AmendNode, RequestNode):
     def close_complaints(self, error: OSError) -> tuple[str, ...]:
         """Which tables could not be written."""
         tables, counts = self._metadata.unwritten
-        kinds = ("L2 table",) * tables + ("refcount block",) * counts
+        # As in QEMU, each of them ends with a flush, which fails as well if there is something to be flushed.
+        file = self._file.node
+        unflushed = file.write_log.generation > max(file.flushed_gen, 0)
+        kinds = ("L2 table",) * (tables or unflushed)
+        kinds += ("refcount block",) * (counts or unflushed)
         return tuple(f"Failed to flush the {kind} cache: {error.strerror}" for kind in kinds)
 
     async def driver_truncate(self, length: int, preallocation: Preallocation) -> None:
@@ -316,7 +341,21 @@ class Qcow2Node(AmendNode, RequestNode):
             raise BlockError(
                 errno.ENOTSUP, f"{self.node_name}: a raw data file cannot be emptied by tables"
             )
-        await self._change(self._clusters.make_empty())
+        keeps_bitmaps = any(bitmap.persistent for bitmap in self.bitmaps)
+        at_once = emptying.can_be_emptied(self._header) and not keeps_bitmaps
+        await self._change(self._make_empty() if at_once else self._clusters.make_empty())
+
+    async def _make_empty(self) -> None:
+        clusters, end = self._clusters, self._metadata.l1_covers
+        async with clusters.locks.held(0, end, alone=True):
+            await clusters.let_go(0, end, [])
+            try:
+                await to_the_end(emptying.empty(self._file, self._metadata))
+                await self._reload()
+            except (BlockError, ConfigError) as error:
+                self._is_corrupt = True  # until it is opened anew
+                why = f"the image could not be emptied: {error}"
+                raise BlockError(error.errno or errno.EIO, why) from None
 
     async def driver_inactivate(self) -> None:
         """Write what only this process knows."""
@@ -408,4 +447,5 @@ class Qcow2Node(AmendNode, RequestNode):
 
 
 def _unusable(error: ImageError) -> ConfigError:
-    return ConfigError(f"Image is not usable: {error}", qemu_text=str(error))
+    text = f"{error}\n{error.hint}" if isinstance(error, SnapshotTableError) else str(error)
+    return ConfigError(f"Image is not usable: {error}", qemu_text=text)

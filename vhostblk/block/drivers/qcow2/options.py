@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vhostblk.block.drivers.qcow2.header import Compatible, Header
-from vhostblk.block.options import BOOLEAN, SIZE, OptionType, choice, option, to_integer
+from vhostblk.block.drivers.qcow2.header import Compatible, Crypt, Header
+from vhostblk.block.options import BOOLEAN, SIZE, STRING, OptionType, choice, option, to_integer
 from vhostblk.errors import ConfigError
 
 _INT32_MAX = (1 << 31) - 1
@@ -137,12 +137,24 @@ class Qcow2Options:
         mutable=True,
     )
 
+    encrypt_format: str | None = option(
+        STRING, None, name="encrypt.format", about="how it has to be encrypted: luks or aes"
+    )
+    encrypt_key_secret: str | None = option(
+        STRING,
+        None,
+        name="encrypt.key-secret",
+        about="id of the secret with the password of an encrypted image",
+        strong=True,
+    )
+
     def check(self, header: Header) -> None:
         """Whether they go together, and this image allows them.
 
         Raises:
             ConfigError: the first that is wrong.
         """
+        self._check_encryption(header)
         self._check_caches()
         l2, slice_ = self.l2_bytes(header), self.slice_bytes(header)
         self._check_size("L2 cache size", l2 // slice_)
@@ -166,6 +178,20 @@ class Qcow2Options:
         for name, size in (("l2-cache-size", l2), ("refcount-cache-size", refcounts)):
             if size is not None and size > both:
                 raise ConfigError(f"{name} may not exceed cache-size")
+
+    def _check_encryption(self, header: Header) -> None:
+        wanted = self.encrypt_format
+        if wanted is None:
+            return
+        there = Crypt(header.crypt).name.lower()
+        if not header.crypt:
+            raise ConfigError(
+                f"No encryption in image header, but options specified format '{wanted}'"
+            )
+        if wanted != there:
+            raise ConfigError(
+                f"Header reported '{there}' encryption format but options specify '{wanted}'"
+            )
 
     def _check_size(self, what: str, entries: int) -> None:
         if entries > _INT32_MAX:

@@ -8,7 +8,8 @@ Theory of operation: counts that are too low can lose data, those that are too h
    name them. The old ones are whole until then, and leaked afterwards;
 3. flags of clusters that may be written in place are made to agree with what the counts are going to be; a flush;
 4. counts that are too high are lowered; a flush; what is free now goes back to the host;
-5. if nothing is wrong any more, the header is cleared of what said so.
+5. the table of snapshots is written anew, if it was not what it should be (`snapshot_repair.py`);
+6. if nothing is wrong any more, the header is cleared of what said so.
 
 Whenever it is interrupted, what the disk shows is the same, nothing that is referred to is counted as free that was not
 before, and the next repair finishes it.
@@ -20,27 +21,28 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from array import array
 from dataclasses import replace
 
 from vhostblk.block.check import CheckResult
 from vhostblk.block.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import (
-    MAX_OFFSET,
-    MAX_REFCOUNT_TABLE_BYTES,
     SUBCLUSTERS,
     Header,
     Incompatible,
 )
+from vhostblk.block.drivers.qcow2.l2_table import L2Table
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
-from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
-from vhostblk.block.drivers.qcow2.survey import MOST_BYTES, L2Table, Survey, difference
-from vhostblk.block.drivers.qcow2.tables import OFFSETS, Table, read_table
+from vhostblk.block.drivers.qcow2.rebuild import write_new_counts
+from vhostblk.block.drivers.qcow2.recorded import difference
+from vhostblk.block.drivers.qcow2.snapshot_repair import SnapshotRepair
+from vhostblk.block.drivers.qcow2.snapshots import SnapshotTable
+from vhostblk.block.drivers.qcow2.survey import MOST_BYTES, Survey
+from vhostblk.block.drivers.qcow2.tables import OFFSETS, read_table
 from vhostblk.block.drivers.qcow2.tally import PIECE, Tally, differences
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import CheckMode
 from vhostblk.block.iov import IoVec
-from vhostblk.errors import BlockError, ConfigError, ImageError
+from vhostblk.errors import BlockError, ImageError
 
 _ZERO = 1
 _ALL = (1 << SUBCLUSTERS) - 1
@@ -79,21 +81,6 @@ async def check_image(
         result.corruptions += work.not_dropped
 
 
-async def repair_dirty(file: Edge, header: Header) -> CheckResult:
-    """Repair an image that was not closed by somebody who puts off reference counts.
-
-    Raises:
-        ConfigError: it cannot be.
-    """
-    result = CheckResult()
-    await check_image(file, header, CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS, result)
-    if not result.is_clean:
-        left = [message for message in result.messages if message.startswith("ERROR")]
-        why = left[-1].removeprefix("ERROR ") if left else "leaks"
-        raise ConfigError(f"Could not repair dirty image: {why}", errno.EIO)
-    return result
-
-
 class _Repair:
     """One repair, or a check only.
 
@@ -113,6 +100,7 @@ class _Repair:
         self._survey = self._new_survey(header, result)
         self.not_dropped = 0
         self._places = TablePlaces(header.cluster_bits)
+        self._snapshots = SnapshotTable()
 
     def _new_survey(self, header: Header, result: CheckResult) -> Survey:
         return Survey(self._file, header, result, fixes=self._errors, most_bytes=self._most_bytes)
@@ -124,12 +112,34 @@ class _Repair:
             BlockError: the child's errno.
             ImageError: why nothing, or nothing more, can be done.
         """
+        table = SnapshotRepair(self._file, self._header, self._result, fixes=self._errors)
+        loaded = await table.load()
+        if loaded is None:
+            return
+        self._snapshots = loaded
+        if table.header != self._header:
+            self._header = table.header
+            self._survey = self._new_survey(self._header, self._result)
+        try:
+            await self._check_counts()
+        finally:
+            table.count_wrong()
+        if table.is_wrong and self._errors:
+            try:
+                self._header = await table.write(self._header, await self._places_of_tables())
+            except (BlockError, ImageError) as error:
+                raise ImageError(f"failed to update snapshot table: {error}") from None
+        if self._fix and self._result.is_clean_but_for_leaks:
+            await self._clear_marks()
+
+    async def _check_counts(self) -> None:
+        """How often clusters are used, and who may write in place."""
         result, survey = self._result, self._survey
-        await survey.count()
+        await survey.count(self._snapshots)
         self.not_dropped = len(survey.misaligned)
         await survey.compare()
         if not self._fix:
-            await self._check_flags(survey.recorded, repair=False)
+            await self._check_flags(survey.recorded.tally, repair=False)
             return
         if result.check_errors and not survey.must_rebuild:
             raise ImageError("What could not be read is not repaired")
@@ -148,8 +158,6 @@ class _Repair:
         if self._leaks:
             await self._write_counts(survey, raises=False)
         result.image_end_offset = final.end() * self._header.cluster_size
-        if not result.check_errors and not result.corruptions:
-            await self._clear_marks()
 
     # ------------------------------------------------------------------ entries
 
@@ -180,15 +188,15 @@ class _Repair:
         if with_l1:
             ranges += [(header.l1_offset, header.l1_entries * 8)]
         ranges += [(header.refcount_table_offset, header.refcount_table_clusters * size)]
-        ranges += (await load_snapshots(self._file, header)).places()
-        ranges += [(entry, size) for entry in self._survey.refcount_table if entry]
+        ranges += self._snapshots.places(size)
+        ranges += [(entry, size) for entry in self._survey.recorded.table if entry]
         places.add_all(at for start, length in ranges for at in range(start, start + length, size))
         return places
 
     def _announce(self, survey: Survey) -> None:
         """Say which counts are going to be changed, and which are not."""
-        for number in sorted({*survey.used.pieces(), *survey.recorded.pieces()}):
-            recorded, used = survey.recorded.piece(number), survey.used.piece(number)
+        for number in sorted({*survey.used.pieces(), *survey.recorded.tally.pieces()}):
+            recorded, used = survey.recorded.tally.piece(number), survey.used.piece(number)
             if recorded == used:
                 continue
             for at, count, uses in differences(recorded, used):
@@ -247,11 +255,11 @@ class _Repair:
     async def _check_l2_flags(self, table: L2Table, counts: Tally, *, repair: bool) -> int:
         """The same in one L2 table. Returns how many are repaired."""
         survey, size = self._survey, self._header.cluster_size
-        if survey.is_scattered(table) and self._flags_are_right(table, counts):
+        if survey.entries.is_scattered(table) and self._flags_are_right(table, counts):
             return 0
         wrong: list[tuple[int, int]] = []
-        for index, count, entry, _ in survey.runs(table):
-            if entry & COMPRESSED or not survey.has_place(entry):
+        for index, count, entry, _ in survey.entries.runs(table):
+            if entry & COMPRESSED or not survey.entries.has_place(entry):
                 continue
             is_copied = bool(entry & COPIED)
             if self._header.has_data_file:
@@ -279,7 +287,7 @@ class _Repair:
                 table.entries[index] ^= COPIED
             first, last = wrong[0][0], wrong[-1][0] + 1
             at = table.offset + first * self._header.l2_entry_size
-            entries = _bytes_of(table, first, last)
+            entries = table.to_bytes(first, last)
             # It may be no L2 table at all.
             self._places.check("Preventing invalid write", at, len(entries))
             await self._write(at, entries)
@@ -296,29 +304,28 @@ class _Repair:
             all(entry & COPIED for entry in entries)
             and max(clusters, default=-1) < survey.clusters
             and all(
-                survey.recorded_is_known(block * survey.per_block)
-                for block in {cluster // survey.per_block for cluster in clusters}
+                survey.recorded.is_known(block * survey.recorded.per_block)
+                for block in {cluster // survey.recorded.per_block for cluster in clusters}
             )
             and counts.each_is_one(clusters)
         )
 
     def _all_are_one(self, counts: Tally, cluster: int, count: int) -> bool:
-        survey = self._survey
+        recorded, end = self._survey.recorded, cluster + count
         return (
-            cluster // PIECE == (cluster + count - 1) // PIECE
-            and cluster + count <= survey.clusters
+            end <= self._survey.clusters
             and counts.all_are_one(cluster, count)
-            and survey.recorded_is_known(cluster)
-            and survey.recorded_is_known(cluster + count - 1)
+            and all(map(recorded.is_known, range(cluster, end, recorded.per_block)))
+            and recorded.is_known(end - 1)
         )
 
     async def _count_of(self, counts: Tally, offset: int) -> int | None:
         """How often a cluster is going to be counted; None: nobody knows."""
         cluster = offset >> self._header.cluster_bits
         survey = self._survey
-        if cluster < survey.clusters and survey.recorded_is_known(cluster):
+        if cluster < survey.clusters and survey.recorded.is_known(cluster):
             return counts.get(cluster)
-        return await survey.recorded_count(cluster)
+        return await survey.recorded.count(cluster)
 
     # ------------------------------------------------------------------ counts where they are
 
@@ -328,8 +335,8 @@ class _Repair:
         freed: list[tuple[int, int]] = []
         changed: dict[int, list[tuple[int, int]]] = {}
         is_written = False
-        for number in sorted({*survey.used.pieces(), *survey.recorded.pieces()}):
-            recorded, used = survey.recorded.piece(number), survey.used.piece(number)
+        for number in sorted({*survey.used.pieces(), *survey.recorded.tally.pieces()}):
+            recorded, used = survey.recorded.tally.piece(number), survey.used.piece(number)
             if recorded == used:
                 final.share(number, survey.used)
                 continue
@@ -341,7 +348,9 @@ class _Repair:
                 target[at] = uses
                 if is_low is raises:
                     cluster = number * PIECE + at
-                    changed.setdefault(cluster // survey.per_block, []).append((cluster, uses))
+                    changed.setdefault(cluster // survey.recorded.per_block, []).append(
+                        (cluster, uses)
+                    )
                     self._count_fixed(is_low=is_low)
                     if not uses and len(freed) < _MOST_RUNS:
                         _add_run(freed, cluster)
@@ -369,12 +378,12 @@ class _Repair:
         self, survey: Survey, changed: dict[int, list[tuple[int, int]]]
     ) -> None:
         for index, counts in changed.items():
-            block = await survey.recorded_block(index)
+            block = await survey.recorded.block(index)
             assert block is not None
             for cluster, count in counts:
-                block[cluster % survey.per_block] = count
-            await self._write(survey.refcount_table[index], survey.codec.encode(block))
-            survey.forget_block()
+                block[cluster % survey.recorded.per_block] = count
+            await self._write(survey.recorded.table[index], survey.recorded.codec.encode(block))
+            survey.recorded.forget_block()
 
     async def _give_back(self, freed: list[tuple[int, int]]) -> None:
         size = self._header.cluster_size
@@ -388,22 +397,13 @@ class _Repair:
         """Write all counts anew; and look at what that has made of the image."""
         result, old = self._result, self._survey
         result.say("Rebuilding refcount structure")
-        blocks, table_offset = self._place_all(old)
-        for index, cluster in blocks.items():
-            await self._write(cluster << self._header.cluster_bits, self._new_block(index))
-        table = array("Q", [0]) * (table_offset[1] * self._header.cluster_size // 8)
-        for index, cluster in blocks.items():
-            table[index] = cluster << self._header.cluster_bits
-        await self._write(table_offset[0], OFFSETS.encode(table))
-        await self._file.flush()
-        await self._write_header(
-            refcount_table_offset=table_offset[0], refcount_table_clusters=table_offset[1]
-        )
+        new = await write_new_counts(self._file, self._header, old)
+        await self._write_header(refcount_table_offset=new[0], refcount_table_clusters=new[1])
         # What the old counts took is leaked now, and nothing else.
         found = CheckResult(tell=result.say)
         again = Survey(self._file, self._header, found, most_bytes=self._most_bytes)
         self._survey = again
-        await again.count()
+        await again.count(self._snapshots)
         await again.compare(says=False)
         if self._leaks:
             self._announce(again)
@@ -416,55 +416,6 @@ class _Repair:
         result.check_errors = 0
         again.result = result
         return again
-
-    def _place_all(self, survey: Survey) -> tuple[dict[int, int], tuple[int, int]]:
-        """Clusters for the new blocks, by index, and offset and clusters of the table."""
-        header, used = self._header, survey.used
-        entries = header.cluster_size // 8
-        blocks: dict[int, int] = {}
-        hint, clusters, table, end = 1, 0, 0, survey.clusters
-        while True:
-            missing = [index for index in self._needed_blocks(survey) if index not in blocks]
-            for index in missing:
-                hint = used.find_free(hint, 1, end)
-                end = max(end, hint + 1)
-                used.add(hint, 1)
-                blocks[index] = hint
-            if missing:
-                continue
-            needed = -(-(max(blocks) + 1) // entries)
-            if needed <= clusters:
-                break
-            for cluster in range(table, table + clusters):
-                used.set(cluster, 0)
-            clusters = needed
-            table = used.find_free(1, clusters, end)
-            end = max(end, table + clusters)
-            used.add(table, clusters)
-        size = clusters * header.cluster_size
-        if size > MAX_REFCOUNT_TABLE_BYTES or used.end() << header.cluster_bits > MAX_OFFSET:
-            raise ImageError("There is no room for new reference counts")
-        return blocks, (table << header.cluster_bits, clusters)
-
-    def _needed_blocks(self, survey: Survey) -> list[int]:
-        """Those that count anything."""
-        needed: dict[int, None] = {}
-        step = min(survey.per_block, PIECE)
-        for number in survey.used.pieces():
-            piece = survey.used.piece(number)
-            for at in range(0, PIECE, step):
-                if any(piece[at : at + step]):
-                    needed[(number * PIECE + at) // survey.per_block] = None
-        return list(needed)
-
-    def _new_block(self, index: int) -> bytes:
-        survey = self._survey
-        counts: Table = survey.used.empty()[:0]
-        first, end = index * survey.per_block, (index + 1) * survey.per_block
-        for start in range(first, end, PIECE):
-            at = start % PIECE
-            counts.extend(survey.used.piece(start // PIECE)[at : at + min(PIECE, end - start)])
-        return survey.codec.encode(counts)
 
     # ------------------------------------------------------------------ the header
 
@@ -481,16 +432,6 @@ class _Repair:
 
     async def _write(self, offset: int, data: bytes) -> None:
         await self._file.pwritev(offset, IoVec.of(data))
-
-
-def _bytes_of(table: L2Table, first: int, last: int) -> bytes:
-    """These entries as they are in the file."""
-    if table.bitmaps is None:
-        return OFFSETS.encode(table.entries[first:last])
-    pairs = array("Q", [0]) * (2 * (last - first))
-    pairs[::2] = table.entries[first:last]
-    pairs[1::2] = table.bitmaps[first:last]
-    return OFFSETS.encode(pairs)
 
 
 def _add_run(runs: list[tuple[int, int]], cluster: int) -> None:

@@ -13,7 +13,7 @@ import asyncio
 import errno
 from collections.abc import Coroutine
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostblk.block.drivers.qcow2 import measuring
 from vhostblk.block.drivers.qcow2.check_node import CheckNode
@@ -28,11 +28,14 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import align_down, align_up
+from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
 from vhostblk.block.status import BlockStatus, status_above
 from vhostblk.errors import BlockError, ImageError
+
+if TYPE_CHECKING:
+    from vhostblk.block.crypto.encrypted_file import Encryption
 
 T = TypeVar("T")
 
@@ -63,6 +66,7 @@ class RequestNode(CheckNode, Qcow2Extents):
     _raw_data: RawDataFile | None
     _codec: ClusterCodec
     _is_sparse: bool | None = None
+    _encryption: Encryption | None = None
 
     # ------------------------------------------------------------------ where bytes come from
 
@@ -97,7 +101,9 @@ class RequestNode(CheckNode, Qcow2Extents):
             part = iov if count == iov.length else iov.slice(at - offset, count)
             if self._file.node.has_debug_events and run.kind in _READ_EVENTS:
                 await self._file.debug_event(_READ_EVENTS[run.kind])
-            if run.kind is Kind.NORMAL:
+            if run.kind is Kind.NORMAL and self._encryption is not None:
+                await self._encryption.read(self._data, at, run.host + at - run.start, part)
+            elif run.kind is Kind.NORMAL:
                 await self._data.preadv(run.host + at - run.start, part)
             elif run.kind is Kind.COMPRESSED:
                 await self._read_compressed(run, at - run.start, part)
@@ -126,6 +132,7 @@ class RequestNode(CheckNode, Qcow2Extents):
 
     async def driver_load_vm_state(self, offset: int, iov: IoVec) -> None:
         """As if the disk went on."""
+        self._check_vm_state(offset, iov)
         await self._file.debug_event("vmstate_load")
         try:
             await self._read(self._vm_state_offset + offset, iov)
@@ -134,8 +141,13 @@ class RequestNode(CheckNode, Qcow2Extents):
 
     async def driver_save_vm_state(self, offset: int, iov: IoVec) -> None:
         """As if the disk went on; the L1 table grows if it has to."""
+        self._check_vm_state(offset, iov)
         await self._file.debug_event("vmstate_save")
         await self._change(self._save_vm_state(self._vm_state_offset + offset, iov))
+
+    def _check_vm_state(self, offset: int, iov: IoVec) -> None:
+        if self.is_encrypted and (offset | iov.length) % SECTOR_SIZE:
+            raise BlockError(errno.EINVAL, f"{self.node_name}: encrypted by whole sectors only")
 
     async def _save_vm_state(self, place: int, iov: IoVec) -> None:
         await self._metadata.make_room(place + iov.length)
@@ -152,23 +164,40 @@ class RequestNode(CheckNode, Qcow2Extents):
         if start < end:
             await self.revoke(start, end - start)
 
-    async def driver_prepare_writes(self, ranges: Ranges) -> tuple[list[HostExtent], Ranges]:
+    async def driver_prepare_writes(
+        self, ranges: Ranges, *, at_once: bool = False
+    ) -> tuple[list[HostExtent], Ranges]:
         """Clusters get a place; those of external data files have one."""
         if self._data is not self._file:
             return [], ranges
         backing = self.children.get("backing")
         backed = backing.node.length if backing is not None else 0
-        new, there = await self._change(self._first_writes.prepare(ranges, backed))
+        new, there = await self._change(self._prepare(ranges, backed, at_once))
         return await self._extents_of(new), there
+
+    async def _prepare(
+        self, ranges: Ranges, backed: int, at_once: bool
+    ) -> tuple[list[Run], Ranges]:
+        new, there = await self._first_writes.prepare(ranges, backed, at_once)
+        moves = self.moves
+        await self._hand_down()
+        # What was true until then has to be looked up again.
+        return (new, there) if self.moves == moves else ([], ranges)
 
     async def driver_pwritev(self, offset: int, length: int, iov: IoVec, flags: int) -> None:
         """In place, or to new clusters; or compressed."""
         if flags & _WRITE_COMPRESSED:
             if self._data is not self._file:
                 raise BlockError(errno.ENOTSUP, f"{self.node_name}: not in an external data file")
+            if self.is_encrypted:
+                raise BlockError(errno.ENOTSUP, f"{self.node_name}: either compressed or encrypted")
             if not self._is_whole(offset, length, self.cluster_size):
                 raise BlockError(errno.EINVAL, f"{self.node_name}: only whole clusters compress")
-            await self._change(self._compressing.write(offset, iov))
+            if length:
+                await self._change(self._compressing.write(offset, iov))
+            else:
+                # Nothing more comes: as QEMU does, the file ends with a whole sector.
+                await self._file.truncate(self._file.node.length)
             return
         await self._change(self._clusters.write(offset, iov))
 
@@ -221,11 +250,18 @@ class RequestNode(CheckNode, Qcow2Extents):
     async def _change(self, change: Coroutine[Any, Any, T]) -> T:
         try:
             self._check_whole()
-            return await change
+            result = await change
+            await self._hand_down()
+            return result
         except ImageError as error:
             raise await self._corrupt(error) from None
         finally:
             change.close()
+
+    async def _hand_down(self) -> None:
+        """Whoever comes after us if we are killed finds what has completed, where somebody counts on that."""
+        if self.is_outlived and self._metadata.is_dirty:
+            await self._metadata.sync()
 
     def can_discard(self) -> bool:
         """Clusters that are given up are used again."""
@@ -240,7 +276,7 @@ class RequestNode(CheckNode, Qcow2Extents):
         if run.kind is Kind.COMPRESSED:
             return BlockStatus(_COMPRESSED, count)
         flags = _FLAGS[run.kind]
-        if not run.has_host:
+        if not run.has_host or self.is_encrypted:
             return BlockStatus(flags, count)
         if precise and run.kind is Kind.NORMAL and await self._has_unwritten():
             flags |= _RECURSE
@@ -249,7 +285,7 @@ class RequestNode(CheckNode, Qcow2Extents):
 
     async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
         """All that one slice of a table says."""
-        if self._header.has_subclusters or self._header.has_data_file:
+        if self._header.has_subclusters or self._header.has_data_file or self.is_encrypted:
             return []
         recurse = _RECURSE if await self._has_unwritten() else 0
         try:
@@ -277,7 +313,7 @@ class RequestNode(CheckNode, Qcow2Extents):
                 return True
         except ImageError:
             return False
-        return self._data.node.has_zero_init()
+        return not self.is_encrypted and self._data.node.has_zero_init()
 
     # ------------------------------------------------------------------ the engine
 

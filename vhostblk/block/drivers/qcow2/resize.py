@@ -26,6 +26,8 @@ from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.errors import BlockError
 
 _ALL_ZERO = ((1 << SUBCLUSTERS) - 1) << SUBCLUSTERS
+_ZERO = 1
+_PIECE = 1 << 20
 _ALLOCATES = (Preallocation.FALLOC, Preallocation.FULL)
 
 
@@ -188,6 +190,9 @@ class Resize:
 
     async def _preallocate(self, start: int, end: int, mode: Preallocation) -> None:
         """Give the clusters `start`..`end`, which have no place, one that reads as zeroes."""
+        if self._header.crypt and self._header.version < 3:  # what is there reads as anything
+            await self._write_zeroes(start, end)
+            return
         if self._header.has_data_file:
             await self._map(start, [(start, (end - start) // self._size)])
             return
@@ -210,6 +215,11 @@ class Resize:
             for host, count in runs:
                 await refcounts.release(host, count * self._size)
             raise
+
+    async def _write_zeroes(self, start: int, end: int) -> None:
+        for at in range(start, end, max(_PIECE, self._size)):
+            count = min(max(_PIECE, self._size), end - at)
+            await self._clusters.write(at, IoVec.of(bytes(count)))
 
     async def _make_room(self, runs: list[tuple[int, int]], mode: Preallocation) -> None:
         """A file that has these clusters, as zeroes."""
@@ -238,10 +248,12 @@ class Resize:
             stop = metadata.slice_start(at) + metadata.slice_covers
             mapped = min(count, (stop - at) // self._size)
             for cluster in range(at, at + mapped * self._size, self._size):
-                bitmap = 0
-                if self._header.has_subclusters and cluster < self._backing:
+                entry, bitmap = (host + cluster - at) | COPIED, 0
+                if self._header.has_subclusters and (cluster < self._backing or self._header.crypt):
                     bitmap = _ALL_ZERO
-                metadata.change(slice_, cluster, (host + cluster - at) | COPIED, bitmap)
+                elif self._header.crypt:
+                    entry |= _ZERO
+                metadata.change(slice_, cluster, entry, bitmap)
             at += mapped * self._size
             if mapped < count:
                 runs[0] = host + mapped * self._size, count - mapped

@@ -38,6 +38,9 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ImageError
 
+# Of an L2 entry without subclusters: the cluster reads as zeroes.
+ZERO = 1
+
 Fields: TypeAlias = dict[str, int]
 """What the header is going to say."""
 
@@ -89,8 +92,65 @@ class SnapshotChange:
         """The table, as version 3 wants it; raises as `create`."""
         return await self._replace_snapshots(list(self._snapshots.snapshots))
 
+    async def without_zeroes(self, *, has_backing: bool) -> Fields:
+        """All snapshots without zero clusters, which version 2 does not have; active tables have none any more.
+
+        Args:
+            has_backing: what is not allocated may show something: there are clusters of zeroes instead.
+
+        Raises:
+            BlockError, ImageError: as `create`; EFBIG, EINVAL: an L1 table cannot be.
+        """
+        expanded: dict[int, int] = {}
+        fresh: list[int] = []
+        trees: list[tuple[Table, Table]] = []
+        snapshots: list[Snapshot] = []
+        await self._load_active()
+        for one in self._snapshots.snapshots:
+            one.check_l1(self._header.cluster_size)
+            old = await self._load_l1(one.l1_offset, one.l1_entries)
+            new = old[:]
+            for index, entry in enumerate(old):
+                if table := entry & OFFSET_MASK:
+                    if table not in expanded:
+                        expanded[table] = await self._expand(table, fresh, has_backing=has_backing)
+                    if expanded[table] != table:
+                        new[index] = expanded[table]
+            if new == old:
+                snapshots.append(one)
+                continue
+            trees.append((old, new))
+            await self._give_up(one.l1_offset, one.l1_bytes)
+            snapshots.append(replace(one, l1_offset=await self._write_l1(new)))
+        # What is new is counted once already, whoever uses it.
+        for _, new in trees:
+            await self._add_tree(new, 1)
+        await self._shadow.add(fresh, -1)
+        for old, _ in trees:
+            await self._add_tree(old, -1)
+        fields = await self._replace_active(await self._with_flags(await self._load_active()))
+        return fields | await self._replace_snapshots(snapshots)
+
+    async def _expand(self, table: int, fresh: list[int], *, has_backing: bool) -> int:
+        """Where an L2 table is that has clusters of zeroes, or none, instead of zero clusters; adds what is new."""
+        l2, size = await self._load_l2(table), self._header.cluster_size
+        zeroes = [index for index, entry in enumerate(l2) if entry & (ZERO | COMPRESSED) == ZERO]
+        if not zeroes:
+            return table
+        for index in zeroes:
+            l2[index] = 0
+            if has_backing:
+                l2[index] = await self._shadow.allocate(1)
+                fresh.append(l2[index] // size)
+                await self._file.pwrite_zeroes(l2[index], size)
+        place = await self._shadow.allocate(1)
+        fresh.append(place // size)
+        await self._file.pwritev(place, IoVec.of(OFFSETS.encode(l2)))
+        return place
+
     async def delete(self, snapshot: Snapshot) -> Fields:
-        """One snapshot less; raises as `create`."""
+        """One snapshot less; raises as `create`; BlockError EFBIG, EINVAL: its L1 table cannot be."""
+        snapshot.check_l1(self._header.cluster_size)
         await self._load_active()
         await self._add_tree(await self._load_l1(snapshot.l1_offset, snapshot.l1_entries), -1)
         await self._give_up(snapshot.l1_offset, snapshot.l1_bytes)
@@ -99,7 +159,8 @@ class SnapshotChange:
         return fields | await self._replace_snapshots(left)
 
     async def go_to(self, snapshot: Snapshot, size: int) -> Fields:
-        """What the snapshot shows becomes active, in a disk of this size; raises as `create`."""
+        """What the snapshot shows becomes active, in a disk of this size; raises as `delete`."""
+        snapshot.check_l1(self._header.cluster_size)
         old = await self._load_active()
         wanted = await self._load_l1(snapshot.l1_offset, snapshot.l1_entries)
         await self._add_tree(wanted, 1)

@@ -84,13 +84,19 @@ class SnapshotNode(BitmapNode):
     async def driver_snapshot_goto(self, id_: str) -> None:
         """Raises BlockError: ENOENT, ENOTSUP."""
         found = _existing((await self._snapshots()).find(id_, None))
+        try:
+            found.check_l1(self._header.cluster_size)
+        except BlockError as error:
+            log.error("%s", error, extra={"qemu_reports": [error.strerror]})
+            raise
         size = self._info_of(found).disk_size
         await self._change_snapshots(lambda change: change.go_to(found, size))
         self.set_length(align_down(self._header.size, SECTOR_SIZE))
 
     async def driver_snapshot_load(self, id_: str | None, name: str | None) -> SnapshotInfo:
-        """Raises BlockError: ENOENT, EIO: it is damaged."""
+        """Raises BlockError: ENOENT; EIO, EFBIG, EINVAL: it is damaged."""
         found = _existing((await self._snapshots()).find(id_, name))
+        found.check_l1(self._header.cluster_size)
         before = self._header
         try:
             self._header = self._header_of(found)
@@ -124,8 +130,8 @@ class SnapshotNode(BitmapNode):
 
     def _info_of(self, one: Snapshot) -> SnapshotInfo:
         return internal_snapshot.SnapshotInfo(
-            id=one.id,
-            name=one.name,
+            id=_shown(one.id, internal_snapshot.MAX_ID),
+            name=_shown(one.name, internal_snapshot.MAX_NAME),
             seconds=one.seconds,
             nanoseconds=one.nanoseconds,
             vm_clock=one.vm_clock,
@@ -170,6 +176,15 @@ class SnapshotNode(BitmapNode):
         self._is_corrupt = True
         log.error("node '%s': %s; open the image anew", self.node_name, why)
         return BlockError(errno.EIO, why)
+
+
+def _shown(text: str, most: int) -> str:
+    """What there is to see of a string in the table: as far as others read it."""
+    return (
+        text.partition("\0")[0]
+        .encode(errors="surrogateescape")[:most]
+        .decode(errors="surrogateescape")
+    )
 
 
 def _existing(found: Snapshot | None) -> Snapshot:

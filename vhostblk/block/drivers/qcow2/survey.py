@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from array import array
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
 from typing import TypeAlias
 
 from vhostblk.block.check import CheckResult
@@ -29,19 +28,17 @@ from vhostblk.block.drivers.qcow2.entries import (
     EntryReader,
 )
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
-from vhostblk.block.drivers.qcow2.snapshots import load_snapshots
+from vhostblk.block.drivers.qcow2.l2_table import L2Entries, L2Table
+from vhostblk.block.drivers.qcow2.recorded import BLOCK_RESERVED, RecordedCounts
+from vhostblk.block.drivers.qcow2.snapshots import SnapshotTable
 from vhostblk.block.drivers.qcow2.tables import (
     OFFSETS,
-    Codec,
     Table,
-    count_alike,
     read_bytes,
-    read_table,
 )
-from vhostblk.block.drivers.qcow2.tally import PIECE, Tally, differences
+from vhostblk.block.drivers.qcow2.tally import Tally
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
-from vhostblk.block.limits import MAX_LENGTH
 from vhostblk.block.status import block_status
 from vhostblk.errors import BlockError, ImageError
 
@@ -52,8 +49,6 @@ _ZERO = 1
 _ALL = (1 << SUBCLUSTERS) - 1
 # Bits of a standard descriptor that have no meaning.
 _L2_RESERVED = 0x3F00_0000_0000_01FE
-_REFCOUNT_RESERVED = 0x1FF
-_REFCOUNT_OFFSET = ~_REFCOUNT_RESERVED & (1 << 64) - 1
 # L2 tables to remember before they are read, so that those that are shared are read once.
 _AT_ONCE = 1 << 18
 _PIECE = 1 << 20
@@ -61,29 +56,12 @@ _MOST_MISALIGNED = 1 << 16
 # All tables together have that many bytes more than the file at most, if they are no trick.
 _SLACK = 64 << 20
 _OFTEN = 16
-# Neighbours that are looked at to see how long runs are.
-_SAMPLES = 64
 # Lines about a table that are said again.
 _MOST_HEARD = 1 << 14
 
 
 # An entry, whether its table is the active one, None, its number; or where a table is, which comes before its entries.
 _L1Entry: TypeAlias = tuple[int, bool, tuple[int, int] | None, int]
-
-
-@dataclass(slots=True)
-class L2Table:
-    """One that was read.
-
-    Attributes: bitmaps: of subclusters, if there are any. times: who refers to it. active: how many of those are in the
-        active L1 table.
-    """
-
-    offset: int
-    entries: Table
-    bitmaps: Table | None
-    times: int
-    active: int
 
 
 class Survey:
@@ -95,7 +73,8 @@ class Survey:
 
     Attributes:
         used: how often each cluster is referred to.
-        recorded: what the image says about that; pieces that agree are the same.
+        recorded: what the image says about that.
+        entries: what entries of L2 tables are like.
         clusters: of the file.
         structural: corruptions besides counts that are too low.
         is_cut: something begins in the file and ends behind it, so what it uses was not counted.
@@ -116,11 +95,9 @@ class Survey:
         self.file = file
         self.header = header
         self.result = result
-        self.codec = Codec(header.refcount_order)
-        self.per_block = header.cluster_size * 8 >> header.refcount_order
         self.used = Tally(header.refcount_order, most_bytes)
-        self.recorded = Tally(header.refcount_order, most_bytes)
-        self.refcount_table: Table = array("Q")
+        self.recorded = RecordedCounts(file, header, most_bytes)
+        self.entries = L2Entries(header)
         self.clusters = 0
         self.structural = 0
         self.must_rebuild = self.is_cut = False
@@ -133,12 +110,14 @@ class Survey:
         self._length = file.node.length
         self._most_read = self._budget = 0
         self._heard: list[str] | None = None
-        self._block: tuple[int, Table] = (-1, array("B"))
 
     # ------------------------------------------------------------------ counting
 
-    async def count(self) -> None:
+    async def count(self, snapshots: SnapshotTable) -> None:
         """Count all references.
+
+        Args:
+            snapshots: the image's.
 
         Raises:
             BlockError: the child's errno; EFBIG: too large to be checked.
@@ -150,17 +129,26 @@ class Survey:
             raise ImageError(f"The file has too many clusters to be checked: {self.clusters}")
         result.total_clusters = -(-header.size // self._size)
         self._most_read = min(self._length, _OFTEN * await self._allocated()) + _SLACK
-        snapshots = await load_snapshots(self.file, header)
         self._refer(0, self._size)
         l1_tables = [(header.l1_offset, header.l1_entries, True)]
-        l1_tables += [(one.l1_offset, one.l1_entries, False) for one in snapshots.snapshots]
+        if header.has_data_file and snapshots.snapshots:
+            self.wrong(f"ERROR {len(snapshots.snapshots)} snapshots in image with data file")
+        bad = []
+        for one in snapshots.snapshots:
+            if problem := one.l1_problem(self._size):
+                bad.append(f"ERROR snapshot {one.id} ({one.name}) {problem}")
+            else:
+                l1_tables += [(one.l1_offset, one.l1_entries, False)]
         async for table in self.l2_tables(l1_tables, check=True):
             self._count_l2(table)
+        for message in bad:
+            self.wrong(message)
         self._refer(snapshots.offset, snapshots.length)
         length = header.refcount_table_clusters * self._size
         self._refer(header.refcount_table_offset, length)
+        self._refer(*header.crypt_area)
         await self._count_bitmaps()
-        self.refcount_table = await read_table(self.file, header.refcount_table_offset, length // 8)
+        await self.recorded.load()
         self._count_blocks()
         self.structural = result.corruptions
 
@@ -302,10 +290,10 @@ class Survey:
         return OFFSETS.decode(data) if data.count(0) < length else array("Q")
 
     def _count_l2(self, table: L2Table) -> None:
-        if self.is_scattered(table) and self._count_scattered(table):
+        if self.entries.is_scattered(table) and self._count_scattered(table):
             return
         expected = 0
-        for index, count, entry, bitmap in self.runs(table):
+        for index, count, entry, bitmap in self.entries.runs(table):
             if entry & COMPRESSED:
                 self._count_compressed(table, index, entry, bitmap)
                 continue
@@ -314,7 +302,7 @@ class Survey:
                 self._wrong_run(
                     "ERROR found l2 entry with reserved bits set: ", entry, count, table.times
                 )
-            if not self.has_place(entry):
+            if not self.entries.has_place(entry):
                 if self._extended and bitmap & _ALL:
                     for _ in range(count):
                         self.wrong(
@@ -343,18 +331,6 @@ class Survey:
             else:
                 for at in range(count):
                     self._refer(offset + at * self._size, self._size, table.times)
-
-    def is_scattered(self, table: L2Table) -> bool:
-        """Whether runs of clusters are so short that it is faster to look at each; a guess."""
-        if self._extended or self._has_data_file:
-            return False
-        entries, size = table.entries, self._size
-        step = max(len(entries) // _SAMPLES, 1)
-        breaks = sum(
-            entries[at + 1] - entries[at] not in (0, size)
-            for at in range(0, len(entries) - 1, step)
-        )
-        return breaks > _SAMPLES // 8
 
     def _count_scattered(self, table: L2Table) -> bool:
         """Count each cluster; False, and nothing is counted: something may be wrong with one."""
@@ -417,37 +393,6 @@ class Survey:
         self.result.compressed_clusters += table.active
         self.result.fragmented_clusters += table.active
 
-    def has_place(self, entry: int) -> bool:
-        """Whether an entry, not of a compressed cluster, names a place of a cluster."""
-        if entry & OFFSET_MASK:
-            return True
-        if not self._has_data_file:
-            return False
-        is_zero = entry & _ZERO and not self._extended
-        return bool(entry & COPIED) and not is_zero
-
-    def runs(self, table: L2Table) -> Iterator[tuple[int, int, int, int]]:
-        """Entries that can be looked at together: index, how many, the first, its bitmap.
-
-        They have all the same bits, and either no place or consecutive ones.
-        """
-        entries, bitmaps = table.entries, table.bitmaps
-        at, end = 0, len(entries)
-        while at < end:
-            entry = entries[at]
-            bitmap = bitmaps[at] if bitmaps is not None else 0
-            step = self._size if entry & OFFSET_MASK else 0
-            count = 1
-            is_plain = not entry & COMPRESSED and not entry & OFFSET_MASK & (self._size - 1)
-            if at + 1 < end and entries[at + 1] != entry + step:
-                pass  # most runs of one are seen at once
-            elif is_plain and (entry & OFFSET_MASK) + (end - at) * step <= OFFSET_MASK:
-                count = count_alike(entries, at, entry, step)
-                if bitmaps is not None:
-                    count = min(count, count_alike(bitmaps, at, bitmap, 0))
-            yield at, count, entry, bitmap
-            at += count
-
     # ------------------------------------------------------------------ bitmaps and reference counts
 
     async def _count_bitmaps(self) -> None:
@@ -464,9 +409,9 @@ class Survey:
                         self._refer(entry & OFFSET_MASK, self._size)
 
     def _count_blocks(self) -> None:
-        for index, entry in enumerate(self.refcount_table):
-            offset = entry & _REFCOUNT_OFFSET
-            if entry & _REFCOUNT_RESERVED:
+        for index, entry in enumerate(self.recorded.table):
+            offset = entry & ~BLOCK_RESERVED
+            if entry & BLOCK_RESERVED:
                 self._wrong_block(f"ERROR refcount table entry {index} has reserved bits set")
             elif offset % self._size:
                 self._wrong_block(
@@ -485,30 +430,8 @@ class Survey:
         self.wrong(message)
         self.must_rebuild = True
 
-    async def recorded_block(self, index: int) -> Table | None:
-        """A block of reference counts as it is in the file; None: there is none.
-
-        Raises:
-            BlockError: the child's errno.
-            ImageError: its place is wrong.
-        """
-        entry = self.refcount_table[index] if index < len(self.refcount_table) else 0
-        offset = entry & _REFCOUNT_OFFSET
-        if not self._can_be_read(offset):
-            raise ImageError(f"Reference count block {index} is where none can be")
-        if not offset or offset >= self._length:
-            return None
-        if self._block[0] != index:
-            data = await read_bytes(self.file, offset, self._size)
-            self._block = (index, self.codec.decode(data))
-        return self._block[1]
-
-    def forget_block(self) -> None:
-        """It was changed in the file."""
-        self._block = (-1, array("B"))
-
     async def compare(self, *, says: bool = True) -> None:
-        """Compare what is recorded to what was counted; sets `recorded`.
+        """Compare what is recorded to what was counted.
 
         Args:
             says: what differs is said.
@@ -516,78 +439,5 @@ class Survey:
         Raises:
             BlockError: the child's errno.
         """
-        for number in range(-(-self.clusters // PIECE)):
-            if not number % 64:
-                await asyncio.sleep(0)
-            recorded = await self._recorded_piece(number) or self.used.empty()
-            used = self.used.piece(number)
-            if recorded == used:
-                self.recorded.share(number, self.used)
-                continue
-            self.recorded.put(number, recorded)
-            for at, count, uses in differences(recorded, used):
-                self._differs(count, uses)
-                if says:
-                    self.result.say(
-                        difference(
-                            "ERROR" if count < uses else "Leaked", number * PIECE + at, count, uses
-                        )
-                    )
-        self.result.image_end_offset = max(self.used.end(), self.recorded.end()) * self._size
-
-    def _differs(self, count: int, uses: int) -> None:
-        if count < uses:
-            self.result.corruptions += 1
-            self.must_rebuild |= not count
-        else:
-            self.result.leaks += 1
-
-    async def _recorded_piece(self, number: int) -> Table | None:
-        """The recorded counts of these clusters of the file; None: there are none."""
-        start = number * PIECE
-        length = min(PIECE, self.per_block)
-        blocks = []
-        for first in range(start, min(start + PIECE, self.clusters), length):
-            index, at = divmod(first, self.per_block)
-            try:
-                block = await self.recorded_block(index)
-            except ImageError:
-                # Nobody knows what it says.
-                self.result.check_errors += min(length, self.clusters - first)
-                block = None
-            if block is not None:
-                blocks.append((first - start, block[at : at + length]))
-        if not blocks:
-            return None
-        piece = self.used.empty()
-        for at, part in blocks:
-            piece[at : at + len(part)] = part
-        # Behind the end of the file there is nothing to compare.
-        inside = min(self.clusters - start, PIECE)
-        piece[inside:] = self.used.empty()[inside:]
-        return piece
-
-    async def recorded_count(self, cluster: int) -> int | None:
-        """What the image says about one cluster, wherever it is; None: nobody knows."""
-        if cluster < self.clusters and self.recorded_is_known(cluster):
-            return self.recorded.get(cluster)
-        try:
-            block = await self.recorded_block(cluster // self.per_block)
-        except ImageError:
-            return None
-        return block[cluster % self.per_block] if block is not None else 0
-
-    def recorded_is_known(self, cluster: int) -> bool:
-        """Whether the block that says it is where a block can be."""
-        index = cluster // self.per_block
-        if index >= len(self.refcount_table):
-            return True
-        return self._can_be_read(self.refcount_table[index] & _REFCOUNT_OFFSET)
-
-    def _can_be_read(self, offset: int) -> bool:
-        return not offset % self._size and offset + self._size <= MAX_LENGTH
-
-
-def difference(word: str, cluster: int, count: int, uses: int) -> str:
-    """The line about a cluster whose recorded count is not how often it is used."""
-    return f"{word} cluster {cluster} refcount={count} reference={uses}"
+        recorded, result = self.recorded, self.result
+        self.must_rebuild |= await recorded.compare(self.used, self.clusters, result, says=says)

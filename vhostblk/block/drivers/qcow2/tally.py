@@ -119,10 +119,16 @@ class Tally:
         return all(pieces[one // PIECE][one % PIECE] == 1 for one in clusters)
 
     def all_are_one(self, first: int, clusters: int) -> bool:
-        """Whether each of these, which are in the same piece, counts 1."""
-        at = first % PIECE
-        piece = self._pieces.get(first // PIECE, self._empty)
-        return piece[at : at + clusters] == self._ones[:clusters]
+        """Whether each of these counts 1."""
+        end = first + clusters
+        while first < end:
+            at = first % PIECE
+            piece = self._pieces.get(first // PIECE, self._empty)
+            count = min(PIECE - at, end - first)
+            if piece[at : at + count] != self._ones[:count]:
+                return False
+            first += count
+        return True
 
     def find_free(self, start: int, count: int, end: int) -> int:
         """The first of so many unused clusters in a row; perhaps behind `end`, where all are free."""

@@ -22,7 +22,8 @@ from vhostblk.block.drivers.qcow2.bitmaps import (
     load_directory,
     load_table,
 )
-from vhostblk.block.drivers.qcow2.header import AutoClear, Extension, ExtensionType
+from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType
+from vhostblk.block.drivers.qcow2.header import AutoClear
 from vhostblk.errors import ImageError
 
 PLACE = 0x10000

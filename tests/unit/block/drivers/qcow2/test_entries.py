@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.block.drivers.qcow2.files import HEADER as PLAIN
-from vhostblk.block.drivers.qcow2.entries import COMPRESSED, COPIED, EntryReader, Kind
+from vhostblk.block.drivers.qcow2.entries import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    EntryReader,
+    Kind,
+)
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
+from vhostblk.block.flags import StatusFlag
 from vhostblk.errors import ImageError
 
 CLUSTER = 1 << 16
@@ -116,6 +123,53 @@ def test_longest_run_where_runs_are_long(
     clusters = len(words) // (2 if extended else 1)
     offset = BASE + data.draw(st.integers(0, clusters * CLUSTER - 1))
     check(EXTENDED if extended else PLAIN, array("Q", words), clusters, offset)
+
+
+_DATA, _ZERO, _PLACE = map(int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.OFFSET_VALID))
+
+
+@given(
+    st.lists(
+        st.tuples(plain_entries, st.sampled_from([1, 2, 64, 65, 150, 700]), st.booleans()),
+        min_size=1,
+        max_size=4,
+    ),
+    st.data(),
+)
+def test_statuses_of_a_table_are_its_longest_runs(
+    runs: list[tuple[int, int, bool]], data: st.DataObject
+) -> None:
+    table = array("Q")
+    for entry, count, grows in runs:
+        step = CLUSTER if grows and entry & OFFSET_MASK and not entry & COMPRESSED else 0
+        table.extend(entry + at * step for at in range(count))
+    end = BASE + len(table) * CLUSTER
+    offset = data.draw(st.integers(BASE, end - 1)) // 512 * 512
+    limit = data.draw(st.integers(offset + 1, end + 511)) // 512 * 512
+    limit = min(max(limit, offset + 512), end)
+    at, before = offset, (-1, 0)
+    for flags, count, place in EntryReader(PLAIN).statuses(table, BASE, offset, limit):
+        assert count > 0
+        assert (flags, place) != before or flags & int(StatusFlag.COMPRESSED)
+        for byte in {at, at + count - 1, *range(-(-at // CLUSTER) * CLUSTER, at + count, CLUSTER)}:
+            kind, host = byte_of(PLAIN, table, byte)
+            assert bool(flags & _ZERO) == (kind is Kind.ZERO)
+            assert bool(flags & _DATA) == (kind in (Kind.NORMAL, Kind.COMPRESSED))
+            assert bool(flags & _PLACE) == (host >= 0)
+            assert host < 0 or host == place + byte - at
+        at += count
+        before = flags, place + count if flags & _PLACE else 0
+    assert at == limit
+
+
+def test_statuses_end_before_an_entry_that_is_wrong() -> None:
+    table = array("Q", [COPIED | at * CLUSTER for at in range(1, 300)])
+    table[200] |= 512
+    end = BASE + len(table) * CLUSTER
+    found = EntryReader(PLAIN).statuses(table, BASE, BASE, end)
+    assert found == [(_DATA | _PLACE, 200 * CLUSTER, CLUSTER)]
+    with pytest.raises(ImageError, match="unaligned"):
+        EntryReader(PLAIN).statuses(table, BASE, BASE + 200 * CLUSTER, end)
 
 
 def test_run_ends_where_offsets_do() -> None:

@@ -10,14 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.block.drivers.qcow2.files import HEADER
-from vhostblk.block.drivers.qcow2.header import (
-    Compression,
-    Extension,
-    ExtensionType,
-    Header,
-    Incompatible,
-    cluster_size_of,
-)
+from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType
+from vhostblk.block.drivers.qcow2.header import Compression, Header, Incompatible, cluster_size_of
 from vhostblk.errors import ImageError
 
 
@@ -98,11 +92,46 @@ def test_feature_name_table_names_what_is_missing() -> None:
     assert refused(data) == "Unsupported qcow2 feature(s): time travel"
 
 
-@pytest.mark.parametrize(("method", "name"), [(1, "AES"), (2, "LUKS"), (9, "9")])
-def test_encrypted_images_are_refused_by_name(method: int, name: str) -> None:
+def test_unknown_kind_of_encryption_is_refused() -> None:
     data = bytearray(HEADER.to_bytes())
-    data[32:36] = method.to_bytes(4)
-    assert refused(bytes(data)) == f"Encrypted images are not supported (method {name})"
+    data[32:36] = (9).to_bytes(4)
+    assert refused(bytes(data)) == "Unsupported encryption method 9"
+
+
+def test_old_kind_of_encryption_is_kept() -> None:
+    data = changed(crypt=1)
+    assert Header.parse(data).crypt == 1
+    assert Header.parse(data).crypt_area == (0, 0)
+    assert Header.parse(data).to_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("crypt", "keys", "complaint"),
+    [
+        (2, None, "Missing CRYPTO header for crypt method 2"),
+        (2, struct.pack(">QQ", 0x10000, 0), "Missing CRYPTO header for crypt method 2"),
+        (2, bytes(15), "CRYPTO header extension size 15, but expected size 16"),
+        (1, bytes(16), "CRYPTO header extension only expected with LUKS encryption method"),
+        (0, bytes(16), "CRYPTO header extension only expected with LUKS encryption method"),
+        (
+            2,
+            struct.pack(">QQ", 0x10200, 4096),
+            "Encryption header offset '66048' is not a multiple of cluster size '65536'",
+        ),
+        (
+            2,
+            struct.pack(">QQ", 0x10000, 1 << 40),
+            f"Encryption header is too large: {1 << 40} bytes",
+        ),
+        (2, struct.pack(">QQ", 1 << 60, 4096), "Encryption header offset invalid"),
+        (2, struct.pack(">QQ", 0, 4096), "Encryption header offset invalid"),
+    ],
+)
+def test_place_of_keys_that_makes_no_sense_is_refused(
+    crypt: int, keys: bytes | None, complaint: str
+) -> None:
+    extensions = () if keys is None else (Extension(ExtensionType.ENCRYPTION, keys),)
+    assert refused(changed(crypt=crypt, extensions=extensions)) == complaint
 
 
 def test_same_extension_twice_is_refused() -> None:

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from tests.unit.block.drivers.qcow2.test_header import HEADER
-from vhostblk.block.drivers.qcow2.header import Extension, Header
+from vhostblk.block.drivers.qcow2.extensions import Extension
+from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.drivers.qcow2.header_change import ROOM, change, without_room
 from vhostblk.errors import ImageError
 

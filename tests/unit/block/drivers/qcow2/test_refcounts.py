@@ -78,10 +78,10 @@ def test_cluster_that_was_freed_gets_nothing_as_if_it_were_not() -> None:
 def test_cluster_whose_count_could_not_be_read_when_it_was_released_gets_nothing_more() -> None:
     async def scenario(counts: Refcounts) -> None:
         place = await counts.allocate_bytes(1000)
-        existing, counts._existing_block = counts._existing_block, _fails  # type: ignore[method-assign]
+        existing, counts.existing_block = counts.existing_block, _fails  # type: ignore[method-assign]
         with pytest.raises(BlockError):
             await counts.release(place, 1000)
-        counts._existing_block = existing  # type: ignore[method-assign]
+        counts.existing_block = existing  # type: ignore[method-assign]
         assert await counts.allocate_bytes(1000) == 5 * CLUSTER
 
     with_refcounts(scenario)
@@ -115,8 +115,50 @@ def test_gaps_that_are_too_small_are_passed_over_by_who_wants_clusters_together(
         await counts.release(9 * CLUSTER, 3 * CLUSTER)
         assert await counts.allocate(3, together=True) == (9 * CLUSTER, 3)
         assert await counts.allocate(4, together=True) == (14 * CLUSTER, 4)
-        # More than a block counts: as many as there are up to its end.
-        last = CLUSTER // 2
-        assert await counts.allocate(1 << 16, together=True) == (18 * CLUSTER, last - 18)
 
     with_refcounts(scenario)
+
+
+def test_blocks_for_more_than_one_of_them_counts_are_behind_what_is_taken() -> None:
+    """The first one that is missing is where there is no block either, so that one is made before."""
+
+    async def scenario(counts: Refcounts) -> None:
+        per_block = CLUSTER // 2
+        many = 2 * per_block
+        assert await counts.allocate(many, together=True) == (4 * CLUSTER, many)
+        behind = (4 + many) * CLUSTER
+        assert counts.block_offsets() == [2 * CLUSTER, behind, behind + CLUSTER]
+        assert await counts.counts(0, many + 7) == [1] * (many + 6) + [0]
+
+    with_refcounts(scenario)
+
+
+def test_block_is_behind_the_cluster_that_needs_it() -> None:
+    async def scenario(counts: Refcounts) -> None:
+        per_block = CLUSTER // 2
+        await counts.allocate(per_block - 4)
+        assert await counts.allocate(1) == (per_block * CLUSTER, 1)
+        assert counts.block_offsets() == [2 * CLUSTER, (per_block + 1) * CLUSTER]
+
+    with_refcounts(scenario)
+
+
+@pytest.mark.parametrize("entries", [8192, 1])
+def test_run_is_as_long_as_somebody_wants_and_has_blocks_before_it(entries: int) -> None:
+    """A block is for 8192 clusters of which it takes the first; a table without room moves before that."""
+
+    async def everything() -> None:
+        table = array("Q", [2 * CLUSTER] + (entries - 1) * [0])
+        header = dataclasses.replace(HEADER, refcount_order=6)
+        counts = Refcounts(BytesFile().edge, header, table, CLUSTER, TablePlaces(16))
+        assert await counts.allocate(4) == (0, 4)
+        first = 8192 if entries > 1 else 2 * 8192
+        place = await counts.allocate_run(20_000)
+        assert place == (first + 3) * CLUSTER
+        assert counts.block_offsets()[-3:] == [(first + at) * CLUSTER for at in range(3)]
+        assert await counts.counts(first, 20_004) == [1] * 20_003 + [0]
+        assert await counts.allocate(1) == (4 * CLUSTER, 1)
+        assert await counts.allocate_run(1) == (first + 3 * 8192 + 1) * CLUSTER
+        assert (counts.take_writes().moved is not None) == (entries == 1)
+
+    asyncio.run(everything())

@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 
 from tests.unit.block.drivers.qcow2.files import BytesFile
 from tests.unit.block.drivers.qcow2.test_header import HEADER
-from vhostblk.block.drivers.qcow2.snapshots import Snapshot, SnapshotTable, load_snapshots
-from vhostblk.errors import ImageError
+from vhostblk.block.drivers.qcow2.snapshots import (
+    Losses,
+    Snapshot,
+    SnapshotTable,
+    load_snapshots,
+)
+from vhostblk.errors import BlockError, ImageError
 
 PLACE = 0x10000
 
@@ -42,9 +47,9 @@ older = st.builds(
 )
 
 
-def load(data: bytes, count: int) -> SnapshotTable:
+def load(data: bytes, count: int, losses: Losses | None = None) -> SnapshotTable:
     header = dataclasses.replace(HEADER, snapshots=count, snapshots_offset=PLACE if count else 0)
-    return asyncio.run(load_snapshots(BytesFile(bytes(PLACE) + data).edge, header))
+    return asyncio.run(load_snapshots(BytesFile(bytes(PLACE) + data).edge, header, losses))
 
 
 def refused(data: bytes, count: int = 1) -> str:
@@ -58,8 +63,9 @@ def test_what_is_written_is_what_is_read(snapshots: list[Snapshot]) -> None:
     data = b"".join(snapshot.to_bytes() for snapshot in snapshots)
     table = load(data + b"\xff" * 100, len(snapshots))
     assert table.snapshots == tuple(snapshots)
-    places = [(one.l1_offset, one.l1_entries * 8) for one in snapshots if one.l1_entries]
-    assert table.places() == places + ([(PLACE, table.length)] if snapshots else [])
+    size = HEADER.cluster_size
+    places = [(one.l1_offset, one.l1_entries * 8) for one in snapshots if one.has_l1(size)]
+    assert table.places(size) == places + ([(PLACE, table.length)] if snapshots else [])
     assert len(data) - 8 < table.length <= len(data)
 
 
@@ -92,20 +98,44 @@ def test_fields_that_are_cut_off_are_not_there() -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"l1_offset": 0x60200}, "L1 table of snapshot '7'"),
-        ({"l1_offset": 1 << 57}, "L1 table of snapshot '7'"),
-        ({"l1_offset": 0}, "L1 table of snapshot '7'"),
-        ({"l1_entries": (32 << 20) // 8 + 1}, "L1 table of snapshot '7'"),
-        ({"unknown": bytes(1001)}, "Too much extra metadata in snapshot table entry 0"),
+        ({"l1_offset": 0x60200}, "offset invalid"),
+        ({"l1_offset": 1 << 57}, "offset invalid"),
+        ({"l1_offset": 0}, "offset invalid"),
+        ({"l1_entries": (32 << 20) // 8 + 1}, "too large"),
     ],
 )
-def test_what_makes_no_sense_is_refused(change: dict[str, int], why: str) -> None:
-    assert why in refused(dataclasses.replace(SNAPSHOT, **change).to_bytes())  # type: ignore[arg-type]
+def test_l1_table_that_cannot_be_is_refused_when_it_is_used(
+    change: dict[str, int], why: str
+) -> None:
+    snapshot = dataclasses.replace(SNAPSHOT, **change)  # type: ignore[arg-type]
+    table = load(snapshot.to_bytes() + SNAPSHOT.to_bytes(), 2)
+    size = HEADER.cluster_size
+    with pytest.raises(BlockError, match=why):
+        table.snapshots[0].check_l1(size)
+    table.snapshots[1].check_l1(size)
+    assert table.places(size) == [(0x60000, 16), (PLACE, table.length)]
 
 
-def test_table_that_never_ends_is_refused() -> None:
-    snapshot = dataclasses.replace(SNAPSHOT, name="n" * 65535, id="i" * 65535)
-    assert "too large" in refused(snapshot.to_bytes() * 600, 600)
+def test_extra_data_that_are_too_large_are_refused_or_get_smaller() -> None:
+    data = dataclasses.replace(SNAPSHOT, unknown=b"u" * 1001).to_bytes() + SNAPSHOT.to_bytes()
+    assert refused(data, 2) == "Too much extra metadata in snapshot table entry 0"
+    losses = Losses([].append)
+    table = load(data, 2, losses)
+    assert (losses.extra, losses.snapshots) == (1, 0)
+    assert table.snapshots == (dataclasses.replace(SNAPSHOT, unknown=b"u" * 1000), SNAPSHOT)
+    assert table.length > 2 * len(SNAPSHOT.to_bytes()) + 980
+
+
+def test_table_that_is_too_large_is_refused_or_gets_smaller() -> None:
+    data = dataclasses.replace(SNAPSHOT, name="n" * 65535, id="i" * 65535).to_bytes()
+    assert "too big" in refused(data * 600, 600)
+    said: list[str] = []
+    losses = Losses(said.append)
+    table = load(data * 600, 600, losses)
+    kept = (64 << 20) // len(data)
+    assert (losses.extra, losses.snapshots, len(table.snapshots)) == (0, 600 - kept, kept)
+    assert table.length <= 64 << 20
+    assert said == [f"Discarding {600 - kept} overhanging snapshots (snapshot table is too big)"]
 
 
 @given(seed=st.integers(0, 1 << 32))

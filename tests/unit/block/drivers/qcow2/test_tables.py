@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
+from array import array
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
-from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec
+from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, count_alike
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import ImageError
 
@@ -72,3 +75,23 @@ def test_places_of_tables_overlap_where_a_cluster_is_touched() -> None:
         places.add_alone("other", 0x7000)
     places.remove(0x5000, 0x2001)
     assert not places.has(0x1000, 0x10000)
+
+
+@given(
+    st.sampled_from([0, 1, 1 << 16 | 1 << 63, (1 << 62) - 5]),
+    st.sampled_from([0, 512, 1 << 21]),
+    st.sampled_from([1, 2, 31, 32, 33, 64, 200, 4096, 9000]),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 63)), max_size=3),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_numbers_that_go_on_alike_are_counted_up_to_the_first_that_does_not(
+    first: int, step: int, length: int, wrong: list[tuple[float, int]], start: float
+) -> None:
+    table = array("Q", [first + at * step for at in range(length)])
+    for where, bit in wrong:
+        table[int(where * length)] ^= 1 << bit
+    at = int(start * length)
+    expected = 1
+    while at + expected < length and table[at + expected] == table[at] + expected * step:
+        expected += 1
+    assert count_alike(table, at, table[at], step) == expected

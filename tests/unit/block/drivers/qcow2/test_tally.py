@@ -71,3 +71,15 @@ def test_memory_is_bounded() -> None:
     with pytest.raises(BlockError) as caught:
         tally.add(10 * PIECE, 1)
     assert caught.value.errno == errno.EFBIG
+
+
+@given(st.integers(0, 2 * PIECE), st.integers(1, 2 * PIECE), st.integers(0, 4 * PIECE))
+def test_all_of_a_range_are_one_unless_one_is_not(first: int, clusters: int, other: int) -> None:
+    tally = Tally(4, 1 << 30)
+    tally.add(first, clusters)
+    assert tally.all_are_one(first, clusters)
+    assert not tally.all_are_one(first, clusters + 1)
+    assert not first or not tally.all_are_one(first - 1, clusters)
+    tally.add(other, 1)
+    is_inside = first <= other < first + clusters
+    assert tally.all_are_one(first, clusters) is not is_inside

@@ -14,17 +14,24 @@ from tests.schedule import HUNT
 from vhostblk.virtio.chain import DescriptorChain
 from vhostblk.virtio.driver import Used
 
+ALWAYS = -1
+"""A notification for every chain is wanted."""
+
 lengths = st.lists(st.integers(0, 9), max_size=4)
 
 
 class Ring(RuleBasedStateMachine):
     """A queue and the plainest model of it: three deques and two counters.
 
+    Counters count slots of the ring: one for each chain of a split ring, one for each descriptor of
+    a packed one. There, a place comes again after two rounds, and so does a wish to hear of it.
+
     Invariants: chains come out as they went in, in order; used elements come back in the order of
     pushes; a side that was promised a notification gets one, and one that was not does not.
     """
 
     pair: RingPair
+    packed = False
 
     @initialize(
         size=st.sampled_from([1, 2, 4, 8]),
@@ -33,20 +40,29 @@ class Ring(RuleBasedStateMachine):
     )
     def start(self, size: int, event_idx: bool, start: int) -> None:
         self.pair = RingPair(
-            size, event_idx=event_idx, indirect=True, indirect_entries=8, start=start
+            size - self.packed * (size > 2),
+            event_idx=event_idx,
+            indirect=True,
+            indirect_entries=8,
+            start=start,
+            packed=self.packed,
         )
-        self.added: deque[tuple[int, bytes, int]] = deque()
-        self.available: deque[tuple[int, bytes, int]] = deque()
-        self.popped: list[DescriptorChain] = []
-        self.pushed: deque[Used] = deque()
+        self.round = 2 * self.pair.driver.size if self.packed else 1 << 16
+        # Head, what is readable, how much is writable, slots.
+        self.added: deque[tuple[int, bytes, int, int]] = deque()
+        self.available: deque[tuple[int, bytes, int, int]] = deque()
+        self.popped: list[tuple[DescriptorChain, int]] = []
+        self.pushed: deque[tuple[Used, int]] = deque()
         self.tokens: dict[int, int] = {}
         self.serial = 0
-        # Absolute counters: how many chains, ever; and at which count a notification is wanted.
+        # Absolute counters: how many slots, ever; and at which count a notification is wanted.
         self.published_ever = self.pushed_ever = 0
         self.kick_looked = self.call_looked = 0
         self.has_called = False
         # Both events are 0 in fresh memory, which is that far behind a start in the middle.
-        self.kick_wanted_from: int | None = -start & 0xFFFF if event_idx else 0
+        self.kick_wanted_from: int | None = ALWAYS
+        if event_idx and not self.packed:
+            self.kick_wanted_from = -start & 0xFFFF
         self.call_wanted_from: int | None = self.kick_wanted_from
 
     @rule(readable=lengths, writable=lengths, indirect=st.booleans())
@@ -69,20 +85,23 @@ class Ring(RuleBasedStateMachine):
         )
         assert head not in self.tokens
         self.tokens[head] = self.serial
-        self.added.append((head, content, sum(writable)))
+        self.added.append((head, content, sum(writable), needed if self.packed else 1))
 
     @rule()
     def publish(self) -> None:
-        assert self.pair.driver.publish() == len(self.added)
-        self.published_ever += len(self.added)
+        slots = sum(chain[3] for chain in self.added)
+        assert self.pair.driver.publish() == slots
+        self.published_ever += slots
         self.available += self.added
         self.added.clear()
 
     def is_wanted(self, wanted_from: int | None, new: range) -> bool:
-        """Whether one of the `new` chains is what the other side wants to hear of."""
-        if self.pair.event_idx:
-            return wanted_from in new
-        return bool(new) and wanted_from is not None
+        """Whether one of the `new` slots is what the other side wants to hear of."""
+        if wanted_from is None:
+            return False
+        if wanted_from == ALWAYS:
+            return bool(new)
+        return any((slot - wanted_from) % self.round == 0 for slot in new)
 
     @rule()
     def look_whether_to_kick(self) -> None:
@@ -96,21 +115,21 @@ class Ring(RuleBasedStateMachine):
         if not self.available:
             assert chain is None
             return
-        head, content, writable = self.available.popleft()
+        head, content, writable, slots = self.available.popleft()
         assert chain is not None
         assert chain.head == head
         assert b"".join(chain.readable) == content
         assert sum(map(len, chain.writable)) == writable
-        self.popped.append(chain)
+        self.popped.append((chain, slots))
 
     @precondition(lambda self: self.popped)
     @rule(data=st.data())
     def push(self, data: Any) -> None:
-        chain = self.popped.pop(data.draw(st.integers(0, len(self.popped) - 1)))
+        chain, slots = self.popped.pop(data.draw(st.integers(0, len(self.popped) - 1)))
         self.serial += 1
         self.pair.device.push(chain.head, self.serial)
-        self.pushed_ever += 1
-        self.pushed.append(Used(chain.head, self.serial, self.tokens[chain.head]))
+        self.pushed_ever += slots
+        self.pushed.append((Used(chain.head, self.serial, self.tokens[chain.head]), slots))
 
     @rule()
     def look_whether_to_call(self) -> None:
@@ -125,7 +144,7 @@ class Ring(RuleBasedStateMachine):
     @rule()
     def reap(self) -> None:
         used = self.pair.driver.reap()
-        assert used == list(self.pushed)
+        assert used == [element for element, _ in self.pushed]
         self.pushed.clear()
         for element in used:
             del self.tokens[element.head]
@@ -133,23 +152,25 @@ class Ring(RuleBasedStateMachine):
     @rule()
     def device_sleeps(self) -> None:
         assert self.pair.device.enable_notification() == bool(self.available)
-        self.kick_wanted_from = self.published_ever - len(self.available)
+        ahead = sum(chain[3] for chain in self.available)
+        self.kick_wanted_from = self.published_ever - ahead if self.pair.event_idx else ALWAYS
 
     @rule()
     def device_works(self) -> None:
         self.pair.device.disable_notification()
-        if not self.pair.event_idx:
+        if self.packed or not self.pair.event_idx:
             self.kick_wanted_from = None
 
     @rule()
     def driver_sleeps(self) -> None:
         assert self.pair.driver.enable_interrupts() == bool(self.pushed)
-        self.call_wanted_from = self.pushed_ever - len(self.pushed)
+        ahead = sum(slots for _, slots in self.pushed)
+        self.call_wanted_from = self.pushed_ever - ahead if self.pair.event_idx else ALWAYS
 
     @rule()
     def driver_works(self) -> None:
         self.pair.driver.disable_interrupts()
-        if not self.pair.event_idx:
+        if self.packed or not self.pair.event_idx:
             self.call_wanted_from = None
 
     @precondition(lambda self: not self.popped)
@@ -157,7 +178,7 @@ class Ring(RuleBasedStateMachine):
     def restart(self) -> None:
         """What GET_VRING_BASE and a start with the same base do."""
         self.look_whether_to_call()
-        self.pair.start_device(self.pair.device.next_avail)
+        self.pair.start_device(self.pair.device.base)
         self.has_called = False
 
     @invariant()
@@ -167,5 +188,14 @@ class Ring(RuleBasedStateMachine):
             assert self.pair.driver.in_flight == len(self.tokens)
 
 
+class PackedRing(Ring):
+    """The same with the other format; sizes need not be powers of two."""
+
+    packed = True
+
+
 TestRing = Ring.TestCase
 TestRing.settings = settings(max_examples=150 * HUNT, stateful_step_count=60)
+
+TestPackedRing = PackedRing.TestCase
+TestPackedRing.settings = settings(max_examples=150 * HUNT, stateful_step_count=60)
