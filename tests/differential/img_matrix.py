@@ -38,6 +38,9 @@ COMMANDS = {
     *("info", "map", "measure", "rebase", "resize", "snapshot"),
 }
 
+#: How QEMU's LUKS gives up, before it has written anything, when the machine is too busy for it to count iterations.
+_NOT_MEASURED = b"Unable to get accurate CPU usage"
+
 _DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _SECONDS = re.compile(r"(?<=in )\d+\.\d{3}(?= seconds)")
 _FRAGMENTED = re.compile(r"\d+\.\d\d% fragmented, ")
@@ -156,14 +159,17 @@ def prepare(command: str, folder: Path) -> None:
 
 
 def _run(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        words,
-        cwd=folder,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=DEADLINE,
-        check=False,
-    )
+    while True:
+        done = subprocess.run(
+            words,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=DEADLINE,
+            check=False,
+        )
+        if _NOT_MEASURED not in done.stderr:
+            break
     # Not by subprocess: it would take the ends of `-p`'s lines for ends of lines.
     texts = [text.decode(errors="surrogateescape") for text in (done.stdout, done.stderr)]
     return subprocess.CompletedProcess(words, done.returncode, *texts)

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -106,11 +107,21 @@ class Served:
         self.run(self.daemon.move("e", [VqMapping(thread) for thread in threads]))
 
     def begin_move(self, *threads: str) -> concurrent.futures.Future[Any]:
-        """Returns once it waits for a queue, of which the caller holds a request."""
-        moving = self.begin(self.daemon.move("e", [VqMapping(thread) for thread in threads]))
-        eventually(lambda: {thread.name for thread in self.attached()} > {"a"})
-        # The stop is sent in the turn after the new thread's last answer.
-        self.call(lambda: None)
+        """Returns once a queue no longer takes requests; it stops when the one is done that the caller holds."""
+        told = threading.Event()
+        command = IOThread.command
+
+        def noted(thread: IOThread, kind: MessageType, **words: Any) -> asyncio.Future[Message]:
+            answer = command(thread, kind, **words)
+            if kind is MessageType.QUEUE_STOP:
+                told.set()
+            return answer
+
+        with mock.patch.object(IOThread, "command", noted):
+            moving = self.begin(self.daemon.move("e", [VqMapping(thread) for thread in threads]))
+            assert told.wait(20)
+        # Commands are carried out in order: what has an answer to this one has been told to stop.
+        self.run(self.export._path.revoke(0, 512))
         assert not moving.done()
         return moving
 
