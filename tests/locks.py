@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
+import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemons import eventually
 from tests.requirements import require
 
-__all__ = ["held_by_qemu", "image", "qemu_io"]
+__all__ = ["held_by_qemu", "image", "locked_bytes", "qemu_io", "wait_until_unlocked"]
 
 
 @pytest.fixture
@@ -47,3 +52,20 @@ def held_by_qemu(image: Path, *options: str) -> Iterator[None]:
         yield
         process.stdin.close()
         process.wait(30)
+
+
+def locked_bytes(fd: int) -> set[int]:
+    """Which bytes others have locked, seen through this opening."""
+    found = set()
+    for offset in itertools.chain(range(100, 108), range(200, 208)):
+        request = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
+        kind = struct.unpack("@hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))[0]
+        if kind != fcntl.F_UNLCK:
+            found.add(offset)
+    return found
+
+
+def wait_until_unlocked(path: Path) -> None:
+    """Whoever was killed may be gone before its last request, which keeps the lock (docs/restart.md)."""
+    with path.open("rb") as file:
+        eventually(lambda: not locked_bytes(file.fileno()), f"nobody has locked {path}")

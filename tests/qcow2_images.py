@@ -65,8 +65,13 @@ def qemu_img(*words: object) -> str:
     """Run it; gives its output."""
     require("qemu-img")
     done = subprocess.run(
-        ["qemu-img", *map(str, words)], capture_output=True, text=True, check=True, timeout=120
+        ["qemu-img", *map(str, words)], capture_output=True, text=True, check=False, timeout=120
     )
+    try:
+        done.check_returncode()
+    except subprocess.CalledProcessError as exc:
+        exc.add_note(done.stderr)
+        raise
     return done.stdout
 
 

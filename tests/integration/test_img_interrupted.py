@@ -15,6 +15,7 @@ from typing import IO
 
 import pytest
 
+from tests.locks import wait_until_unlocked
 from tests.qcow2_images import MIB, contents, create, qemu_io
 from vhostblk.testing.requirements import require
 
@@ -49,6 +50,8 @@ class Run:
         stdout: int | IO[bytes] = subprocess.PIPE,
         before: Callable[[], object] = lambda: None,
     ) -> None:
+        self._folder = folder
+
         def prepare() -> None:
             # Whoever runs us in the background may ignore some.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -76,8 +79,10 @@ class Run:
             said += more
 
     def end(self) -> tuple[int, str]:
-        """How it has ended, and what is on standard error."""
+        """How it has ended, and what is on standard error; nobody holds its images any more."""
         _, error = self.process.communicate(timeout=DEADLINE)
+        for path in self._folder.iterdir():
+            wait_until_unlocked(path)
         return self.process.returncode, error.decode()
 
 

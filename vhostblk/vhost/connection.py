@@ -132,12 +132,15 @@ class Connection(_Stream):
     async def receive(self) -> Message | None:
         """Give the next message; its fds are the caller's.
 
+        The loop turns once for each, so that a peer that talks without a pause holds nobody else up.
+
         Returns:
             None at the end of the stream, or once `finish` or `close` was called.
 
         Raises:
             SessionError: the stream is broken, or a message takes too long; see `Decoder` and the module.
         """
+        await asyncio.sleep(0)
         message, self._unread = self._unread, None
         if message is not None and not self._finished:
             return message

@@ -83,6 +83,22 @@ def test_messages_arrive_one_by_one_and_then_the_end(sockets: Sockets) -> None:
     talk(ours, main)
 
 
+def test_peer_that_talks_without_a_pause_holds_nobody_up(sockets: Sockets) -> None:
+    ours, theirs = sockets
+    count = 100
+    theirs.sendall(Message(Request.GET_FEATURES, 1).encode() * count)
+
+    async def main(connection: Connection) -> None:
+        loop = asyncio.get_running_loop()
+        for _ in range(count):
+            others_turn = asyncio.Event()
+            loop.call_soon(others_turn.set)
+            assert await connection.receive() is not None
+            assert others_turn.is_set()
+
+    talk(ours, main)
+
+
 def test_fds_arrive_close_on_exec_with_their_message_and_no_other(sockets: Sockets) -> None:
     ours, theirs = sockets
     reader, writer = os.pipe()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import os
 import struct
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.locks import locked_bytes
 from vhostblk.block.drivers.locking import ImageLock
 from vhostblk.block.permissions import Perm
 from vhostblk.errors import ConfigError
@@ -38,17 +38,6 @@ def lock(fd: int, required: bool = False) -> ImageLock:
 def take(one: ImageLock, perm: Perm, shared: Perm) -> None:
     one.prepare(perm, shared)
     one.commit(perm, shared)
-
-
-def locked_bytes(fd: int) -> set[int]:
-    """Which bytes others have locked, seen through this opening."""
-    found = set()
-    for offset in itertools.chain(range(100, 108), range(200, 208)):
-        request = struct.pack("@hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, offset, 1, 0)
-        kind = struct.unpack("@hhqqi4x", fcntl.fcntl(fd, fcntl.F_OFD_GETLK, request))[0]
-        if kind != fcntl.F_UNLCK:
-            found.add(offset)
-    return found
 
 
 def test_bytes_are_qemus(files: list[int]) -> None:
