@@ -1,8 +1,9 @@
 """How a tool ends by a signal: its work is cancelled, what is open is closed, and then the signal ends the process.
 
 So the shell, and make, see how it ended. The second signal ends it at once. Work that never lets the loop have a turn
-cannot be cancelled: it is ended as it is, and nothing is closed, which images have to stand anyway. Signals that
-whoever has started us wants to be ignored (nohup, jobs in the background) are.
+cannot be cancelled: it is ended as it is, and nothing is closed, which images have to stand anyway. The same is true of
+work that has not ended after a while: it waits for a disk, or a server, that does not answer. Signals that whoever has
+started us wants to be ignored (nohup, jobs in the background) are.
 
 Knows nothing about the work.
 """
@@ -21,6 +22,8 @@ _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _ALSO_USED = (signal.SIGUSR1, signal.SIGALRM)
 # Seconds that the loop may be without a turn.
 _PATIENCE = 1.0
+# Seconds that closing may take, in looks of that length.
+_LOOKS = 30
 
 
 def run_interruptible(work: Coroutine[Any, Any, int], last_words: Callable[[], None]) -> int:
@@ -47,14 +50,16 @@ def run_interruptible(work: Coroutine[Any, Any, int], last_words: Callable[[], N
         assert task is not None
 
         turned = False
+        looks = 0
 
         def turn() -> None:
             nonlocal turned
             turned = True
 
         def look(number: int, frame: object) -> None:
-            nonlocal turned
-            if turned:
+            nonlocal turned, looks
+            looks += 1
+            if turned and looks < _LOOKS:
                 turned = False
                 loop.call_soon_threadsafe(turn)
                 return

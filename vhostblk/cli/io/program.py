@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from vhostblk import __version__
 from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli import objects
 from vhostblk.cli.getopt_parser import GetoptParser
+from vhostblk.cli.interruption import run_interruptible
 from vhostblk.cli.io.command import RefusedError
 from vhostblk.cli.io.image import aio_mode, discard_mode, image_options, modes_of
 from vhostblk.cli.io.session import Modes, Session
@@ -131,10 +131,9 @@ def run(args: argparse.Namespace) -> int:
         given = image_options(args.file) if args.image_opts and args.file is not None else {}
         if args.format is not None:
             given["driver"] = args.format
-        good = asyncio.run(_run(args, given, modes, args.object))
+        return run_interruptible(_run(args, given, modes, args.object), lambda: None)
     except RefusedError as error:
         raise ConfigError(str(error)) from None
-    return 0 if good else 1
 
 
 async def _run(
@@ -142,7 +141,7 @@ async def _run(
     given: dict[str, str],
     modes: Modes,
     wanted: Sequence[tuple[str, Object]],
-) -> bool:
+) -> int:
     session = Session(args.program, wanted, misalign=args.misalign)
     notices = Notices(session)
     logger = logging.getLogger("vhostblk.block.filters.blkdebug")
@@ -151,7 +150,7 @@ async def _run(
     try:
         if args.file is not None:
             await session.open(None if args.image_opts else args.file, given, modes)
-        return await run_commands(session, args.cmd)
+        return 0 if await run_commands(session, args.cmd) else 1
     finally:
         await session.close()
         logger.removeHandler(notices)
