@@ -285,5 +285,5 @@ class NbdNode(BlockNode):
 
 def _link(options: NbdOptions, owner: str) -> Link:
     context = _ALL if options.x_dirty_bitmap is None else options.x_dirty_bitmap
-    delay = options.reconnect_delay
-    return Link(options.address(), options.export or "", context, delay, owner)
+    delay, timeout = options.reconnect_delay, options.request_timeout
+    return Link(options.address(), options.export or "", context, delay, timeout, owner)

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from vhostblk.block.drivers.nbd_handshake import MAX_STRING
 from vhostblk.block.host_needs import HostNeeds
 from vhostblk.block.options import INTEGER, STRING, OptionType, choice, option, to_string
+from vhostblk.block.seconds import SECONDS
 from vhostblk.errors import ConfigError
 
 DEFAULT_PORT = "10809"
@@ -51,7 +52,7 @@ TEXT = OptionType(_to_text, "string")
 
 @dataclass(frozen=True, slots=True)
 class NbdOptions:
-    """QEMU's options for nbd.
+    """QEMU's options for nbd; `request-timeout` is ours.
 
     Raises:
         ConfigError: there is no server, or there are two; TLS.
@@ -95,6 +96,11 @@ class NbdOptions:
     )
     open_timeout: int = option(
         INTEGER, 0, about="seconds for which opening tries to connect; 0: once"
+    )
+    request_timeout: float = option(
+        SECONDS,
+        0,
+        about="seconds after which a server that has not answered a request is given up; 0: never (not in QEMU)",
     )
 
     def __post_init__(self) -> None:

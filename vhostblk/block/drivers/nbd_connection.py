@@ -5,7 +5,9 @@ Theory of operation: `Connection.open` does the handshake, with nothing else on 
 task. Small pieces come by a buffer, large ones go where they belong. Requests wait for their reply only; who makes
 them bounds how many there are.
 
-A connection ends once: when the server leaves or lies, and in `close`. All requests without a reply are lost then.
+A connection ends once: when the server leaves, lies or is silent for too long, and in `close`. All requests without a
+reply are lost then. All requests have the same time, so the first one without a reply is the first one that is due: one
+timer is enough, and while requests are answered it costs one look in that time.
 
 Knows nothing about reconnecting.
 """
@@ -16,6 +18,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -31,23 +34,31 @@ _LARGE = 16384  # pieces from here on are not copied
 _PIECES = 64  # in one system call
 _TURNS = 16  # system calls before others may run
 _HANDSHAKE_SECONDS = 60
+_LATE = 0.5  # a look is late that comes by this part of the time-out too late
+_ABORT = struct.pack("ii", 1, 0)  # struct linger
 
 
 class Connection:
     """A connection in the transmission phase.
 
     Args:
-        lost: called when it has ended by itself, with why: EPROTO if the server has lied.
+        timeout: how long a request may take, in seconds; 0: for ever.
+        lost: called when it has ended by itself, with why: EPROTO if the server has lied, ETIMEDOUT if it was silent.
 
     Context: the control loop.
     Owns: the socket.
     """
 
     def __init__(
-        self, connection: socket.socket, export: Export, lost: Callable[[BlockError], None]
+        self,
+        connection: socket.socket,
+        export: Export,
+        timeout: float,
+        lost: Callable[[BlockError], None],
     ) -> None:
         self.export = export
         self._socket = connection
+        self._timeout = timeout
         self._lost = lost
         self._loop = asyncio.get_running_loop()
         self._is_open = True
@@ -56,6 +67,7 @@ class Connection:
         self._waiting: dict[int, Completion] = {}
         self._out: deque[tuple[int, memoryview]] = deque()  # with handles
         self._is_writing = False  # the loop tells when the socket takes more
+        self._timer: asyncio.TimerHandle | None = None
         self._buffer = memoryview(bytearray(_BUFFER))
         self._parser = replies(export, self._pending, self._finish)
         self._want = memoryview(b"")
@@ -64,7 +76,12 @@ class Connection:
 
     @classmethod
     async def open(
-        cls, address: Address, name: str, context: str, lost: Callable[[BlockError], None]
+        cls,
+        address: Address,
+        name: str,
+        context: str,
+        timeout: float,
+        lost: Callable[[BlockError], None],
     ) -> Connection:
         """Connect and shake hands; has to run in a task.
 
@@ -75,7 +92,7 @@ class Connection:
         try:
             async with asyncio.timeout(_HANDSHAKE_SECONDS):
                 export = await _shake_hands(connection, name, context)
-            return cls(connection, export, lost)
+            return cls(connection, export, timeout, lost)
         except TimeoutError:
             connection.close()
             raise ConfigError(
@@ -104,6 +121,10 @@ class Connection:
         if request.command == Command.WRITE:
             assert request.iov is not None
             self._out.extend((handle, view) for view in request.iov.views if len(view))
+        if self._timeout:
+            request.due = self._loop.time() + self._timeout
+            if self._timer is None:
+                self._timer = self._loop.call_at(request.due, self._look)
         if not self._is_writing:
             self._writable()
         await completion
@@ -167,6 +188,25 @@ class Connection:
         except OSError as error:
             self._fail(BlockError(errno.EIO, f"the NBD server is gone: {error.strerror}"))
 
+    def _look(self) -> None:
+        """Give the server up if it has not answered the first request in time."""
+        assert self._timer is not None
+        planned, self._timer = self._timer.when(), None
+        request = next(iter(self._pending.values()), None)
+        if request is None:
+            return  # the next one starts it again
+        now = self._loop.time()
+        if request.due > now:
+            self._timer = self._loop.call_at(request.due, self._look)
+        elif now - planned > self._timeout * _LATE:
+            # It was us who did not look (we were stopped, or the machine was): what has come meanwhile counts.
+            self._timer = self._loop.call_at(now + self._timeout, self._look)
+        else:
+            # What the kernel has not sent yet it would send some day, behind what comes after it.
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+            silence = f"the NBD server has not answered a request for {self._timeout:g} seconds"
+            self._fail(BlockError(errno.ETIMEDOUT, silence))
+
     def _take(self, data: memoryview) -> None:
         while len(data):
             count = min(len(data), len(self._want))
@@ -204,6 +244,9 @@ class Connection:
         if not self._is_open:
             return
         self._is_open = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         self._socket.close()

@@ -6,6 +6,9 @@ Theory of operation, as QEMU describes `reconnect-delay` and `open-timeout`:
 - *lost*: the server has left. A task connects anew, at once and then after longer and longer pauses, until it succeeds.
   For `reconnect_delay` seconds from the first request that has to do without, requests wait, those that got no reply as
   well, and are made anew then. After that, or without a delay, they fail with EIO.
+- *silent*: the server has not answered a request in `timeout` seconds (QEMU has no such option). It is lost, as if it
+  had left; but as long as no request is answered, `reconnect_delay` is counted from then on, not anew with each
+  connection: a server that shakes hands, and is silent again, would make requests wait for ever.
 - *broken*: the server has lied, so nothing it says is of use. Every request fails with EIO, for good.
 
 A server that comes back must be the one that left, as far as anybody can tell: of the same size, and able to do what
@@ -37,20 +40,28 @@ class Link:
     """See the module's docstring.
 
     Args:
-        name: of the export. context: as for `handshake`. reconnect_delay: in seconds. owner: the node, for logs.
+        name: of the export. context: as for `handshake`. reconnect_delay: in seconds. timeout: of a request, in
+            seconds; 0: none. owner: the node, for logs.
 
     Context: the control loop.
     Owns: the connection, and the task that makes another one.
     """
 
     def __init__(
-        self, address: Address, name: str, context: str, reconnect_delay: int, owner: str
+        self,
+        address: Address,
+        name: str,
+        context: str,
+        reconnect_delay: int,
+        timeout: float,
+        owner: str,
     ) -> None:
         self.export = Export(0, ExportFlag(0))
         self._address = address
         self._name = name
         self._context = context
         self._reconnect_delay = reconnect_delay
+        self._timeout = timeout
         self._owner = owner
         self._turns = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._connection: Connection | None = None
@@ -58,6 +69,7 @@ class Link:
         self._is_broken = False
         self._is_patient = True  # requests may wait for the server
         self._patience: asyncio.TimerHandle | None = None
+        self._silent_since: float | None = None  # the first time-out behind the last reply
         self._changed: set[asyncio.Future[None]] = set()
         self._task: asyncio.Task[None] | None = None
 
@@ -105,7 +117,9 @@ class Link:
             pause = min(2 * pause, _LONGEST_PAUSE)
 
     async def _connect(self) -> Connection:
-        return await Connection.open(self._address, self._name, self._context, self._has_lost)
+        return await Connection.open(
+            self._address, self._name, self._context, self._timeout, self._has_lost
+        )
 
     async def request(self, make: Callable[[], Request]) -> Request:
         """Make a request; `make` is called each time that it is sent.
@@ -118,10 +132,12 @@ class Link:
                 connection = self._connection or await self._connected()
                 request = make()
                 await connection.send(request)
+                if request.is_lost:
+                    continue
+                self._silent_since = None
                 if request.error is not None:
                     raise request.error
-                if not request.is_lost:
-                    return request
+                return request
 
     async def _connected(self) -> Connection:
         loop = asyncio.get_running_loop()
@@ -129,7 +145,8 @@ class Link:
             if self._is_broken or not (self._reconnect_delay and self._is_patient):
                 raise BlockError(errno.EIO, str(self._why_not.strerror))
             if self._patience is None:
-                self._patience = loop.call_later(self._reconnect_delay, self.lose_patience)
+                start = loop.time() if self._silent_since is None else self._silent_since
+                self._patience = loop.call_at(start + self._reconnect_delay, self.lose_patience)
             changed: asyncio.Future[None] = loop.create_future()
             self._changed.add(changed)
             try:
@@ -174,9 +191,15 @@ class Link:
             self._is_broken = True
             self._wake()
             return
-        log.info("%s: %s", self._owner, error.strerror)
+        loop = asyncio.get_running_loop()
+        if error.errno == errno.ETIMEDOUT:
+            log.warning("%s: %s", self._owner, error.strerror)
+            if self._silent_since is None:
+                self._silent_since = loop.time()
+        else:
+            log.info("%s: %s", self._owner, error.strerror)
         self._is_patient = True
-        self._task = asyncio.get_running_loop().create_task(self._reconnect())
+        self._task = loop.create_task(self._reconnect())
 
     async def _reconnect(self) -> None:
         pause = _FIRST_PAUSE

@@ -128,7 +128,8 @@ class Request:
     """One request, and what has come of it.
 
     Attributes: iov: what is written, or where a read goes to. error: the server's. is_lost: there will be no reply.
-        extent: length and flags of the first extent of a block status.
+        extent: length and flags of the first extent of a block status. due: when the server is given up if it has not
+        answered (the loop's clock); 0: never.
     """
 
     command: Command
@@ -139,6 +140,7 @@ class Request:
     error: BlockError | None = None
     is_lost: bool = False
     extent: tuple[int, int] | None = None
+    due: float = 0.0
     parts: list[tuple[int, int]] = field(default_factory=list)
     is_begun: bool = False
 

@@ -8,7 +8,7 @@ import gc
 import mmap
 import struct
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 
 from tests.disks import read
 from tests.nbd_server import ABLE, Seen, Server, chunk, honest, simple
+from tests.unit.block.drivers.nbd_disks import SECONDS, connections, run
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers.nbd import NbdNode
 from vhostblk.block.drivers.nbd_address import parse_filename
@@ -30,8 +31,6 @@ from vhostblk.block.status import block_status
 from vhostblk.errors import BlockError, ConfigError
 
 FUA = int(Req.FUA)
-SECONDS = 20  # after which something hangs
-Scenario = Callable[[BlockBackend], Awaitable[None]]
 
 
 @pytest.fixture
@@ -39,33 +38,6 @@ def path() -> Iterator[Path]:
     """A socket; names of sockets are short."""
     with tempfile.TemporaryDirectory(prefix="vb-nbd-") as folder:
         yield Path(folder) / "s"
-
-
-def run(server: Server, path: Path, scenario: Scenario, **options: Any) -> None:
-    """Serve, open the disk, use it, close all."""
-
-    async def everything() -> None:
-        async with asyncio.timeout(SECONDS), server.serving(path):
-            graph = BlockGraph()
-            server_options = {"type": "unix", "path": str(path)}
-            flat = {"driver": "nbd", "discard": "unmap", "server": server_options, **options}
-            try:
-                node = await graph.add(flat)
-                backend = BlockBackend(node, "the test", writable=not node.read_only)
-                try:
-                    await scenario(backend)
-                finally:
-                    await backend.close()
-            finally:
-                await graph.close_all()
-
-    asyncio.run(everything())
-
-
-async def connections(server: Server, count: int) -> None:
-    """Wait until there have been so many."""
-    while server.connections < count:  # noqa: ASYNC110 - it is the server's business who waits for it
-        await asyncio.sleep(0.01)
 
 
 def commands(server: Server) -> list[tuple[int, int, int, int]]:
