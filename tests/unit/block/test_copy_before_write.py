@@ -21,6 +21,7 @@ from vhostblk.block.filters.copy_before_write import CopyBeforeWriteNode
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
+from vhostblk.block.length import has_become
 from vhostblk.block.node import ExtentFlag, FlushTarget, HostExtent
 from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
@@ -253,6 +254,71 @@ def test_what_is_cut_off_is_kept_and_what_has_grown_is_not_looked_for() -> None:
         await disk.guest.pwritev(SIZE - 512, IoVec.of(b"x" * 4096))
         await disk.check()
         assert await outcome(disk.snapshot.preadv(SIZE, IoVec.of(bytearray(1)))) == errno.EIO
+
+    with_disk(scenario)
+
+
+async def becomes(node: ArrayNode, content: bytes) -> None:
+    """Somebody else has made it so."""
+    node.data[:] = content
+    await has_become(node, len(content))
+
+
+def test_snapshot_of_a_disk_that_is_cut_behind_our_back_is_lost_and_shows_nothing_else_instead(
+    expect_log: ExpectedLog,
+) -> None:
+    expect_log.expect("the snapshot is lost: 'disk' has become 66048 bytes long")
+
+    async def scenario(disk: Disk) -> None:
+        cut = CLUSTER + 512
+        await disk.guest.pwritev(8 * CLUSTER, IoVec.of(b"a cluster that was kept"))
+        await becomes(disk.file, disk.before[:cut])
+        assert disk.guest.length == cut
+        assert await outcome(disk.snapshot.preadv(2 * CLUSTER, IoVec.of(bytearray(1)))) != 0
+        # Its last cluster could not be copied any more: that is no reason for the guest to fail.
+        await disk.guest.pwritev(CLUSTER, IoVec.of(b"x" * 512))
+        await becomes(disk.file, bytes(disk.file.data) + bytes(SIZE - cut))
+        await disk.guest.pwritev(3 * CLUSTER, IoVec.of(b"y" * 512))
+        for offset in (0, 2 * CLUSTER, 3 * CLUSTER, SIZE - 512):
+            read = disk.snapshot.preadv(offset, IoVec.of(bytearray(512)))
+            assert await outcome(read) == errno.EACCES
+
+    with_disk(scenario)
+
+
+def test_snapshot_that_has_all_that_is_cut_behind_our_back_is_kept() -> None:
+    async def scenario(disk: Disk) -> None:
+        await disk.guest.pwrite_zeroes(CLUSTER, SIZE - CLUSTER, True)
+        await becomes(disk.file, bytes(disk.file.data[:CLUSTER]))
+        await disk.check()
+        await disk.guest.pwritev(0, IoVec.of(b"z" * 512))
+        await disk.check()
+
+    with_disk(scenario)
+
+
+def test_copy_that_a_cut_made_fail_is_not_the_guests_affair(expect_log: ExpectedLog) -> None:
+    expect_log.expect("the snapshot is lost: 'disk' has become")
+
+    async def scenario(disk: Disk) -> None:
+        reads, go_on = asyncio.Event(), asyncio.Event()
+
+        def fails(kind: str, offset: int, length: int) -> None:
+            if kind == "read":
+                raise BlockError(errno.EIO)
+
+        async def until_cut() -> None:
+            reads.set()
+            await go_on.wait()
+
+        disk.file.pause, disk.file.fail = until_cut, fails
+        write = asyncio.ensure_future(disk.guest.pwritev(0, IoVec.of(b"z" * 512)))
+        await reads.wait()
+        cut = asyncio.ensure_future(becomes(disk.file, disk.before[:4096]))
+        await turns(5)
+        go_on.set()
+        await asyncio.gather(write, cut)
+        assert disk.file.data[:512] == b"z" * 512
 
     with_disk(scenario)
 

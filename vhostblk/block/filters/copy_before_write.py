@@ -171,15 +171,25 @@ class CopyBeforeWriteNode(FilterNode):
                 else:
                     await self._copy.copy(start, end)
             except BlockError as error:
-                if self.options.on_cbw_error == "break-guest-write":
+                if self.options.on_cbw_error == "break-guest-write" and not self._lost:
                     raise
-                if not self._lost:
-                    self._lost = True
-                    log.error("node '%s': the snapshot is lost: %s", self.node_name, error)
+                self._lose(str(error))
                 return
         if self._reads:
             size = self._copy.cluster_size
             await until_over(self._reads, start // size * size, -(-end // size) * size)
+
+    def child_resized(self, edge: Edge) -> None:
+        """What is cut off behind our back cannot be kept: what comes in its place some day is not what was there."""
+        super().child_resized(edge)
+        length, kept = edge.node.length, self.snapshot_length
+        if edge.role & Role.FILTERED and length < kept and not self._copy.is_copied(length, kept):
+            self._lose(f"'{edge.node.node_name}' has become {length} bytes long")
+
+    def _lose(self, why: str) -> None:
+        if not self._lost:
+            self._lost = True
+            log.error("node '%s': the snapshot is lost: %s", self.node_name, why)
 
     async def _copy_in_time(self, start: int, end: int) -> None:
         """The same, but for so long only; a run that was begun is finished later."""
