@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.daemons import ALL_PATHS, BOTH_PATHS, Disks, barrier, eventually, finish
+from tests.daemons import ALL_PATHS, BOTH_PATHS, CAPACITY, Disks, barrier, eventually, finish
 from vhostblk.client.client import Client
 from vhostblk.client.inflight import InflightFile
 from vhostblk.client.queue import Pending
@@ -22,7 +22,7 @@ from vhostblk.errors import PeerError, SessionError
 from vhostblk.vhost.inflight import SPLIT_ENTRY, SPLIT_HEADER, VERSION_OFFSET, part_size
 from vhostblk.vhost.message import InflightDescription, ProtocolFeature, Request
 from vhostblk.vhost.vring import VringFd
-from vhostblk.virtio.blk import RequestType
+from vhostblk.virtio.blk import RequestType, Status
 
 SIZE = 128
 
@@ -48,14 +48,17 @@ def pretend_in_flight(client: Client, heads: list[int]) -> None:
         SPLIT_ENTRY.pack_into(view, SPLIT_HEADER.size + head * SPLIT_ENTRY.size, 1, 0, 70 + order)
 
 
-def submitted(client: Client, count: int) -> tuple[list[Pending], list[int]]:
+def submitted(
+    client: Client, count: int, first: int = 0, length: int = 512
+) -> tuple[list[Pending], list[int]]:
     """Writes that a ring has, and their heads."""
     pending = []
     driver = client.queues[0].driver
     before = driver.avail_idx
     for i in range(count):
-        data = bytes([i + 1]) * 512
-        pending.append(client.submit(RequestType.OUT, 512 * i, out=data, notify=False))
+        offset = first + 512 * i
+        data = pattern(offset, length)
+        pending.append(client.submit(RequestType.OUT, offset, out=data, notify=False))
     client.queues[0].notify()
     memory = client.memory.region_of(driver.gpa).view
     start = driver.gpa - client.memory.region_of(driver.gpa).gpa + driver.avail_offset + 4
@@ -80,6 +83,46 @@ def test_what_a_killed_daemon_had_popped_is_served_once_and_so_is_the_rest(
         assert client.queues[0].driver.in_flight == 0
     if left:
         assert f"queue 0: {left} requests were in flight" in disks.said
+
+
+@ALL_PATHS
+def test_what_was_in_flight_behind_the_end_that_a_disk_has_now_fails_and_the_ring_goes_on(
+    disks: Disks,
+) -> None:
+    small = CAPACITY // 2
+    with stopped(disks, "grows") as client:
+        before = client.read_config().capacity
+        disks.resize(CAPACITY)
+        eventually(lambda: client.read_config().capacity * 512 == CAPACITY, "the size before")
+        places = [0, small - 512, small - 256 * 512, small, CAPACITY - 512, 4096]
+        lengths = [512, 512, 512 * 512, 512, 512, 512]  # the third one is across the new end
+        pending = []
+        heads = []
+        for place, length in zip(places, lengths, strict=True):
+            request, head = one_write(client, place, length)
+            pending.append(request)
+            heads.append(head)
+        pretend_in_flight(client, heads[:5])
+        disks.resize(small)
+        eventually(lambda: client.read_config().capacity * 512 == small, "the size now")
+        client.start_queue(0, base=client.queues[0].driver.visible_base)
+        finish(client, pending)
+        good, bad = Status.OK, Status.IOERR
+        assert [one.status for one in pending] == [good, good, bad, bad, bad, good]
+        assert client.read(small - 512, 512) == pattern(small - 512, 512)
+        assert os.stat(disks.image("grows")).st_size == small
+        disks.resize(before * 512)
+    assert "queue 0: 5 requests were in flight" in disks.said
+
+
+def pattern(offset: int, length: int) -> bytes:
+    return bytes([1 + offset // 512 % 255]) * length
+
+
+def one_write(client: Client, offset: int, length: int) -> tuple[Pending, int]:
+    """A write that a ring has, and its head."""
+    pending, heads = submitted(client, 1, offset, length)
+    return pending[0], heads[0]
 
 
 @ALL_PATHS

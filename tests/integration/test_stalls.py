@@ -151,6 +151,34 @@ def test_ring_of_a_disk_that_hangs_stops_when_it_goes_on(
         client.close()
 
 
+@PATHS
+def test_size_that_changes_while_a_ring_is_being_stopped_is_told_behind_the_answer(
+    folder: Path, hanging: HangingFile, data_path: str
+) -> None:
+    """A front-end that waits for an answer looks at nothing else, and would have to answer the change, too."""
+    with Daemon(folder, hanging, data_path) as daemon:
+        client = Client.connect(daemon.stuck, queues=2, timeout=DEADLINE)
+        client.write(0, bytes(512))
+        hanging.hang()
+        pending = ask(client, "reads", 4)
+        in_time(lambda: hanging.waiting > 0, "they are on their way")
+        client.control.send_raw(Request.GET_VRING_BASE, bytes(8))
+        is_served(daemon.other)  # it has come
+        hanging.content.extend(bytes(SIZE))
+        os.kill(daemon.pid, signal.SIGHUP)
+        in_time(lambda: f"export stuck: the disk has {2 * SIZE} bytes now" in daemon.output, "new")
+        with pytest.raises(TimeoutError):
+            client.control.next_backend_message(0.05)
+        hanging.go_on()
+        assert client.control.receive().request == Request.GET_VRING_BASE
+        # The other ring runs, so it is told at once.
+        assert client.wait_config_change(DEADLINE).capacity * 512 == 2 * SIZE
+        finish(client, pending, DEADLINE)
+        assert all(request.status == Status.OK for request in pending)
+        client.abandon()
+        client.close()
+
+
 class Connecting(threading.Thread):
     """A client that needs a while to be served."""
 
