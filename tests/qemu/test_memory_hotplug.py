@@ -28,6 +28,7 @@ __all__ = ["load_program"]
 
 _SECONDS = 120.0
 _BLOCK = 128 << 20  # the unit of Linux on x86
+_HUGE_GUEST_MIB = 192
 
 
 class GrowingGuest(BusyGuest):
@@ -111,6 +112,41 @@ def held(process: DaemonProcess) -> Resources:
     now = Resources.of(process.pid)
     now.threads.clear()
     return now
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("data_path", ["native", "python"])
+def test_guest_whose_memory_is_in_huge_pages_works_and_leaves_none_in_use(
+    daemon: DaemonStarter,
+    socket_directory: Path,
+    tmp_path: Path,
+    load_program: Path,
+    data_path: str,
+) -> None:
+    """All of it: kernel, rings and data; with O_DIRECT, through both data paths."""
+    path = socket_directory / "s"
+    words = [*serve(tmp_path / "disk.img", "raw")[2:], "--cache", "none", "--socket", path]
+    process = daemon(*words, "--data-path", data_path, sockets=[path])
+    with huge_pages(_HUGE_GUEST_MIB << 20 >> 21):
+        with Guest(
+            [GuestDisk(path, queues=2)],
+            cpus=2,
+            memory_mib=_HUGE_GUEST_MIB,
+            huge_pages=True,
+            programs=(str(load_program),),
+        ) as guest:
+            maps = Path(f"/proc/{process.pid}/smaps").read_text()
+            assert f"KernelPageSize:     {HUGE_PAGE >> 10} kB" in maps
+            load = BusyGuest(guest, workers=4)
+            load.goes_on()
+            assert load.finish() > 0
+        # QEMU is gone, so what is still in use would be the daemon's.
+        in_use = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
+        deadline = time.monotonic() + _SECONDS
+        while (in_use / "nr_hugepages").read_text() != (in_use / "free_hugepages").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert process.stop() == 0
 
 
 @pytest.mark.timeout(400 + 100 * HUNT)

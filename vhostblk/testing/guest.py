@@ -169,6 +169,7 @@ class Guest:
         disks: become /dev/vda, /dev/vdb, ... in this order.
         cpus: virtual processors; without `GuestDisk.queues` also the queues of each disk.
         memory_mib: size of the shared guest memory.
+        huge_pages: it is in huge pages of the host, of which there must be enough.
         programs: programs of the host to be had in the guest, with their libraries.
         modules: kernel modules to load, besides the virtio console's.
         kernel_arguments: added to the kernel's command line.
@@ -186,6 +187,7 @@ class Guest:
         *,
         cpus: int = 1,
         memory_mib: int = 256,
+        huge_pages: bool = False,
         programs: tuple[str, ...] = ("mkfs.ext4",),
         modules: tuple[str, ...] = VIRTIO_MODULES,
         kernel_arguments: str = "",
@@ -197,6 +199,7 @@ class Guest:
         self._disks = tuple(disks)
         self._cpus = cpus
         self._memory_mib = memory_mib
+        self._huge_pages = huge_pages
         self._programs = programs
         self._modules = modules
         self._kernel_arguments = kernel_arguments
@@ -357,6 +360,8 @@ class Guest:
         self, kernel: GuestKernel, accelerator: Accelerator, initramfs: int, shell: int
     ) -> list[str]:
         memory = f"memory-backend-memfd,id=memory,size={self._memory_mib}M,share=on"
+        if self._huge_pages:
+            memory += ",hugetlb=on"
         append = f"console=ttyS0 quiet panic=-1 {self._kernel_arguments}".strip()
         if accelerator.name == "tcg":
             # A busy host has no time for the guest while its kernel counts interrupts, which then panics (x86).
