@@ -50,17 +50,25 @@ def hanging(folder: Path, _nothing_leaks: None) -> Iterator[HangingFile]:
 class Daemon(DaemonProcess):
     """Serves `stuck` from the file that hangs, and `other` from another one."""
 
-    def __init__(self, folder: Path, hanging: HangingFile, data_path: str, *words: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        hanging: HangingFile,
+        data_path: str,
+        *words: str,
+        options: str = "",
+        other: str = "",
+    ) -> None:
         self.stuck, self.other = folder / "stuck", folder / "other"
         image = folder / "image"
         image.write_bytes(bytes(SIZE))
         command = [*VHOSTBLK, "storage-daemon", "--data-path", data_path]
-        for path, file in ((self.stuck, hanging.path), (self.other, image)):
-            command += ["--blockdev", f"driver=file,node-name={path.name},filename={file}"]
+        for path, file, more in ((self.stuck, hanging.path, ""), (self.other, image, other)):
+            command += ["--blockdev", f"driver=file,node-name={path.name},filename={file}{more}"]
             command += [
                 "--export",
                 f"type=vhost-user-blk,id={path.name},node-name={path.name},addr.type=unix,"
-                f"addr.path={path},num-queues=2,writable=on,stall-warning=0.05",
+                f"addr.path={path},num-queues=2,writable=on,stall-warning=0.05{options}",
             ]
         super().__init__([*command, *words], sockets=[self.stuck, self.other])
         self._hanging = hanging
@@ -122,6 +130,42 @@ def test_disk_that_hangs_is_told_of_and_is_nobody_elses_affair(
         finish(client, pending, DEADLINE)
         assert all(request.status == Status.OK for request in pending)
         in_time(lambda: daemon.output.count(AGAIN) > before, "the log says so")
+
+
+@PATHS
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_disk_that_hangs_takes_the_pool_of_its_thread_and_nothing_else(
+    folder: Path, hanging: HangingFile, data_path: str, cache: str
+) -> None:
+    """What docs/stalls.md says of exports that share an iothread: 16 requests, and who needs the pool waits."""
+    require("io_uring")
+    words = ("--object", "iothread,id=both")
+    direct = ",cache.direct=on" if cache == "off" else ""
+    with (
+        Daemon(
+            folder, hanging, data_path, *words, options=",iothread=both", other=direct
+        ) as daemon,
+        Client.connect(daemon.stuck, queues=2) as client,
+        Client.connect(daemon.other, queues=2, timeout=DEADLINE) as other,
+    ):
+        client.write(0, bytes(512))
+        other.write(0, bytes(4096))
+        hanging.hang()
+        pending = ask(client, "reads", 40)
+        in_time(lambda: hanging.waiting == 16, "the pool is full")
+        assert other.read(0, 4096) == bytes(4096)
+        write = other.submit(RequestType.OUT, 0, out=b"y" * 4096)
+        waits = data_path == "native" and cache == "on"
+        if not waits:
+            other.wait([write])
+        for _ in range(100):  # many turns of the engine's
+            assert other.read(4096, 4096) == bytes(4096)
+        assert write.is_done != waits
+        assert hanging.waiting == 16
+        hanging.go_on()
+        finish(client, pending, DEADLINE)
+        finish(other, [write], DEADLINE)
+        assert all(request.status == Status.OK for request in (*pending, write))
 
 
 @PATHS
