@@ -178,7 +178,7 @@ def test_ring_of_a_disk_that_hangs_stops_when_it_goes_on(
         client.write(0, bytes(512))
         hanging.hang()
         pending = ask(client, "reads", 4)
-        in_time(lambda: hanging.waiting > 0, "they are on their way")
+        in_time(lambda: hanging.waiting == 4, "they are on their way")  # not in the ring any more
         client.control.send_raw(Request.GET_VRING_BASE, bytes(8))
         is_served(daemon.other)
         client.control.connection.timeout = 0.05
@@ -205,7 +205,7 @@ def test_size_that_changes_while_a_ring_is_being_stopped_is_told_behind_the_answ
         client.write(0, bytes(512))
         hanging.hang()
         pending = ask(client, "reads", 4)
-        in_time(lambda: hanging.waiting > 0, "they are on their way")
+        in_time(lambda: hanging.waiting == 4, "they are on their way")  # not in the ring any more
         client.control.send_raw(Request.GET_VRING_BASE, bytes(8))
         is_served(daemon.other)  # it has come
         hanging.content.extend(bytes(SIZE))
