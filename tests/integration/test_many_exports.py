@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from tests.daemons import eventually
 from tests.requirements import require
 from vhostblk.client.client import Client
 from vhostblk.daemon import MAX_OWN_THREADS
@@ -12,6 +13,13 @@ from vhostblk.testing.plugin import DaemonStarter
 from vhostblk.testing.resources import Resources
 
 _MORE = 5
+
+
+def engine_threads(pid: int) -> Counter[str]:
+    threads = Resources.of(pid).threads
+    return Counter(
+        {name: threads[name] for name in threads if name.endswith("/0") or name == "own"}
+    )
 
 
 def test_exports_beyond_a_number_share_engine_threads(
@@ -31,9 +39,9 @@ def test_exports_beyond_a_number_share_engine_threads(
     words += ["--export", "vhost-user-blk,id=named,node-name=named,iothread=own,"]
     words[-1] += f"writable=on,addr.type=unix,addr.path={named}"
     daemon = storage_daemon(*words, sockets=[*sockets, named])
-    threads = Resources.of(daemon.pid).threads
-    engine = {name: threads[name] for name in threads if name.endswith("/0") or name == "own"}
-    assert Counter(engine) == Counter([f"e{n}/0" for n in range(MAX_OWN_THREADS)] + ["own"])
+    expected = Counter([f"e{n}/0" for n in range(MAX_OWN_THREADS)] + ["own"])
+    # Threads name themselves when they begin.
+    eventually(lambda: engine_threads(daemon.pid) == expected, "a thread each, up to a number")
     said = f"export e{MAX_OWN_THREADS} and later ones share {MAX_OWN_THREADS} engine threads"
     assert daemon.output.count(said) == 1
 

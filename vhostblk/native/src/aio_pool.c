@@ -89,6 +89,7 @@ static void *worker(void *opaque)
 	struct aio_pool *pool = opaque;
 	struct aio_op *op;
 
+	pthread_setname_np(pthread_self(), "vhostblk-io");
 	pthread_mutex_lock(&pool->lock);
 	while ((op = take(pool))) {
 		pthread_mutex_unlock(&pool->lock);
@@ -161,10 +162,8 @@ static bool start_worker(struct aio_pool *pool)
 	block_signals(&previous);
 	started = !pthread_create(&pool->threads[pool->started], NULL, worker, pool);
 	pthread_sigmask(SIG_SETMASK, &previous, NULL);
-	if (started) {
-		pthread_setname_np(pool->threads[pool->started], "vhostblk-io");
+	if (started)
 		pool->started++;
-	}
 	return started;
 }
 

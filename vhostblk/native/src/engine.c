@@ -243,6 +243,8 @@ static void *thread_main(void *opaque)
 	enum awaited awaited = AWAIT_DRIVER;
 	uint64_t idle_since = 0;
 
+	/* By the thread itself: another's name is a file in /proc, which a sandbox does not allow to open. */
+	pthread_setname_np(pthread_self(), thread->name);
 	while (!load_acquire(&thread->stop)) {
 		if (thread_turn(thread)) {
 			if (idle_since)
@@ -348,7 +350,6 @@ int vb_thread_create(const struct vb_thread_options *options, struct vb_thread *
 		thread_close(thread);
 		return -error;
 	}
-	pthread_setname_np(thread->pthread, thread->name);
 	*ret = thread;
 	return 0;
 }
