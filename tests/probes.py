@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.requirements import require
+from tests.requirements import require, require_no_sandbox
 
 __all__ = ["LoopDevice", "Trace", "loop_device", "mounted"]
 
@@ -27,16 +27,27 @@ class Trace:
     Args:
         path: file for strace's output.
         calls: names of system calls.
-        inject: what strace shall do to them (`fdatasync:error=EIO:when=1`).
+        inject: what strace shall do to them (`fdatasync:error=EIO:when=1`) while the daemon serves.
+        io_uring: whether the kernel shall allow it.
     """
 
-    def __init__(self, path: Path, *calls: str, inject: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *calls: str, inject: str | None = None, io_uring: bool = True
+    ) -> None:
         self._path = path
+        if inject is not None:
+            require_no_sandbox(
+                "strace injects by making system call -1 instead, which is forbidden"
+            )
+        if not io_uring:  # a thing of the start, before there is a sandbox
+            calls = (*calls, "io_uring_setup")
         # -D: the daemon is our child, and strace somebody else's.
         self.command = [require("strace"), "-D", "-f", "-qq", "-o", str(path)]
         self.command += ["-e", f"trace={','.join(calls)}", "-e", "signal=none"]
         if inject is not None:
             self.command += ["-e", f"inject={inject}"]
+        if not io_uring:
+            self.command += ["-e", "inject=io_uring_setup:error=EPERM"]
         self._seen = 0
 
     def text(self) -> str:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from vhostblk.testing.requirements import require
+from vhostblk.testing.requirements import require, require_no_sandbox
 
-__all__ = ["require"]
+__all__ = ["require", "require_no_sandbox"]

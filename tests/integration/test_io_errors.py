@@ -382,9 +382,8 @@ def test_durable_write_to_a_full_device_fails(full_device: str, serve: Serve) ->
 @pytest.mark.parametrize("path", ["threads", "python"], indirect=True)
 def test_one_failing_fdatasync_is_remembered(tmp_path: Path, serve: Serve, path: str) -> None:
     """All later ones would succeed."""
-    calls = ("fdatasync", "io_uring_setup")
-    trace = Trace(tmp_path / "trace", *calls, inject="fdatasync:error=EIO:when=1")
-    trace.command += ["-e", "inject=io_uring_setup:error=EPERM"]
+    failing = "fdatasync:error=EIO:when=1"
+    trace = Trace(tmp_path / "trace", "fdatasync", inject=failing, io_uring=False)
     served = serve(make_image(tmp_path), command=[*trace.command, *VHOSTBLK, "storage-daemon"])
     with served.connect() as client:
         client.write(0, b"w" * 4096)
@@ -398,10 +397,8 @@ def test_one_failing_fdatasync_is_remembered(tmp_path: Path, serve: Serve, path:
 def test_without_a_page_cache_a_failed_flush_may_succeed_later(
     tmp_path: Path, serve: Serve, path: str
 ) -> None:
-    trace = Trace(tmp_path / "trace", "fdatasync", "io_uring_setup", inject="fdatasync:error=EIO")
-    trace.command += ["-e", "inject=io_uring_setup:error=EPERM"]
-    # Every second call of a thread fails.
-    trace.command = [word.replace("error=EIO", "error=EIO:when=1+2") for word in trace.command]
+    failing = "fdatasync:error=EIO:when=1+2"  # every second call of a thread
+    trace = Trace(tmp_path / "trace", "fdatasync", inject=failing, io_uring=False)
     image = make_image(tmp_path)
     served = serve(image, ",cache.direct=on", command=[*trace.command, *VHOSTBLK, "storage-daemon"])
     with served.connect() as client:

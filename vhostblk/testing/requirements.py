@@ -15,7 +15,7 @@ import pytest
 
 from vhostblk.testing.guest import missing_guest
 
-__all__ = ["missing", "require"]
+__all__ = ["missing", "require", "require_no_sandbox"]
 
 
 def require(tool: str, *more: str, group: str | None = None) -> str:
@@ -39,6 +39,18 @@ def require(tool: str, *more: str, group: str | None = None) -> str:
             pytest.fail(f"VHOSTBLK_REQUIRE demands {name}: {reason}", pytrace=False)
         pytest.skip(f"needs {name}: {reason}")
     return shutil.which(tool, path=_search_path()) or tool
+
+
+def require_no_sandbox(why: str) -> None:
+    """Skips the test where all daemons are put into a sandbox (VHOSTBLK_SANDBOX).
+
+    Nothing is missing there, so VHOSTBLK_REQUIRE does not ask for it.
+
+    Args:
+        why: what the test does to a daemon that no sandbox allows.
+    """
+    if os.environ.get("VHOSTBLK_SANDBOX", "off") != "off":
+        pytest.skip(f"not in a sandbox: {why}")
 
 
 def missing(tool: str) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vhostblk.testing.requirements import require
+from vhostblk.testing.requirements import require, require_no_sandbox
 
 HEADER = """
 import logging, mmap, os, threading
@@ -153,3 +153,18 @@ def test_missing_tool_is_a_skip_unless_it_is_demanded(
     monkeypatch.setenv("VHOSTBLK_REQUIRE", demand)
     with pytest.raises(expected, match="no-such-tool is not installed"):
         require("no-such-tool")
+
+
+@pytest.mark.parametrize("demand", ["", "all"])
+def test_what_no_sandbox_allows_is_a_skip_in_one_and_runs_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, demand: str
+) -> None:
+    monkeypatch.setenv("VHOSTBLK_REQUIRE", demand)
+    for mode in ("on", "kill", "log"):
+        monkeypatch.setenv("VHOSTBLK_SANDBOX", mode)
+        with pytest.raises(pytest.skip.Exception, match="not in a sandbox: it does that"):
+            require_no_sandbox("it does that")
+    monkeypatch.setenv("VHOSTBLK_SANDBOX", "off")
+    require_no_sandbox("it does that")
+    monkeypatch.delenv("VHOSTBLK_SANDBOX")
+    require_no_sandbox("it does that")
