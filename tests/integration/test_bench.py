@@ -263,8 +263,9 @@ def test_json_and_comparison_on_the_command_line(daemon: DaemonProcess) -> None:
 
 def test_self_test_says_what_the_generator_costs() -> None:
     done = subprocess.run(
-        command("--self-test", "--json"), capture_output=True, text=True, timeout=60, check=True
+        command("--self-test", "--json"), capture_output=True, text=True, timeout=60, check=False
     )
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["self_test"]
     assert 0 < found["busy_us"] < 5
     assert found["iops"] > 1000

@@ -12,6 +12,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vhostblk.client.bench.options import BenchOptions
@@ -70,14 +71,12 @@ def self_test(options: BenchOptions) -> SelfTest:
 def _once(shape: LoadOptions, rings: list[LoadRing], frequency: float) -> SelfTest:
     load = Load(shape, rings)
     try:
-        for phase in (LoadPhase.MEASURE, LoadPhase.DRAIN):
-            load.set_phase(phase)
-            time.sleep(_SECONDS)
-        deadline = time.monotonic() + 10
-        while load.running:
-            if time.monotonic() > deadline:
-                raise PeerError("the echo does not answer")
-            time.sleep(0.001)
+        load.set_phase(LoadPhase.MEASURE)
+        time.sleep(_SECONDS)
+        # On a busy machine nothing may have been done by now.
+        _wait_until(lambda: load.stats(LoadPhase.MEASURE).requests > 0 or not load.running)
+        load.set_phase(LoadPhase.DRAIN)
+        _wait_until(lambda: not load.running)
         if error := load.error:
             raise PeerError(f"the generator against its echo: {error.failure.name}")
         stats = load.stats(LoadPhase.MEASURE)
@@ -92,6 +91,14 @@ def _once(shape: LoadOptions, rings: list[LoadRing], frequency: float) -> SelfTe
         ticks_per_second=frequency,
         look_ns=native.clock_cost() * 1e9 / frequency,
     )
+
+
+def _wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        if time.monotonic() > deadline:
+            raise PeerError("the echo does not answer")
+        time.sleep(0.001)
 
 
 class _Rings:
