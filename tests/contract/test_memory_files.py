@@ -65,7 +65,13 @@ def test_memory_of_every_kind_comes_and_goes_under_load(
     guest = SharedMemory([4 * MIB], kind=make, spread=True)
     with disks.connect(export, queues=2, memory=guest) as client:
         load = ChangingMemory(
-            client, seed=1, span=(0, MIB), depth=16, unit=unit, units=2 if unit > PAGE else 64
+            client,
+            seed=1,
+            span=(0, MIB),
+            depth=16,
+            every=4,
+            unit=unit,
+            units=2 if unit > PAGE else 64,
         )
         load.run(80)
         load.verify()
