@@ -212,16 +212,99 @@ static void run(enum vb_io_kind kind)
 static int refusals;
 
 #ifndef VB_NO_URING
+/* What somebody else makes of the next entry of a ring, and which ring that was. */
+static struct {
+	bool at_work;
+	uint8_t opcode, flags;
+	int ring_fd;
+} intruder;
+
 /* Stands in for the one of liburing. */
 int io_uring_submit(struct io_uring *ring)
 {
 	int (*real)(struct io_uring *) = (int (*)(struct io_uring *))dlsym(RTLD_NEXT, "io_uring_submit");
 
+	if (intruder.at_work) {
+		struct io_uring_sqe *entry = &ring->sq.sqes[ring->sq.sqe_head & *ring->sq.kring_mask];
+
+		entry->opcode = intruder.opcode;
+		entry->flags = intruder.flags;
+		intruder.ring_fd = ring->ring_fd;
+	}
 	return load_relaxed(&refusals) > 0 && __atomic_fetch_sub(&refusals, 1, __ATOMIC_RELAXED) > 0 ? -EAGAIN
 												     : real(ring);
 }
 
+static void skip_without_restrictions(void)
+{
+	struct io_uring_params params = {.flags = IORING_SETUP_R_DISABLED};
+	struct io_uring ring;
+
+	if (vb_io_uring_error())
+		skip("io_uring is forbidden here");
+	if (io_uring_queue_init_params(1, &ring, &params))
+		skip("rings cannot be restricted before Linux 5.10");
+	io_uring_queue_exit(&ring);
+}
+
+static void check_intruder(struct vb_io *io, struct vb_io_request request, uint8_t opcode, uint8_t flags, int result)
+{
+	intruder.opcode = opcode;
+	intruder.flags = flags;
+	CHECK_EQUAL(one(io, request).result, result);
+}
 #endif
+
+TEST(rings_do_nothing_but_what_the_engine_asks_of_them)
+{
+#ifdef VB_NO_URING
+	skip("compiled without liburing");
+#else
+	/* All of them are older than restrictions are. */
+	static const uint8_t operations[] = {
+		IORING_OP_NOP,
+		IORING_OP_READ,
+		IORING_OP_WRITE,
+		IORING_OP_OPENAT,
+		IORING_OP_OPENAT2,
+		IORING_OP_CLOSE,
+		IORING_OP_ACCEPT,
+		IORING_OP_CONNECT,
+		IORING_OP_SENDMSG,
+		IORING_OP_SEND,
+		IORING_OP_RECVMSG,
+		IORING_OP_RECV,
+		IORING_OP_TIMEOUT,
+		IORING_OP_SPLICE,
+		IORING_OP_STATX,
+		IORING_OP_FALLOCATE,
+	};
+	static const uint8_t flags[] = {IOSQE_ASYNC, IOSQE_IO_LINK, IOSQE_IO_DRAIN, IOSQE_BUFFER_SELECT};
+	char data[512];
+	struct vb_iov iov = {(uint64_t)data, sizeof(data)};
+	struct vb_io_request request = {.op = VB_IO_READ, .iov = (uint64_t)&iov, .niov = 1};
+	struct io_uring_probe probe;
+	struct io_uring ring;
+	struct vb_io *io;
+
+	skip_without_restrictions();
+	request.fd = file_new(false, 4096);
+	CHECK_EQUAL(vb_io_create(VB_IO_URING, 8, 0, &io), 0);
+	intruder.at_work = true;
+	for (size_t i = 0; i < sizeof(operations); i++)
+		check_intruder(io, request, operations[i], 0, -EACCES);
+	for (size_t i = 0; i < sizeof(flags); i++)
+		check_intruder(io, request, IORING_OP_READV, flags[i], -EACCES);
+	check_intruder(io, request, IORING_OP_READV, 0, 512);
+	/* Nor can it be given more to work with. */
+	ring = (struct io_uring){.ring_fd = intruder.ring_fd, .enter_ring_fd = intruder.ring_fd};
+	CHECK_EQUAL(io_uring_register_probe(&ring, &probe, 0), -EACCES);
+	CHECK_EQUAL(io_uring_register_eventfd(&ring, request.fd), -EACCES);
+	CHECK_EQUAL(io_uring_unregister_files(&ring), -EACCES);
+	vb_io_destroy(io);
+	close(request.fd);
+#endif
+}
 
 /* Nothing is in flight, so nothing ends, so nobody would come back and try again. */
 TEST(what_io_uring_refuses_is_submitted_again)

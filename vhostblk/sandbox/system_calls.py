@@ -3,9 +3,8 @@
 An allow-list. What is not on it fails with EPERM, and the kernel logs it; or ends the process; or is only logged. The
 filter is for all threads, those that there are and those to come (SECCOMP_FILTER_FLAG_TSYNC).
 
-What is asked of io_uring does not go through the filter: rings read, write, flush and punch holes. New rings cannot be
-made, and those that there are belong to the engine; somebody who has taken over the process can put other operations
-into them, and finds files restricted by Landlock all the same, which knows no such gap.
+What is asked of io_uring does not go through the filter. New rings cannot be made, and those that there are belong to
+the engine, which has restricted them to reading, writing and flushing (native/src/aio_uring.c).
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@
 
 #ifndef VB_NO_URING
 #include <liburing.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 /* Registered buffers of one ring; a number each for up to 1 GiB of guest memory. */
 #define BUFFERS 512
@@ -38,30 +40,74 @@ int vb_io_uring_error(void)
 	return error;
 }
 
+/* A new ring that does nothing yet, or one that works at once on a kernel too old for that. */
+static int set_up(struct aio_uring *uring, uint32_t depth, bool *ret_disabled)
+{
+	static const unsigned flags[] = {
+		/* A thread that submits looks at its completions soon: they need not interrupt it. Linux 5.19. */
+		IORING_SETUP_R_DISABLED | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
+		IORING_SETUP_R_DISABLED, /* Linux 5.10 */
+		0,
+	};
+	int error = -EINVAL;
+
+	for (unsigned i = 0; error == -EINVAL && i < sizeof(flags) / sizeof(*flags); i++) {
+		struct io_uring_params params = {.flags = IORING_SETUP_CLAMP | flags[i]};
+
+		error = io_uring_queue_init_params(depth, &uring->ring, &params);
+		uring->depth = params.cq_entries;
+		*ret_disabled = flags[i] & IORING_SETUP_R_DISABLED;
+	}
+	return error;
+}
+
+/* io_uring_register(2): liburing's functions for these two are not exported by its shared library before 2.4. */
+static int register_in(struct io_uring *ring, unsigned what, const void *values, unsigned count)
+{
+	return syscall(SYS_io_uring_register, ring->ring_fd, what, values, count) < 0 ? -errno : 0;
+}
+
+/* From now on the ring does what this file asks of it, and nothing else, for good. What is in a ring is no system call,
+ * so no filter of these sees it: somebody who has taken the process over would have sockets and files by this way. */
+static int restrict_and_enable(struct io_uring *ring)
+{
+	struct io_uring_restriction allowed[] = {
+		{.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_READV},
+		{.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_READ_FIXED},
+		{.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_WRITEV},
+		{.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_WRITE_FIXED},
+		{.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_FSYNC},
+		{.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = IORING_OP_ASYNC_CANCEL},
+		{.opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED, .sqe_flags = IOSQE_FIXED_FILE},
+		{.opcode = IORING_RESTRICTION_REGISTER_OP, .register_op = IORING_REGISTER_BUFFERS_UPDATE},
+		{.opcode = IORING_RESTRICTION_REGISTER_OP, .register_op = IORING_REGISTER_FILES_UPDATE},
+	};
+	int error = register_in(ring, IORING_REGISTER_RESTRICTIONS, allowed, sizeof(allowed) / sizeof(*allowed));
+
+	return error ? error : register_in(ring, IORING_REGISTER_ENABLE_RINGS, NULL, 0);
+}
+
 int aio_uring_create(uint32_t depth, struct aio_uring **ret)
 {
-	/* A thread that submits looks at its completions soon: they need not interrupt it. Linux 5.19. */
-	struct io_uring_params params = {
-		.flags = IORING_SETUP_CLAMP | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG,
-	};
 	struct aio_uring *uring = calloc(1, sizeof(*uring));
+	bool disabled;
 	int error;
 
 	if (!uring)
 		return -ENOMEM;
-	error = io_uring_queue_init_params(depth, &uring->ring, &params);
-	if (error == -EINVAL) {
-		params = (struct io_uring_params){.flags = IORING_SETUP_CLAMP};
-		error = io_uring_queue_init_params(depth, &uring->ring, &params);
-	}
+	error = set_up(uring, depth, &disabled);
 	if (error) {
 		free(uring);
 		return error;
 	}
-	uring->depth = params.cq_entries;
 	/* Linux 5.19; without it nothing is registered. */
 	uring->has_buffers = !io_uring_register_buffers_sparse(&uring->ring, BUFFERS);
 	uring->has_files = !io_uring_register_files_sparse(&uring->ring, FILES);
+	error = disabled ? restrict_and_enable(&uring->ring) : 0;
+	if (error) {
+		aio_uring_destroy(uring);
+		return error;
+	}
 	*ret = uring;
 	return 0;
 }
