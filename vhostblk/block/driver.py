@@ -25,7 +25,7 @@ from vhostblk.block.image_driver import ImageDriver
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, default_child_permissions, filtered_child
-from vhostblk.block.status import BlockStatus
+from vhostblk.block.status import BlockStatus, StatusRuns
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
@@ -294,12 +294,12 @@ class Driver(ImageDriver):
             return BlockStatus(StatusFlag.DATA, length)
         return BlockStatus(StatusFlag.DATA | StatusFlag.OFFSET_VALID, length, map=offset)
 
-    async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
+    async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
         """The same, exactly, for ranges one behind the other from `offset` on; none: ask for them one by one.
 
-        Who says OFFSET_VALID names the node, too.
+        Who says OFFSET_VALID names the node, too; nobody says RAW.
         """
-        return []
+        return StatusRuns([])
 
     def has_zero_init(self) -> bool:
         """Whether a node that was just made reads as zeroes (row B21.15)."""

@@ -1,7 +1,8 @@
 """What a disk has where, as a list: each range, the layer it comes from, and its place in the file of that.
 
-Neighbours that go on in the same way are one entry (as in QMP's `MapEntry`). Entries come one by one, so that it does
-not matter how many there are.
+Neighbours that go on in the same way are one entry (as in QMP's `MapEntry`). Entries come in batches, each of what a
+table of the image says, so that it does not matter how many there are; what they have in common (`MapKind`) is made
+once.
 
 Context: the control loop. Knows nothing about formats.
 """
@@ -16,40 +17,46 @@ from vhostblk.block.flags import StatusFlag
 from vhostblk.block.introspection import filename
 from vhostblk.block.node import BlockNode
 from vhostblk.block.roles import cow_child
-from vhostblk.block.status import BlockStatus, block_statuses
+from vhostblk.block.status import StatusRun, block_statuses
 
 _DATA, _ZERO, _ALLOCATED = map(int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.ALLOCATED))
 _OFFSET_VALID = int(StatusFlag.OFFSET_VALID)
 _CONTENT = _DATA | _ZERO
 _KIND = _CONTENT | _ALLOCATED | _OFFSET_VALID
-# Flags, the layer, and the node whose file has it.
-_Kind: TypeAlias = tuple[int, int, BlockNode | None]
 
 
-class MapEntry(NamedTuple):
-    """A range of the disk.
+class MapKind(NamedTuple):
+    """What many ranges have in common.
 
     Attributes:
-        start, length: bytes.
-        depth: which layer it comes from; 0 is the disk's own.
-        present: that layer has it. Otherwise it reads as zeroes, because no layer has it.
-        zero: it reads as zeroes.
+        depth: which layer they come from; 0 is the disk's own.
+        present: that layer has them. Otherwise they read as zeroes, because no layer has them.
+        zero: they read as zeroes.
         data: there are bytes to be read.
-        offset: where those are in the file; None: in no such place (compressed, or not known).
-        filename: of that file; empty: it has none.
+        filename: of the file where those are; empty: it has none; None: they are in no such place (compressed, or not
+            known).
     """
 
-    start: int
-    length: int
     depth: int
     present: bool
     zero: bool
     data: bool
-    offset: int | None
-    filename: str
+    filename: str | None
 
 
-async def map_entries(node: BlockNode, start: int, end: int) -> AsyncIterator[MapEntry]:
+MapEntry: TypeAlias = tuple[int, int, int, MapKind]
+"""A range of the disk: its start and its length in bytes, its place in the file if it has one, and what it is."""
+
+
+class _Layer(NamedTuple):
+    """Runs one behind the other that come from one layer, and whose places are in one file."""
+
+    runs: list[StatusRun]
+    depth: int
+    file: BlockNode | None
+
+
+async def map_entries(node: BlockNode, start: int, end: int) -> AsyncIterator[list[MapEntry]]:
     """What is in a range of a disk, in order.
 
     Args:
@@ -58,69 +65,77 @@ async def map_entries(node: BlockNode, start: int, end: int) -> AsyncIterator[Ma
     Raises:
         BlockError: a driver's errno.
     """
-    names: dict[BlockNode, str] = {}
-    begin = length = 0
-    kind: _Kind | None = None
-    next_place = 0
+    kinds: dict[tuple[int, int, BlockNode | None], MapKind] = {}
+    begin, length, place, next_place = start, 0, 0, 0
+    last: MapKind | None = None
     while start < end:
-        for (flags, count, file, place), depth in await _statuses(node, start, end - start, 0):
-            flags &= _KIND
-            if not flags & _OFFSET_VALID:
-                file, place = None, next_place
-            if kind == (flags, depth, file) and place == next_place:
-                length += count
-            else:
-                if kind is not None:
-                    yield _entry(begin, length, kind, next_place, names)
-                begin, length, kind = start, count, (flags, depth, file)
-            start += count
-            next_place = place + count if file is not None else 0
-    if kind is not None:
-        yield _entry(begin, length, kind, next_place, names)
+        found: list[MapEntry] = []
+        for runs, depth, file in await _layers(node, start, end - start, 0):
+            of_flags: dict[int, MapKind] = {}
+            for flags, count, at in runs:
+                kind = of_flags.get(flags)
+                if kind is None:
+                    kind = of_flags[flags] = _kind(flags, depth, file, kinds)
+                if kind is last and (at == next_place or kind.filename is None):
+                    length += count
+                else:
+                    if last is not None:
+                        found.append((begin, length, place, last))
+                    begin, length, place, last = start, count, at, kind
+                start += count
+                next_place = at + count
+        if found:
+            yield found
+    if last is not None:
+        yield [(begin, length, place, last)]
 
 
-def _entry(
-    start: int, length: int, kind: _Kind, next_place: int, names: dict[BlockNode, str]
-) -> MapEntry:
-    flags, depth, file = kind
-    name = ""
-    if file is not None:
-        if file not in names:
-            names[file] = filename(file)
-        name = names[file]
-    return MapEntry(
-        start,
-        length,
-        depth,
-        bool(flags & _ALLOCATED),
-        bool(flags & _ZERO),
-        bool(flags & _DATA),
-        next_place - length if file is not None else None,
-        name,
-    )
+def _kind(
+    flags: int,
+    depth: int,
+    file: BlockNode | None,
+    known: dict[tuple[int, int, BlockNode | None], MapKind],
+) -> MapKind:
+    """One object for all that are the same."""
+    # What is in no layer is nowhere.
+    flags = flags & _KIND if flags & _CONTENT else 0
+    where = file if flags & _OFFSET_VALID else None
+    key = flags, depth, where
+    if key not in known:
+        known[key] = MapKind(
+            depth,
+            bool(flags & _ALLOCATED),
+            bool(flags & _ZERO),
+            bool(flags & _DATA),
+            filename(where) if where is not None else None,
+        )
+    return known[key]
 
 
-async def _statuses(
-    node: BlockNode, start: int, length: int, depth: int
-) -> list[tuple[BlockStatus, int]]:
-    """What the disk has from `start` on, each with the number of the layer that it comes from; not all of the range."""
+async def _layers(node: BlockNode, start: int, length: int, depth: int) -> list[_Layer]:
+    """What the disk has from `start` on; not all of the range."""
     layer = skip_filters(node)
     edge = cow_child(layer)
-    found: list[tuple[BlockStatus, int]] = []
-    for status in await block_statuses(layer, start, min(length, layer.length - start)):
-        if status.flags & _CONTENT:
-            found.append((status, depth))
-            start += status.length
+    runs, file = await block_statuses(layer, start, min(length, layer.length - start))
+    if edge is None:
+        return [_Layer(runs, depth, file)]
+    found: list[_Layer] = []
+    own: list[StatusRun] = []
+    for run in runs:
+        flags, count, _ = run
+        if flags & _CONTENT:
+            own.append(run)
+            start += count
             continue
-        if edge is None:
-            # Nothing is there, so it is nowhere.
-            found.append((BlockStatus(0, status.length), depth))
-            start += status.length
-            continue
-        below = await _statuses(edge.node, start, status.length, depth + 1)
+        if own:
+            found.append(_Layer(own, depth, file))
+            own = []
+        below = await _layers(edge.node, start, count, depth + 1)
         found += below
-        covered = sum(one.length for one, _ in below)
+        covered = sum(length for one in below for _, length, _ in one.runs)
         start += covered
-        if covered < status.length:
-            break
+        if covered < count:
+            return found
+    if own:
+        found.append(_Layer(own, depth, file))
     return found

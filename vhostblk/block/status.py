@@ -18,7 +18,7 @@ points to, a long answer is cut.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.limits import align_down, align_up
@@ -43,6 +43,21 @@ class BlockStatus(NamedTuple):
     length: int
     file: BlockNode | None = None
     map: int = 0
+
+
+StatusRun: TypeAlias = tuple[int, int, int]
+"""Flags, bytes, place: one of many, see `BlockStatus`. A plain tuple for the same reason."""
+
+
+class StatusRuns(NamedTuple):
+    """What is so for ranges one behind the other.
+
+    Attributes:
+        file: the node in which those with OFFSET_VALID have their place.
+    """
+
+    runs: list[StatusRun]
+    file: BlockNode | None = None
 
 
 _DATA, _ZERO, _OFFSET_VALID = map(int, (StatusFlag.DATA, StatusFlag.ZERO, StatusFlag.OFFSET_VALID))
@@ -77,7 +92,7 @@ async def block_status(
     return _with_end(found, offset, end)
 
 
-async def block_statuses(node: BlockNode, offset: int, length: int) -> list[BlockStatus]:
+async def block_statuses(node: BlockNode, offset: int, length: int) -> StatusRuns:
     """The same for ranges one behind the other, from `offset` on: as many as the driver knows at once, at least one.
 
     Args:
@@ -88,34 +103,50 @@ async def block_statuses(node: BlockNode, offset: int, length: int) -> list[Bloc
     """
     align = node.limits.request_alignment
     if offset % align or length % align:
-        return [await block_status(node, offset, length)]
+        return _alone(await block_status(node, offset, length))
     node.in_flight += 1
     try:
         many = await node.driver_block_statuses(offset, length)
-        if not many:
+        if not many.runs:
             found = await _own_status(node, offset, length, precise=True)
-            return [_with_end(found, offset, node.length)]
-        backing = node.backing
-        backed = backing.length if backing is not None else 0
-        may_be_backed = "backing" in node.child_keys
-        completed = []
-        for found in many:
-            if found.flags & _ASKS:
-                completed.append(await _complete(node, offset, found, precise=True))
-                offset += completed[-1].length
-                if completed[-1].length != found.length:
-                    break
-                continue
-            flags, count, file, place = found
-            if flags & _CONTENT:
-                flags |= _ALLOCATED
-            elif may_be_backed and offset >= backed:
-                flags |= _ZERO
-            completed.append(BlockStatus(flags, count, file, place))
-            offset += count
+            return _alone(_with_end(found, offset, node.length))
+        runs = await _complete_all(node, offset, many)
     finally:
         node.leave()
-    completed[-1] = _with_end(completed[-1], offset - completed[-1].length, node.length)
+    offset += sum([count for _, count, _ in runs])
+    if offset == node.length:
+        flags, count, place = runs[-1]
+        runs[-1] = flags | _EOF, count, place
+    return StatusRuns(runs, many.file)
+
+
+def _alone(found: BlockStatus) -> StatusRuns:
+    return StatusRuns([(found.flags, found.length, found.map)], found.file)
+
+
+async def _complete_all(node: BlockNode, offset: int, many: StatusRuns) -> list[StatusRun]:
+    """What a driver says of many runs, and what follows from it; perhaps fewer of them."""
+    runs, file = many
+    backing = node.backing
+    backed = backing.length if backing is not None else 0
+    end = offset + sum([count for _, count, _ in runs])
+    kinds = {flags for flags, _, _ in runs}
+    if not any(flags & _ASKS for flags in kinds) and not offset < backed < end:
+        # There are few kinds, and perhaps millions of runs.
+        nowhere = _ZERO if "backing" in node.child_keys and offset >= backed else 0
+        whole = {flags: flags | (_ALLOCATED if flags & _CONTENT else nowhere) for flags in kinds}
+        return [(whole[flags], count, place) for flags, count, place in runs]
+    completed = []
+    for flags, length, place in runs:
+        assert not flags & _RAW, f"{node.node_name}: many runs of which others know"
+        where = file if flags & _OFFSET_VALID else None
+        found = await _complete(
+            node, offset, BlockStatus(flags, length, where, place), precise=True
+        )
+        completed.append((found.flags, found.length, found.map))
+        offset += found.length
+        if found.length != length:
+            break
     return completed
 
 
@@ -215,7 +246,11 @@ async def statuses_above(node: BlockNode, offset: int, length: int) -> list[Bloc
     Raises:
         BlockError: a driver's errno.
     """
-    found = await block_statuses(node, offset, length)
+    runs, file = await block_statuses(node, offset, length)
+    found = [
+        BlockStatus(flags, count, file if flags & _OFFSET_VALID else None, place)
+        for flags, count, place in runs
+    ]
     if _next_layer(node) is None:
         return found
     for number, status in enumerate(found):

@@ -19,7 +19,7 @@ from vhostblk.block.host_io import (
     fallocate,
 )
 from vhostblk.block.node import BlockNode, Req
-from vhostblk.block.status import BlockStatus
+from vhostblk.block.status import BlockStatus, StatusRun, StatusRuns
 from vhostblk.errors import BlockError
 
 _MAY_UNMAP = int(Req.MAY_UNMAP)
@@ -113,22 +113,23 @@ class FileRanges(BlockNode):
         """Where the file has holes (SEEK_DATA, SEEK_HOLE); all of it is data where only allocation matters."""
         if not precise:
             return BlockStatus(_IS_DATA, length, map=offset)
-        return (await self._statuses(offset, length, most=1))[0]
+        ((flags, count, place),) = await self._runs(offset, length, most=1)
+        return BlockStatus(flags, count, self, place)
 
-    async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
+    async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
         """The same for many runs, with one visit to a thread."""
-        return await self._statuses(offset, length, most=_MOST_RUNS)
+        return StatusRuns(await self._runs(offset, length, most=_MOST_RUNS), self)
 
-    async def _statuses(self, offset: int, length: int, most: int) -> list[BlockStatus]:
+    async def _runs(self, offset: int, length: int, most: int) -> list[StatusRun]:
         self._check_presence()
         where = self._fd, offset, length, self.limits.request_alignment, most
         if self._inline:
             runs = host_file.find_runs(*where)
         else:
             runs = await self._io.call(host_file.find_runs, *where)
-        found: list[BlockStatus] = []
+        found: list[StatusRun] = []
         for is_data, count in runs:
-            found.append(BlockStatus(_IS_DATA if is_data else _IS_ZERO, count, self, offset))
+            found.append((_IS_DATA if is_data else _IS_ZERO, count, offset))
             offset += count
         return found
 

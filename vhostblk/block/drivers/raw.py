@@ -33,7 +33,7 @@ from vhostblk.block.options import SIZE, option
 from vhostblk.block.permissions import Perm
 from vhostblk.block.pipeline import flush_target, host_extent
 from vhostblk.block.registry import PROBE_SIZE, DriverRegistry
-from vhostblk.block.status import BlockStatus, block_statuses
+from vhostblk.block.status import BlockStatus, StatusRuns, block_statuses
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
@@ -244,11 +244,11 @@ class RawNode(BlockNode):
         """What the child says (row B21.19)."""
         return BlockStatus(_ASK_CHILD, length, self._file.node, offset + self.options.offset)
 
-    async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
+    async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
         """What the child says of many ranges, as far as it goes."""
         below, offset = self._file.node, offset + self.options.offset
         if offset >= below.length:
-            return []
+            return StatusRuns([])
         return await block_statuses(below, offset, min(length, below.length - offset))
 
     def has_zero_init(self) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from vhostblk.block.image_map import MapEntry, map_entries
+from vhostblk.block.image_map import MapEntry, MapKind, map_entries
 from vhostblk.cli.img.arguments import (
     ImageArguments,
     ImgError,
@@ -47,52 +48,73 @@ async def run(session: Session, args: Map) -> int:
     if args.most is not None:
         end = min(args.start + args.most, end)
     entries = map_entries(image.node, args.start, end)
-    write = sys.stdout.write
     try:
-        if as_json:
-            write("[")
-            between = ""
-            async for entry in entries:
-                write(between + _json(entry))
-                between = ",\n"
-            if not between:
-                # So does qemu-img for a disk that has nothing.
-                write(_json(MapEntry(args.start, 0, 0, False, False, False, None, "")))
-            write("]\n")
-            return 0
-        write(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n")
-        is_first = True
-        async for entry in entries:
-            # Of zeroes nobody wants to know where they are not; qemu-img looks at the first entry as it is.
-            if entry.data and (is_first or not entry.zero) and entry.offset is None:
-                raise ImgError("File contains external, encrypted or compressed clusters.")
-            is_first = False
-            if entry.data and not entry.zero:
-                place = entry.offset or 0
-                write(
-                    f"{_hex(entry.start):<16}{_hex(entry.length):<16}{_hex(place):<16}{entry.filename}\n"
-                )
+        await (_print_json(entries, args.start) if as_json else _print_table(entries))
     except BlockError as error:
         why = os.strerror(error.errno or 0)
         raise ImgError(f"Could not read file metadata: {why}") from None
     return 0
 
 
+# There may be millions of lines: one of a kind differs from others in numbers only, and a batch is written at once.
+
+
+async def _print_json(entries: AsyncIterator[list[MapEntry]], first: int) -> None:
+    write = sys.stdout.write
+    write("[")
+    between = ""
+    ends: dict[MapKind, str] = {}
+    async for batch in entries:
+        lines = []
+        for start, length, place, kind in batch:
+            end = ends.get(kind)
+            if end is None:
+                end = ends[kind] = _json(kind)
+            if kind.filename is None:
+                lines.append(f'{{ "start": {start}, "length": {length}{end}}}')
+            else:
+                lines.append(f'{{ "start": {start}, "length": {length}{end}, "offset": {place}}}')
+        write(between)
+        write(",\n".join(lines))
+        between = ",\n"
+    if not between:
+        # So does qemu-img for a disk that has nothing.
+        nothing = _json(MapKind(0, False, False, False, None))
+        write(f'{{ "start": {first}, "length": 0{nothing}}}')
+    write("]\n")
+
+
+def _json(kind: MapKind) -> str:
+    depth, present, zero, data, _ = kind
+    return (
+        f', "depth": {depth}, "present": {_WORDS[present]},'
+        f' "zero": {_WORDS[zero]}, "data": {_WORDS[data]}'
+    )
+
+
+async def _print_table(entries: AsyncIterator[list[MapEntry]]) -> None:
+    write = sys.stdout.write
+    write(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File\n")
+    is_first = True
+    async for batch in entries:
+        lines = []
+        for start, length, place, (_, _, zero, data, file) in batch:
+            if data and not zero and file is not None:
+                lines.append(f"{_hex(start)}{_hex(length)}{_hex(place)}{file}\n")
+            elif data and (is_first or not zero) and file is None:
+                # Of zeroes nobody wants to know where they are not; qemu-img looks at the first entry as it is.
+                write("".join(lines))
+                raise ImgError("File contains external, encrypted or compressed clusters.")
+            is_first = False
+        write("".join(lines))
+
+
 def _hex(number: int) -> str:
-    """As printf("%#x") does."""
-    return f"{number:#x}" if number else "0"
+    """As printf("%-#16x") does."""
+    return f"{number:<#16x}" if number else f"{0:<16}"
 
 
 _WORDS = MappingProxyType({False: "false", True: "true"})
-
-
-def _json(entry: MapEntry) -> str:
-    start, length, depth, present, zero, data, place, _ = entry
-    offset = f', "offset": {place}' if place is not None else ""
-    return (
-        f'{{ "start": {start}, "length": {length}, "depth": {depth}, "present": {_WORDS[present]},'
-        f' "zero": {_WORDS[zero]}, "data": {_WORDS[data]}{offset}}}'
-    )
 
 
 COMMAND = Command(Map, run)

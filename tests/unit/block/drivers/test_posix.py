@@ -23,7 +23,7 @@ from vhostblk.block.host_io import HostIO
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import align_down, align_up
 from vhostblk.block.node import ExtentFlag, FlushTarget, Req
-from vhostblk.block.status import block_status, block_statuses
+from vhostblk.block.status import BlockStatus, block_status, block_statuses
 from vhostblk.errors import BlockError
 
 
@@ -62,11 +62,12 @@ def test_many_runs_of_a_file_with_holes_are_those_that_are_found_one_by_one(
         offset, end = 512 if alignment == 512 else 4096, align_down(node.length, alignment)
         answers = 0
         while offset < end:
-            many = await block_statuses(node, offset, end - offset)
+            runs, file = await block_statuses(node, offset, end - offset)
             answers += 1
-            for found in many:
+            for flags, length, place in runs:
+                found = BlockStatus(flags, length, file, place)
                 assert found == await block_status(node, offset, end - offset)
-                offset += found.length
+                offset += length
         assert answers < 5
 
     with_file(path, scenario)

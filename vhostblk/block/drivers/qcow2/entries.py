@@ -283,46 +283,52 @@ class EntryReader:
         index = offset - base >> bits
         stop = min(-(-(limit - base) // size), len(table))
         zero = _ZERO if self._has_zeroes else 0
-        runs: list[
-            tuple[int, int, int]
-        ] = []  # number of the first cluster, flags, place: 0 where there is none
+        found: list[tuple[int, int, int]] = []
         run_flags, next_place = -1, 0
         number = index
         while number < stop:
-            entry = table[number]
-            if entry & COMPRESSED:
-                flags, place = _IS_COMPRESSED, ~number  # each for itself
-            elif entry:
+            entry, first = table[number], number
+            number += 1
+            if not entry:
+                flags = place = step = 0
+            elif entry & COMPRESSED:
+                flags, place, step = _IS_COMPRESSED, 0, -1
+            else:
                 place = entry & OFFSET_MASK
-                flags = _IS_ZERO if entry & zero else _IS_DATA if place else 0
                 if place & size - 1 or entry & _ZERO & ~zero:
-                    stop = number
+                    stop = first
                     break
+                flags = _IS_ZERO if entry & zero else _IS_DATA if place else 0
+                step = 0
                 if place:
                     flags |= _HAS_PLACE
-            else:
-                flags = place = 0
-            if flags != run_flags or place != next_place:
-                runs.append((number, flags, place))
-                run_flags = flags
-                step = size if place else 0
-                ahead = number + _MANY
-                if ahead < stop and 0 <= place <= _FAR and table[ahead] == entry + _MANY * step:
-                    # All in between may be alike.
-                    count = min(count_alike(table, number, entry, step), stop - number) - 1
-                    number += count
-                    place += count * step
-            next_place = place + size if place else 0
-            number += 1
-        if stop == index:
+                    step = size if place <= _FAR else -1
+            # Most runs are short, or as long as the table.
+            if step >= 0 and number < stop and table[number] == entry + step:
+                ahead = first + _MANY
+                if ahead < stop and table[ahead] == entry + _MANY * step:
+                    number = min(first + count_alike(table, first, entry, step), stop)
+                else:
+                    expected = entry + step
+                    while number < stop and table[number] == expected:
+                        number += 1
+                        expected += step
+            count = number - first << bits
+            if flags == run_flags and place == next_place and not entry & COMPRESSED:
+                # Who else uses the clusters does not matter here.
+                flags, before, place = found.pop()
+                count += before
+            found.append((flags, count, place))
+            run_flags, next_place = flags, place + count if flags & _HAS_PLACE else 0
+        if not found:
             self.part_at(table, base, offset)
-        found = []
-        for (number, flags, place), end in zip(
-            runs, [*[run[0] for run in runs[1:]], stop], strict=True
-        ):
-            begin, at = base + (number << bits), max(base + (number << bits), offset)
-            count = min(base + (end << bits), limit) - at
-            found.append((flags, count, place + at - begin if flags & _HAS_PLACE else 0))
+        # The first begins, and the last ends, inside a cluster perhaps.
+        if skip := offset - base - (index << bits):
+            flags, count, place = found[0]
+            found[0] = flags, count - skip, place + skip if flags & _HAS_PLACE else 0
+        if (over := base + (stop << bits) - limit) > 0:
+            flags, count, place = found[-1]
+            found[-1] = flags, count - over, place
         return found
 
     def compressed_place(self, entry: int) -> tuple[int, int]:

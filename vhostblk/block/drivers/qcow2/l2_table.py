@@ -55,10 +55,8 @@ class L2Entries:
             return False
         entries, size = table.entries, self._size
         step = max(len(entries) // _SAMPLES, 1)
-        breaks = sum(
-            entries[at + 1] - entries[at] not in (0, size)
-            for at in range(0, len(entries) - 1, step)
-        )
+        pairs = zip(entries[:-1:step], entries[1::step], strict=True)
+        breaks = sum([after - one not in (0, size) for one, after in pairs])
         return breaks > _SAMPLES // 8
 
     def has_place(self, entry: int) -> bool:

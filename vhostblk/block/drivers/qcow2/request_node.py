@@ -31,7 +31,7 @@ from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.pipeline import flush_target
 from vhostblk.block.roles import Role
-from vhostblk.block.status import BlockStatus, status_above
+from vhostblk.block.status import BlockStatus, StatusRuns, status_above
 from vhostblk.errors import BlockError, ImageError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ _READ_EVENTS = {
 }
 _DATA, _OFFSET_VALID = int(StatusFlag.DATA), int(StatusFlag.OFFSET_VALID)
 _RECURSE = int(StatusFlag.RECURSE)
+_IN_FILE = _DATA | _OFFSET_VALID
 _COMPRESSED = int(StatusFlag.DATA | StatusFlag.COMPRESSED)
 _FLAGS = MappingProxyType(
     {Kind.NORMAL: _DATA, Kind.ZERO: int(StatusFlag.ZERO), Kind.UNALLOCATED: 0}
@@ -283,22 +284,21 @@ class RequestNode(CheckNode, Qcow2Extents):
         place = run.host + offset - run.start
         return BlockStatus(flags | _OFFSET_VALID, count, self._data.node, place)
 
-    async def driver_block_statuses(self, offset: int, length: int) -> list[BlockStatus]:
+    async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
         """All that one slice of a table says."""
         if self._header.has_subclusters or self._header.has_data_file or self.is_encrypted:
-            return []
-        recurse = _RECURSE if await self._has_unwritten() else 0
+            return StatusRuns([])
+        recurse = await self._has_unwritten()
         try:
             found = await self._clusters.statuses(offset, offset + length)
         except ImageError as error:
             raise await self._corrupt(error) from None
-        node = self._data.node
-        return [
-            BlockStatus(flags | recurse if flags & _DATA else flags, count, node, place)
-            if flags & _OFFSET_VALID
-            else BlockStatus(flags, count)
-            for flags, count, place in found
-        ]
+        if recurse:
+            found = [
+                (flags | _RECURSE if flags & _IN_FILE == _IN_FILE else flags, count, place)
+                for flags, count, place in found
+            ]
+        return StatusRuns(found, self._data.node)
 
     async def _has_unwritten(self) -> bool:
         """Whether clusters have a place in the file that were never written, as far as one can see from its size."""

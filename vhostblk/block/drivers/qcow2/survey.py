@@ -287,7 +287,7 @@ class Survey:
         if self._budget < 0:
             raise ImageError("Tables overlap: there are more than the file has room for")
         data = await read_bytes(self.file, offset, length)
-        return OFFSETS.decode(data) if data.count(0) < length else array("Q")
+        return OFFSETS.decode(data) if data != bytes(length) else array("Q")
 
     def _count_l2(self, table: L2Table) -> None:
         if self.entries.is_scattered(table) and self._count_scattered(table):

@@ -18,7 +18,9 @@ from vhostblk.block.iov import IoVec
 _PIECE = 1 << 20
 # So many numbers are looked at one by one, and so many at once.
 _FEW = 32
-_MOST = 4096
+_MOST = 8192
+# Those that are remembered: whole tables ask for the same again and again.
+_LADDERS = 16
 _TYPES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
 Table: TypeAlias = "array[int]"
@@ -113,23 +115,25 @@ def count_alike(table: Table, at: int, first: int, step: int) -> int:
         count, expected = count + 1, expected + step
     size, end = _FEW, len(table) - at
     while count < end:
-        some = table[at + count : at + count + size]
-        ones, ladder = _lanes(size)
-        wanted = ones * (first + count * step) + ladder * step
-        if len(some) < size:
-            wanted &= (1 << 64 * len(some)) - 1
-        differs = _as_lanes(some) ^ wanted
-        if differs:
+        # One that is known, and those behind it: less the ladder, each is as its neighbour, or the run ends there.
+        some = table[at + count - 1 : at + count + size]
+        rest = _as_lanes(some) - _ladder(len(some), step)
+        differs = rest ^ rest >> 64
+        # The last has no neighbour.
+        bits = 64 * (len(some) - 1)
+        if differs >> bits << bits != differs:
             return count + ((differs & -differs).bit_length() - 1) // 64
-        count += len(some)
-        size = min(2 * size, _MOST)
+        count += len(some) - 1
+        size = min(4 * size, _MOST)
     return end
 
 
-@functools.cache
-def _lanes(size: int) -> tuple[int, int]:
-    """So many ones, and 0, 1, 2, ...: each in 64 bits of a large number, which is compared a hundred times faster."""
-    return _as_lanes(array("Q", [1]) * size), _as_lanes(array("Q", range(size)))
+@functools.lru_cache(_LADDERS)
+def _ladder(size: int, step: int) -> int:
+    """0, `step`, twice that, ...: each in 64 bits of a large number, which is subtracted a hundred times faster."""
+    if size <= _MOST:
+        return _ladder(_MOST + 1, step) & (1 << 64 * size) - 1
+    return _as_lanes(array("Q", range(0, size * step, step) if step else [0]))
 
 
 def _as_lanes(table: Table) -> int:
