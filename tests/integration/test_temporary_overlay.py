@@ -145,7 +145,7 @@ def test_overlay_that_cannot_be_made_fails_the_whole_open_and_names_its_file(
 
     asyncio.run(opened("expects 'on' or 'off'", errno.EINVAL, "maybe"))
     with monkeypatch.context() as patch:
-        patch.setattr("vhostblk.block.temporary_overlay.create", full)
+        patch.setattr("vhostblk.block.create.create", full)
         asyncio.run(opened(f"Could not create temporary overlay '{temporary}/vl", errno.ENOSPC))
     monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
     asyncio.run(opened("Could not create a temporary file", errno.ENOENT))

@@ -19,13 +19,13 @@ drivers, `registry.py` and `driver_table.py` those there are, `foreign_formats.p
 `transaction.py` changes that happen as a whole or not at all; on top of it `surgery.py`, `reopen.py`,
 `activation.py`, `lock_wait.py` and `length.py`; `creation.py`, `create.py` and `amend.py` make and change images,
 `measure.py` says how large they get, `check.py` looks whether one is whole.
-Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what
-is in layers, and work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users
-write and read: `options.py`, `image_options.py`, `sizes.py`, `keyval.py`, `filename.py`, `modes.py`, `seconds.py`,
+Backing chains: `chain.py` looks, `backing.py` changes links, `commit.py` and `rebase.py` move what is in layers, and
+work through `operation.py`; `temporary_overlay.py` is `snapshot=on`. What users write and read: `options.py`
+(`lean_dataclass.py`), `image_options.py`, `sizes.py`, `keyval.py`, `filename.py`, `modes.py`, `seconds.py`,
 `json_text.py`, `qjson.py`; `introspection.py`, `node_info.py` and `image_info.py` say what there is.
 `throttle_group.py` and `leaky_bucket.py` are budgets, `crypto/` is encryption. `backend.py` is the view from outside,
-`no_medium.py` what it stands on without a disk, `host_io.py` file I/O, `host_needs.py` what open nodes need of
-the host, `uevents.py` says which of its devices have changed, `drivers/` and `filters/` have one node class per file.
+`no_medium.py` what it stands on without a disk, `host_io.py` file I/O, `host_needs.py` what open nodes need of the
+host, `uevents.py` says which of its devices have changed, `drivers/` and `filters/` have one node class per file.
 
 All in bytes; QEMU's block layer is the model. Knows nothing about virtio or vhost-user.
 """

@@ -76,11 +76,12 @@ def amend_options(driver: type[BlockNode]) -> type[Any]:
     Raises:
         ConfigError: ENOTSUP: it cannot change any.
     """
-    if driver.amend_options_type is None:
+    options_type = driver.amend_options_type()
+    if options_type is None:
         raise ConfigError(
             f"Format driver '{driver.driver_name}' does not support option amendment", errno.ENOTSUP
         )
-    return driver.amend_options_type
+    return options_type
 
 
 def help_on_amending(drivers: DriverRegistry, driver: str) -> str:
@@ -95,7 +96,7 @@ def help_on_amending(drivers: DriverRegistry, driver: str) -> str:
 
 
 def _are_for_new_images(driver: type[BlockNode], options: Mapping[str, Any] | str) -> bool:
-    types = [kind for kind in (driver.amend_options_type, driver.create_options_type) if kind]
+    types = [kind for kind in (driver.amend_options_type(), driver.create_options_type()) if kind]
     try:
         ImageOptions(known_options(*types)).say(options)
     except ConfigError:

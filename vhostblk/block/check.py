@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vhostblk.block import pipeline
 from vhostblk.block.flags import CheckMode
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.no_medium import NoMediumNode
 from vhostblk.block.node import BlockNode
 from vhostblk.block.quiesce import drained
@@ -21,7 +22,7 @@ NO_FIX = CheckMode(0)
 _MOST_MESSAGES = 200
 
 
-@dataclass(slots=True)
+@lean_dataclass(slots=True)
 class CheckResult:
     """What a check has found (row B35.10), and repaired. What was repaired counts as `fixed` only.
 

@@ -8,7 +8,6 @@ Knows nothing about formats.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.block import opening
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.foreign_formats import QEMU_DRIVERS
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import consume_all
 from vhostblk.block.permissions import Perm
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Driver = type[BlockNode]
 
 
-@dataclasses.dataclass(slots=True)
+@lean_dataclass(slots=True)
 class NewFile:
     """A file that is made when it is needed."""
 
@@ -104,7 +104,7 @@ class Creation:
             raise ConfigError(f"Parameter '{key}' is missing: a node name or '{key}.' options")
         new = self._children.get(key)
         if isinstance(new, NewFile):
-            options_type = new.protocol.create_options_type
+            options_type = new.protocol.create_options_type()
             assert options_type is not None
             await new.protocol.create(self, consume_all(options_type, {**new.create}))
         node = await self._stack.enter_async_context(self._using(key))
@@ -191,8 +191,9 @@ def create_options(driver: Driver, what: str) -> type[Any]:
     Raises:
         ConfigError: ENOTSUP: there are no new images of it.
     """
-    if driver.create_options_type is None:
+    options_type = driver.create_options_type()
+    if options_type is None:
         raise ConfigError(
             f"{what} '{driver.driver_name}' does not support image creation", errno.ENOTSUP
         )
-    return driver.create_options_type
+    return options_type

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vhostblk.block.dirty_map import DirtyMap, collect, record, stop_recording
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.quiesce import drained
 from vhostblk.errors import BlockError, ConfigError
@@ -33,7 +33,7 @@ _LEAST_DEFAULT = 4 << 10
 _LARGEST_DEFAULT = 64 << 10
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class DirtyInfo:
     """A bitmap, as QEMU's `BlockDirtyInfo`.
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
@@ -22,6 +21,7 @@ from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.host_needs import HostNeeds
 from vhostblk.block.image_driver import ImageDriver
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE, BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.roles import Role, default_child_permissions, filtered_child
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from vhostblk.block.throttle_group import ThrottleGroup
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class BlockSizes:
     """Sizes a disk reports to its user, in bytes (row B31.7); 0 means unknown.
 
@@ -59,7 +59,7 @@ _FILTERED = int(Role.FILTERED)
 _and = int.__and__  # that of IntFlag makes an object
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class NodeInfo:
     """Facts about an image (row B41.1).
 

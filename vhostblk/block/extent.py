@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
+
+from vhostblk.block.lean_dataclass import lean_dataclass
 
 
 class ExtentFlag(enum.IntFlag):
@@ -26,7 +28,7 @@ class ExtentFlag(enum.IntFlag):
     CACHED = 128  # a page cache in between: reads may be there, writes are copies
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class HostExtent:
     """A range of a node that is a range of a host file, until it is revoked.
 
@@ -103,7 +105,7 @@ class Hull:
         return self.start < end and start < self.end
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class PastWrites:
     """What somebody has written through extents, past the pipeline, since he was last asked.
 

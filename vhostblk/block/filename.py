@@ -10,8 +10,7 @@ import os
 import tempfile
 from typing import Any
 
-from vhostblk.block import qjson
-from vhostblk.block.json_text import parse_json_text
+from vhostblk.block import json_text, qjson
 from vhostblk.block.keyval import flatten
 from vhostblk.errors import ConfigError
 
@@ -63,7 +62,7 @@ def parse_json(name: str) -> dict[str, Any]:
         ConfigError: it is not JSON, or not an object.
     """
     try:
-        parsed = parse_json_text(name.removeprefix(_JSON))
+        parsed = json_text.parse_json_text(name.removeprefix(_JSON))
     except ConfigError as error:
         raise ConfigError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(parsed, dict):

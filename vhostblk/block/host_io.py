@@ -375,8 +375,8 @@ def create_host_io(aio: str | None) -> HostIO:
         ConfigError: io_uring was asked for and does not work here.
     """
     if native.available:
-        error = native.io_uring_error()
-        if aio == "io_uring" and error:
+        # Without being asked, the engine itself finds out, with the first request.
+        if aio == "io_uring" and (error := native.io_uring_error()):
             raise ConfigError(
                 f"Parameter 'aio' does not support value 'io_uring' here: {os.strerror(error)} "
                 "(allowed: threads)"

@@ -6,12 +6,13 @@ For whoever takes everything else away from this process (`vhostblk.sandbox`). K
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+from vhostblk.block.lean_dataclass import lean_dataclass
 
 __all__ = ["HostNeeds", "all_needs"]
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class HostNeeds:
     """Attributes:
     files: fds of files that may be opened once more, by way of /proc/self/fd.

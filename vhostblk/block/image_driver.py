@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vhostblk.block.flags import CheckMode
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class BackingName:
     """What an image says it is backed by: a name as it is written there, and a driver. Both may be empty."""
 
@@ -44,12 +44,7 @@ class ImageDriver:
 
     driver_name: ClassVar[str]
     node_name: str
-    # What a new image of this driver can be like, made of `options.option()` fields in the spelling of `qemu-img create
-    # -o`; None: the driver cannot make images (row B35). The dataclass refuses what contradicts itself.
-    create_options_type: ClassVar[type[Any] | None] = None
-    # The same for what can be changed later (row B35.8), where absent is as it is.
-    amend_options_type: ClassVar[type[Any] | None] = None
-    # Other names that programs write for some of them.
+    # Other names that programs write for some of the options for new images.
     create_aliases: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Children in which images are made.
     create_child_keys: ClassVar[tuple[str, ...]] = ()
@@ -78,6 +73,20 @@ class ImageDriver:
         raise ConfigError(
             f"Driver '{cls.driver_name}' does not support image creation", errno.ENOTSUP
         )
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """What a new image of this driver can be like; None: the driver cannot make images (row B35).
+
+        Made of `options.option()` fields in the spelling of `qemu-img create -o`; the set refuses what contradicts
+        itself.
+        """
+        return None
+
+    @classmethod
+    def amend_options_type(cls) -> type[Any] | None:
+        """The same for what can be changed later (row B35.8), where absent is as it is."""
+        return None
 
     @classmethod
     def measure_options_type(cls) -> type[Any] | None:

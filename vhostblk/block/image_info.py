@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.filename import is_absolute, protocol_prefix
 from vhostblk.block.internal_snapshot import SnapshotInfo, list_snapshots
 from vhostblk.block.introspection import directory, filename
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import BlockNode
 from vhostblk.errors import BlockError, ConfigError
 
@@ -21,7 +21,7 @@ from vhostblk.errors import BlockError, ConfigError
 _MOST_NAME = 4095
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class FormatInfo:
     """What only a format knows of its images (`ImageInfoSpecific`).
 
@@ -34,7 +34,7 @@ class FormatInfo:
     facts: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class ImageInfo:
     """One image. What is None is not known, or does not apply.
 

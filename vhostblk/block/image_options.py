@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from vhostblk.block.keyval import flatten, parse_items
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option_name, to_boolean
 from vhostblk.block.sizes import read_size
 from vhostblk.errors import ConfigError
@@ -29,7 +30,7 @@ _COLUMN = 24
 _MOST_DIGITS = 40
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class ImageOption:
     """What is known of one.
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 import errno
 import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.permissions import Perm
@@ -31,7 +31,7 @@ MAX_NAME = 255
 MAX_ID = 127
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class SnapshotInfo:
     """A snapshot, as QEMU's `SnapshotInfo`.
 

@@ -6,9 +6,9 @@ RFC 8259 but for that; what is nested deeper than anybody writes is refused. Kno
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ConfigError
 
 _TOKEN = re.compile(
@@ -50,7 +50,7 @@ def parse_json_text(text: str) -> Any:
     return value
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class _Token:
     """What a text is made of."""
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vhostblk.block.json_text import parse_json_text
+from vhostblk.block import json_text
 from vhostblk.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def parse_options(text: str, implied_key: str | None = None) -> dict[str, Any]:
         ConfigError: bad syntax.
     """
     if text.lstrip().startswith("{"):
-        parsed = parse_json_text(text)
+        parsed = json_text.parse_json_text(text)
         assert isinstance(parsed, dict)
         return parsed
     return parse_keyval(text, implied_key)

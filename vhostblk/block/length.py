@@ -6,11 +6,11 @@ The length of an open node is `node.length`, its block sizes `node.block_sizes`;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE, align_up
 from vhostblk.block.op_blockers import OpType, check_op
 from vhostblk.block.permissions import Perm
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode, EdgeParent
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Measurement:
     """What an image takes on the disk, in bytes.
 

@@ -6,7 +6,9 @@ Knows nothing about drivers: they fill these in, the pipeline obeys them.
 from __future__ import annotations
 
 import mmap
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
+
+from vhostblk.block.lean_dataclass import lean_dataclass
 
 SECTOR_SIZE = 512
 # Row B02, "Sizes": 2 and 3.
@@ -34,7 +36,7 @@ def align_up(value: int, alignment: int) -> int:
     return -(-value // alignment) * alignment
 
 
-@dataclass(slots=True)
+@lean_dataclass(slots=True)
 class BlockLimits:
     """Limits of one node, in bytes; 0 means "no limit" unless said otherwise (row B12.1)."""
 

@@ -7,11 +7,11 @@ C7); `open_flags` shows the outcome as the flags that QEMU's documentation speak
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.flags import OpenFlag
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import Role
 from vhostblk.errors import ConfigError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _TRUE = (True, "on", "yes", "true", "y")
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class CacheMode:
     """What a cache mode's name stands for.
 

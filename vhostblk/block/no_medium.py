@@ -7,16 +7,16 @@ has a node, whatever happens to the disk. Knows nothing about who ejects it.
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 from typing import NoReturn
 
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import BlockNode, Req
 from vhostblk.block.options import NodeOptions
 from vhostblk.errors import BlockError
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class _NoOptions:
     """There is nothing to say about it."""
 

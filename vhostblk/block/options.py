@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from vhostblk.block.keyval import flatten, parse_keyval, parse_options
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ConfigError
 
 __all__ = [
@@ -53,7 +54,7 @@ _DIGITS = 64
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class OptionType:
     """How a value is read, and what messages and help call it."""
 
@@ -388,7 +389,7 @@ def describe_options(options_type: type[Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class NodeOptions:
     """What every node understands, whatever its driver (row B02, "Option keys")."""
 

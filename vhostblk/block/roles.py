@@ -93,8 +93,10 @@ def chain_child(node: BlockNode) -> Edge | None:
 
 
 def _child_with(node: BlockNode, role: Role) -> Edge | None:
+    # As numbers: a test of an enumeration's flags takes a microsecond, and this is asked with every answer.
+    wanted = int(role)
     for edge in node.children.values():
-        if edge.role & role:
+        if int(edge.role) & wanted:
             return edge
     return None
 

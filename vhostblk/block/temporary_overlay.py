@@ -16,8 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from vhostblk.block import opening
-from vhostblk.block.create import create
+from vhostblk.block import create, opening
 from vhostblk.block.filename import temporary_file
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import to_boolean
@@ -68,7 +67,9 @@ async def _overlay(graph: BlockGraph, image: BlockNode, options: dict[str, Any])
         finally:
             os.unlink(path)
         nameless = {"file.driver": "file", "file.filename": f"/proc/self/fd/{fd}"}
-        await create(graph, {"driver": "qcow2", "size": image.length, **nameless}, locked=True)
+        await create.create(
+            graph, {"driver": "qcow2", "size": image.length, **nameless}, locked=True
+        )
         overlay = await opening.open_node(
             graph,
             {

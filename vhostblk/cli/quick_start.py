@@ -33,12 +33,15 @@ LATE = frozenset(
         *("tempfile", "json", "ctypes", "textwrap"),
         *("vhostblk.block.py_buffer", "vhostblk.block.throttle_group", "vhostblk.cli.objects"),
         *("vhostblk.block.image_info", "vhostblk.block.internal_snapshot"),
+        *("vhostblk.block.create", "vhostblk.block.json_text", "vhostblk.block.qjson"),
         "vhostblk.cli.image_info_text",
         # What is done with encrypted images.
         *("hashlib", "uuid", "vhostblk.block.crypto.luks", "vhostblk.block.crypto.luks_amend"),
         *("vhostblk.block.crypto.encrypted_file", "vhostblk.block.drivers.qcow2.encryption"),
         # What is done with qcow2 images, but not in every run.
         "vhostblk.block.drivers.qcow2.format_info",
+        *("vhostblk.block.drivers.qcow2.create", "vhostblk.block.drivers.qcow2.layout"),
+        *("vhostblk.block.drivers.qcow2.amend_options", "vhostblk.block.drivers.qcow2.emptying"),
         *("vhostblk.block.drivers.qcow2.measuring", "vhostblk.block.drivers.qcow2.repair"),
         *("vhostblk.block.drivers.qcow2.resize", "vhostblk.block.drivers.qcow2.snapshot_changes"),
     }

@@ -11,9 +11,10 @@ from __future__ import annotations
 import binascii
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vhostblk.block.crypto.library import Aes
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ConfigError
 
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=\n")
@@ -23,7 +24,7 @@ _BLOCK = 16
 _MOST_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class SecretConfig:
     """What users say of one.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from vhostblk.block.crypto.aes_modes import SECTOR, Cbc, Ctr, Ecb, Mode, Xts
 from vhostblk.block.crypto.library import Aes
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ConfigError
 
 __all__ = ["ALGORITHMS", "HASHES", "IVGENS", "MODES", "SECTOR", "CipherSpec", "SectorCipher"]
@@ -40,7 +40,7 @@ _MODES: MappingProxyType[str, Callable[[bytes], Mode]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class CipherSpec:
     """How sectors are encrypted; QEMU's names.
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.locking import ImageLock
@@ -21,6 +20,7 @@ from vhostblk.block.drivers.posix import PosixNode
 from vhostblk.block.extent import FlushTarget
 from vhostblk.block.filename import protocol_prefix
 from vhostblk.block.flags import Preallocation
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import OpenContext
 from vhostblk.block.options import STRING, NodeOptions, choice, option
 from vhostblk.block.permissions import Perm
@@ -37,7 +37,7 @@ _NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
 _NEVER_SHARED = Perm.WRITE | Perm.RESIZE
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class FileOptions:
     """QEMU's options for file and host_device."""
 
@@ -55,7 +55,7 @@ class FileOptions:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class _Opened:
     """An open file, and how it is open."""
 
@@ -74,7 +74,6 @@ class FileNode(PosixNode):
     driver_name = "file"
     protocol_name = "file"
     options_type = FileOptions
-    create_options_type: ClassVar[type[Any] | None] = FileCreateOptions
     options: FileOptions
     _lock: ImageLock | None = None
     _next: _Opened | None = None  # while the file is reopened
@@ -82,6 +81,11 @@ class FileNode(PosixNode):
     _old_fd = -1  # until it is closed after that
 
     # ------------------------------------------------------------------ life
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """Of a file."""
+        return FileCreateOptions
 
     @classmethod
     async def create(cls, creation: Creation, options: FileCreateOptions) -> None:
@@ -243,7 +247,11 @@ class HostDeviceNode(FileNode):
     _is_character = False
     driver_name = "host_device"
     protocol_name = "host_device"
-    create_options_type: ClassVar[type[Any] | None] = DeviceCreateOptions
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """Of a device that is there."""
+        return DeviceCreateOptions
 
     @classmethod
     async def create(cls, creation: Creation, options: Any) -> None:
@@ -283,7 +291,11 @@ class HostCdromNode(HostDeviceNode):
 
     driver_name = "host_cdrom"
     protocol_name = "host_cdrom"
-    create_options_type: ClassVar[type[Any] | None] = None
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """Nothing can be made there."""
+        return None
 
     @classmethod
     def probe_device(cls, filename: str) -> int:

@@ -16,10 +16,9 @@ import os
 import stat
 import struct
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 from vhostblk.block.host_io import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
 from vhostblk.block.node import BlockSizes
 from vhostblk.errors import BlockError
@@ -49,7 +48,7 @@ _STATX_DIOALIGN = 0x2000
 _STATX_DIO_OFFSET = 152
 _AT_EMPTY_PATH = 0x1000
 
-_DEVICES = Path("/sys/dev/block")
+_DEVICES = "/sys/dev/block"
 
 _FAR = 1 << 62  # behind any file's end
 
@@ -59,7 +58,7 @@ _FIRST_BLOCK = 4096
 _ZEROES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class HostFile:
     """Facts about an open file, in bytes.
 
@@ -227,21 +226,31 @@ def is_there(fd: int) -> bool:
     nobody knows.
     """
     status = os.fstat(fd)
-    if not stat.S_ISBLK(status.st_mode) or not _DEVICES.is_dir():
+    if not stat.S_ISBLK(status.st_mode) or not os.path.isdir(_DEVICES):
         return True
-    device = _DEVICES / f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    if not device.exists():
+    folders = _in_sysfs(status.st_rdev)
+    if not os.path.exists(folders[0]):
         return False
     number = bytearray(8)
     try:
         fcntl.ioctl(fd, _BLKGETDISKSEQ, number)
     except OSError as error:
         return error.errno not in (errno.ENXIO, errno.ENODEV)
-    # A partition has that of its disk, which is the folder above.
-    for folder in (device, device.resolve().parent):
+    for folder in folders:
         with contextlib.suppress(OSError, ValueError):
-            return int((folder / "diskseq").read_text()) == int.from_bytes(number, sys.byteorder)
+            return _number(f"{folder}/diskseq") == int.from_bytes(number, sys.byteorder)
     return True
+
+
+def _in_sysfs(device: int) -> tuple[str, str]:
+    """The folders that tell of a device: its own, and the one above, which for a partition is that of its disk."""
+    own = f"{_DEVICES}/{os.major(device)}:{os.minor(device)}"
+    return own, os.path.dirname(os.path.realpath(own))
+
+
+def _number(path: str) -> int:
+    with open(path) as file:
+        return int(file.read())
 
 
 def write_zeroes(fd: int, start: int, end: int, direct: bool) -> None:
@@ -366,11 +375,8 @@ def _can_punch(fd: int, size: int) -> bool:
 
 
 def _device_discards(device: int) -> bool:
-    """What sysfs says; a partition has its queue in the folder above."""
-    base = _DEVICES / f"{os.major(device)}:{os.minor(device)}"
-    for queue in (base / "queue", base.resolve().parent / "queue"):
-        try:
-            return int((queue / "discard_max_bytes").read_text()) > 0
-        except (OSError, ValueError):
-            continue
+    """What sysfs says."""
+    for folder in _in_sysfs(device):
+        with contextlib.suppress(OSError, ValueError):
+            return _number(f"{folder}/queue/discard_max_bytes") > 0
     return False

@@ -117,7 +117,6 @@ class LuksNode(BlockNode):
     options_type = LuksOptions
     options: LuksOptions
     child_keys = ("file",)
-    create_options_type = LuksCreateOptions
     # Image tools write dashes here.
     create_aliases = MappingProxyType(
         {
@@ -129,12 +128,21 @@ class LuksNode(BlockNode):
         }
     )
     create_child_keys = ("file",)
-    amend_options_type = LuksAmendOptions
     is_encrypted = True
     _file: Edge
     _luks: LuksHeader
     _encryption: Encryption | None = None
     _secrets: Secrets
+
+    @classmethod
+    def amend_options_type(cls) -> type[Any] | None:
+        """Keys."""
+        return LuksAmendOptions
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """Ciphers, and a key."""
+        return LuksCreateOptions
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:

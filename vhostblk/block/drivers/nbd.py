@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import errno
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.drivers.nbd_address import TEXT, NbdOptions, parse_filename
 from vhostblk.block.drivers.nbd_link import Link
@@ -71,10 +71,14 @@ class NbdNode(BlockNode):
     more_protocol_names = ("nbd+tcp", "nbd+unix")
     has_directory = False  # nobody says how names of exports belong together
     options_type = NbdOptions
-    create_options_type: ClassVar[type[Any] | None] = NbdCreateOptions
     options: NbdOptions
     is_protocol = True
     _link: Link | None = None
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """Of an export that is there."""
+        return NbdCreateOptions
 
     @classmethod
     def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:

@@ -14,11 +14,11 @@ import logging
 import os
 import stat
 import struct
-from dataclasses import dataclass
 
 from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.locking import ImageLock
 from vhostblk.block.host_io import fallocate
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.options import BOOLEAN, SIZE, STRING, OptionType, option
 from vhostblk.block.permissions import Perm
@@ -59,7 +59,7 @@ def to_preallocation(name: str, value: object) -> str:
 PREALLOCATION = OptionType(to_preallocation, "off|falloc|full")
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class FileCreateOptions:
     """QEMU's options for new files; the words are those of image tools."""
 
@@ -86,7 +86,7 @@ class FileCreateOptions:
             raise ConfigError("Extent size hint is too large")
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class DeviceCreateOptions:
     """What can be asked of a device that is there."""
 
@@ -94,7 +94,7 @@ class DeviceCreateOptions:
     size: int = option(SIZE, 0, about="Virtual disk size", tacit=True)
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class NewFile:
     """A file that was not there before: which one it is."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.copy_range import copy_range_from, copy_range_to
@@ -18,6 +18,7 @@ from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.introspection import filename
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.length import Measurement, measure_raw
 from vhostblk.block.limits import SECTOR_SIZE, align_down
 from vhostblk.block.node import (
@@ -49,7 +50,7 @@ WARNING: Image format was not specified for '{filename}' and probing guessed raw
          Specify the 'raw' format explicitly to remove the restrictions."""
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class RawOptions:
     """QEMU's options for raw, besides `file`."""
 
@@ -65,7 +66,7 @@ class RawOptions:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class RawCreateOptions:
     """QEMU's options for new raw images."""
 
@@ -76,7 +77,7 @@ class RawCreateOptions:
     )
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class RawMeasureOptions:
     """What decides how large an image gets."""
 
@@ -93,13 +94,17 @@ class RawNode(BlockNode):
     options_type = RawOptions
     options: RawOptions
     child_keys = ("file",)
-    create_options_type = RawCreateOptions
     create_child_keys = ("file",)
     # As far as the child does: see `hands_on_to`.
     supported_write_flags = int(Req.FUA | Req.WRITE_UNCHANGED)
     supported_zero_flags = int(Req.FUA | Req.MAY_UNMAP | Req.WRITE_UNCHANGED | Req.NO_FALLBACK)
     _file: Edge
     _drivers: DriverRegistry
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """Few."""
+        return RawCreateOptions
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 from vhostblk.block.amend import amend, amend_options, help_on_amending
 from vhostblk.block.image_options import wants_help
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli.img.arguments import (
     ImageArguments,
@@ -22,7 +22,7 @@ from vhostblk.cli.img.session import Session
 from vhostblk.cli.img.table import Command
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Amend(ImageArguments):
     """Its options."""
 

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.option_reader import OptionError, OptionReader
 
 T = TypeVar("T", bound="Arguments")
@@ -98,7 +99,7 @@ def object_options(text: str) -> tuple[str, Any]:
         raise ImgError(error.qemu_text) from None
 
 
-@dataclasses.dataclass
+@lean_dataclass(slots=True)
 class Arguments:
     """What a subcommand was given; the base of all declarations.
 
@@ -142,7 +143,7 @@ class Arguments:
             raise UsageError("Expecting one image file name")
 
 
-@dataclasses.dataclass
+@lean_dataclass(slots=True)
 class ImageArguments(Arguments):
     """Of a subcommand that opens images.
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.modes import CACHE_MODES, CacheMode
 from vhostblk.cli.img.arguments import Arguments, ImgError, flag, valued
 from vhostblk.cli.img.numbers import INT_MAX, integer, size
@@ -49,7 +49,7 @@ def _aio(text: str) -> str:
     return text
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Bench(Arguments):
     """Its options."""
 

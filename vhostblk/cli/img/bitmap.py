@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.dirty_bitmap import add_bitmap, find_bitmap, merge_bitmaps, remove_bitmap
 from vhostblk.block.flags import OpenFlag
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, flag, listed, valued
 from vhostblk.cli.img.numbers import size
 from vhostblk.cli.img.session import Session, reason
@@ -16,7 +15,7 @@ from vhostblk.errors import BlockError, ConfigError
 _ACTIONS = ("add", "remove", "clear", "enable", "disable", "merge")
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Bitmap(ImageArguments):
     """Its options."""
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from dataclasses import dataclass
 
 from vhostblk.block.check import CheckResult, check
 from vhostblk.block.flags import CheckMode, OpenFlag
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.modes import parse_cache_mode
 from vhostblk.block.qjson import format_json
 from vhostblk.cli.img.arguments import (
@@ -39,7 +39,7 @@ def _repair(text: str) -> CheckMode:
     raise UsageError(f"Unknown option value for -r (expecting 'leaks' or 'all'): {text}")
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Check(ImageArguments):
     """Its options."""
 

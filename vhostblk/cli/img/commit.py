@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vhostblk.block.chain import find_backing_image, next_layer
 from vhostblk.block.commit import EmptyingError, commit
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, flag, valued
 from vhostblk.cli.img.numbers import size
@@ -15,7 +14,7 @@ from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Commit(ImageArguments):
     """Its options."""
 

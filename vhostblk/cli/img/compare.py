@@ -6,10 +6,10 @@ Exit codes: 0, the same; 1, not; 2, an image cannot be opened; 3, nobody knows w
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.compare import CompareError, Outcome, compare
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.modes import parse_cache_mode
 from vhostblk.cli.img.arguments import (
     ImageArguments,
@@ -36,7 +36,7 @@ def _object(text: str) -> tuple[str, Any]:
         raise
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Compare(ImageArguments):
     """Its options."""
 

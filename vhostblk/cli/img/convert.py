@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block import foreign_formats
@@ -18,6 +17,7 @@ from vhostblk.block.convert import (
 from vhostblk.block.create import NewImage, help_on_options
 from vhostblk.block.flags import Req
 from vhostblk.block.image_options import ImageOptions, wants_help
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.modes import CacheMode, parse_cache_mode
 from vhostblk.block.permissions import Perm
@@ -61,7 +61,7 @@ def _workers(text: str) -> int:
     return value
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Convert(ImageArguments):
     """Its options."""
 

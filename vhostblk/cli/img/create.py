@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.create import BackingFormatError, NewImage, help_on_options
 from vhostblk.block.image_options import wants_help
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import (
     Arguments,
     ImgError,
@@ -24,7 +24,7 @@ from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Create(Arguments):
     """Its options.
 

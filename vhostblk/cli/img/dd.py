@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.create import NewImage
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, flag, valued
 from vhostblk.cli.img.numbers import INT64_MAX, INT_MAX, size
 from vhostblk.cli.img.session import Session, errno_text, reason
@@ -24,7 +24,7 @@ _NAMES = ("if", "of")
 _AT_ONCE = 2 << 20
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Dd(ImageArguments):
     """Its options; the operands are in `sizes` and `names`."""
 
@@ -33,7 +33,7 @@ class Dd(ImageArguments):
     target_format: str = valued("O", default="raw")
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class _Operands:
     """What stands behind the options.
 

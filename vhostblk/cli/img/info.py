@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.image_info import ImageInfo, query_image_info
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.qjson import format_json
 from vhostblk.cli.image_info_text import image_info_text
 from vhostblk.cli.img.arguments import (
@@ -20,7 +20,7 @@ from vhostblk.cli.img.session import Session
 from vhostblk.cli.img.table import Command
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Info(ImageArguments):
     """Its options."""
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from types import MappingProxyType
 
 from vhostblk.block.image_map import MapEntry, MapKind, map_entries
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import (
     ImageArguments,
     ImgError,
@@ -22,7 +22,7 @@ from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Map(ImageArguments):
     """Its options."""
 

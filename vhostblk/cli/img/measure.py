@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from typing import ClassVar
 
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.measure import NewImageSize
 from vhostblk.block.qjson import format_json
 from vhostblk.cli.img.arguments import (
@@ -28,7 +28,7 @@ def _size(text: str) -> int:
     return size("image size", text)
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Measure(ImageArguments):
     """Its options."""
 

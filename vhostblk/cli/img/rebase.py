@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vhostblk.block.backing import change_backing_file
 from vhostblk.block.chain import skip_filters
 from vhostblk.block.flags import OpenFlag
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.modes import parse_cache_mode
 from vhostblk.block.rebase import rebase
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, UsageError, flag, valued
@@ -16,7 +15,7 @@ from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Rebase(ImageArguments):
     """Its options."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.image_options import read_size_option
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, UsageError, flag, valued
 from vhostblk.cli.img.session import Session
 from vhostblk.cli.img.table import Command
@@ -24,7 +24,7 @@ def _preallocation(text: str) -> Preallocation:
         raise ImgError(f"Invalid preallocation mode '{text}'") from None
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Resize(ImageArguments):
     """Its options."""
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.internal_snapshot import (
@@ -14,6 +13,7 @@ from vhostblk.block.internal_snapshot import (
     go_to_snapshot,
     list_snapshots,
 )
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import ImageArguments, ImgError, UsageError, flag, valued
 from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import Command
@@ -22,7 +22,7 @@ from vhostblk.errors import BlockError, ConfigError
 _ACTIONS = ("list", "apply", "create", "delete")
 
 
-@dataclass
+@lean_dataclass(slots=True)
 class Snapshot(ImageArguments):
     """Its options."""
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass
 
 from vhostblk.block.internal_snapshot import load_snapshot
 from vhostblk.block.keyval import parse_flat
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.node import BlockNode
 from vhostblk.cli.img.arguments import ImgError
 from vhostblk.cli.img.session import Session, reason
@@ -16,7 +16,7 @@ _PREFIX = "snapshot."
 _ID, _NAME = f"{_PREFIX}id", f"{_PREFIX}name"
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class SnapshotParam:
     """Which one: by ID and name, where they are given; or by whichever of them is right.
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.cli.img.arguments import Arguments
 
 if TYPE_CHECKING:
     from vhostblk.cli.img.session import Session
 
 
-@dataclass(frozen=True)
+@lean_dataclass(frozen=True, slots=True)
 class Command:
     """A subcommand.
 

@@ -26,8 +26,8 @@
 | `compressed`, `compressing` | compressed clusters as bytes; how they are written |
 | `layout`, `create` | where things are in a new image; making one |
 | `encryption`, `encryption_options`, `encrypted_node` | what opens an encrypted image; what users say; for whom |
-| `measuring` | how large an image gets |
-| `resize`, `amend` | a disk that grows or shrinks; an image that is to be like another |
+| `measuring`, `unwritten` | how large an image gets; clusters that have a place and no bytes |
+| `resize`, `amend`, `amend_options` | a disk that grows or shrinks; an image that is to be like another |
 | `emptying` | an image that gives up all it has, at once |
 | `format_info` | what an image is like, in QMP's words |
 | `request_node` | what is done with requests |

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from vhostblk.block import pipeline
-from vhostblk.block.drivers.qcow2 import header_change, resize
+from vhostblk.block.drivers.qcow2 import amend_options, header_change, layout, resize
 from vhostblk.block.drivers.qcow2.backing import rewritten
 from vhostblk.block.drivers.qcow2.clusters import Clusters
-from vhostblk.block.drivers.qcow2.create import check_refcount_bits, version_type
 from vhostblk.block.drivers.qcow2.encrypted_node import EncryptedNode
-from vhostblk.block.drivers.qcow2.encryption_options import OtherEncryption
 from vhostblk.block.drivers.qcow2.entries import (
     COMPRESSED,
     OFFSET_MASK,
+    ZERO,
     Kind,
 )
 from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType, feature_names
@@ -33,118 +32,32 @@ from vhostblk.block.drivers.qcow2.header import (
     Compatible,
     Compression,
     Header,
-    Incompatible,
 )
-from vhostblk.block.drivers.qcow2.layout import refcount_clusters
 from vhostblk.block.drivers.qcow2.metadata import HeaderChange
-from vhostblk.block.drivers.qcow2.snapshot_changes import ZERO
 from vhostblk.block.drivers.qcow2.snapshot_node import SnapshotNode
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.block.execution import to_the_end
 from vhostblk.block.iov import IoVec
-from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, option
 from vhostblk.errors import BlockError, ConfigError, ImageError
 
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Qcow2AmendOptions(OtherEncryption):
-    """QEMU's options for changes of qcow2 images; absent: as it is."""
-
-    size: int | None = option(SIZE, None, about="Virtual disk size")
-    compat: int | None = option(
-        version_type("Unknown compatibility level {}"),
-        None,
-        about="Compatibility level (v2 [0.10] or v3 [1.1])",
-    )
-    backing_file: str | None = option(
-        STRING, None, name="backing_file", about="File name of a base image"
-    )
-    backing_fmt: str | None = option(
-        STRING, None, name="backing_fmt", about="Image format of the base image"
-    )
-    data_file: str | None = option(
-        STRING, None, name="data_file", about="File name of an external data file"
-    )
-    data_file_raw: bool | None = option(
-        BOOLEAN,
-        None,
-        name="data_file_raw",
-        about="The external data file must stay valid as a raw image",
-    )
-    lazy_refcounts: bool | None = option(
-        BOOLEAN, None, name="lazy_refcounts", about="Postpone refcount updates"
-    )
-    refcount_bits: int | None = option(
-        INTEGER, None, name="refcount_bits", about="Width of a reference count entry in bits"
-    )
-
-    def check(self, header: Header) -> None:
-        """Refuse what cannot be, before anything is changed.
-
-        Raises:
-            ConfigError: in QEMU's words.
-        """
-        self.key_change(header.crypt)
-        version = self.compat or header.version
-        bits = self.refcount_bits or 1 << header.refcount_order
-        if self.refcount_bits is not None:
-            check_refcount_bits(self.refcount_bits)
-            if version < 3 and self.refcount_bits != 16:
-                raise ConfigError(
-                    "Refcount widths other than 16 bits require compatibility level 1.1 or above "
-                    "(use compat=1.1 or greater)"
-                )
-        if self.data_file is not None and not header.has_data_file:
-            raise ConfigError("data-file can only be set for images that use an external data file")
-        is_raw = bool(header.autoclear & AutoClear.RAW_DATA_FILE)
-        if self.data_file_raw and not is_raw:
-            raise ConfigError("data-file-raw cannot be set on existing images")
-        for said, there in (
-            (self.backing_file, header.backing_name),
-            (self.backing_fmt, header.backing_format),
-        ):
-            if said is not None and said != there:
-                what = "Cannot amend the backing file"
-                hint = "You can use 'qemu-img rebase' instead."
-                raise ConfigError(f"{what} (rebase does that)", qemu_text=f"{what}\n{hint}")
-        if version >= 3:
-            return
-        if self.lazy_refcounts:
-            raise ConfigError(
-                "Lazy refcounts only supported with compatibility level 1.1 and above "
-                "(use compat=1.1 or greater)"
-            )
-        if header.version >= 3:
-            self._check_downgrade(header, bits)
-
-    def _check_downgrade(self, header: Header, bits: int) -> None:
-        why = ""
-        left = header.incompatible & ~Incompatible.COMPRESSION
-        if bits != 16:
-            why = "compat=0.10 requires refcount_bits=16"
-        elif header.has_data_file:
-            why = "Cannot downgrade an image with a data file"
-        elif left:
-            why = f"Cannot downgrade an image with incompatible features {left:#x} set"
-        elif header.autoclear & AutoClear.BITMAPS:
-            why = "Cannot downgrade an image with persistent bitmaps"
-        if why:
-            raise ConfigError(why, errno.ENOTSUP)
-
-
 class AmendNode(SnapshotNode, EncryptedNode):
     """The part of a qcow2 node that changes what the image is like."""
 
-    amend_options_type = Qcow2AmendOptions
+    @classmethod
+    def amend_options_type(cls) -> type[Any] | None:
+        """See `amend_options.py`."""
+        return amend_options.Qcow2AmendOptions
+
     _clusters: Clusters
     _data: Edge
 
     async def driver_amend(
         self,
-        options: Qcow2AmendOptions,
+        options: amend_options.Qcow2AmendOptions,
         progress: Callable[[int, int], None],
         *,
         force: bool = False,
@@ -216,7 +129,7 @@ class AmendNode(SnapshotNode, EncryptedNode):
 
     # ------------------------------------------------------------------ features
 
-    async def _set_features(self, options: Qcow2AmendOptions) -> None:
+    async def _set_features(self, options: amend_options.Qcow2AmendOptions) -> None:
         header = self._header
         new = replace(header, extensions=_with_data_file(header, options.data_file))
         if options.data_file_raw is False:
@@ -348,7 +261,7 @@ class AmendNode(SnapshotNode, EncryptedNode):
         old_tables.update(range(first, first + header.refcount_table_clusters))
         async with refcounts.end() as end_offset:
             end = end_offset // size
-        blocks, table = refcount_clusters(end, size, order)
+        blocks, table = layout.refcount_clusters(end, size, order)
         total = end + blocks + table
         new = replace(
             header,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vhostblk.block.drivers.qcow2.bitmaps import (
     ALL_ONES,
@@ -32,6 +32,7 @@ from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.drivers.qcow2.tables import read_bytes
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import BlockError, ImageError
 
 # Of all bitmaps of an image together, in memory.
@@ -41,7 +42,7 @@ Place = tuple[int, int]
 """Offset and length."""
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Bits:
     """A bitmap to be stored.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.extensions import Extension, ExtensionType
@@ -17,6 +16,7 @@ from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, AutoClear, Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.tables import Table, read_bytes, read_table
 from vhostblk.block.edge import Edge
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ImageError
 
 _EXTENSION = struct.Struct(">IIQQ")
@@ -50,7 +50,7 @@ _RESERVED_FLAGS = ~sum(BitmapFlag)
 _NO_FLAGS = BitmapFlag(0)
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class BitmapEntry:
     """One entry of the directory.
 
@@ -83,7 +83,7 @@ class BitmapEntry:
         return entry + bytes(-len(entry) % 8)
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class BitmapDirectory:
     """All bitmaps of an image.
 

@@ -11,9 +11,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from vhostblk.block.check import CheckResult
+from vhostblk.block.drivers.qcow2 import repair
 from vhostblk.block.drivers.qcow2.header import Header, Incompatible
 from vhostblk.block.drivers.qcow2.metadata import Metadata
-from vhostblk.block.drivers.qcow2.repair import check_image
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import CheckMode
 from vhostblk.block.node import BlockNode
@@ -91,7 +91,7 @@ class CheckNode(BlockNode):
         try:
             if fix and not self.read_only:
                 await self._metadata.clear_unknown_features()
-            await check_image(self._file, await self._load_header(), fix, result)
+            await repair.check_image(self._file, await self._load_header(), fix, result)
             if fix:
                 await self.driver_activate()
         except ConfigError as error:
@@ -105,7 +105,7 @@ async def _repair_dirty(file: Edge, header: Header) -> CheckResult:
         ConfigError: it cannot be.
     """
     result = CheckResult()
-    await check_image(file, header, CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS, result)
+    await repair.check_image(file, header, CheckMode.FIX_LEAKS | CheckMode.FIX_ERRORS, result)
     if not result.is_clean:
         left = [message for message in result.messages if message.startswith("ERROR")]
         why = left[-1].removeprefix("ERROR ") if left else "leaks"

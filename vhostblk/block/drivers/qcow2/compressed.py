@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.drivers.qcow2.header import Compression
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import BlockError, ConfigError
 
 # Windows are of 4 KiB: whoever reads the cluster has no larger one.
@@ -22,7 +22,7 @@ _MOST_MEMORY = 9
 _MAX_WINDOW = 8 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class ClusterCodec:
     """One type of compression.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.backend import BlockBackend
@@ -41,6 +40,7 @@ from vhostblk.block.drivers.qcow2.layout import Layout
 from vhostblk.block.flags import Preallocation
 from vhostblk.block.introspection import filename
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import SECTOR_SIZE
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, OptionType, option, word
 from vhostblk.errors import BlockError, ConfigError, ImageError
@@ -67,7 +67,7 @@ def version_type(complaint: str) -> OptionType:
     return OptionType(read, "0.10|1.1")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@lean_dataclass(frozen=True, slots=True, kw_only=True)
 class Qcow2CreateOptions(NewEncryption):
     """QEMU's options for new qcow2 images: in its order, and in its words, because image tools tell them."""
 

@@ -6,11 +6,11 @@ Knows nothing about what becomes of them: `encryption.py`.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.crypto import luks_options
 from vhostblk.block.drivers.qcow2.header import Crypt
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.options import BOOLEAN, INTEGER, STRING, option, word
 from vhostblk.errors import ConfigError
 
@@ -30,7 +30,7 @@ def said_of_encryption(options: Any) -> list[str]:
     ]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@lean_dataclass(frozen=True, slots=True, kw_only=True)
 class NewEncryption:
     """For new images."""
 
@@ -122,7 +122,7 @@ class NewEncryption:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@lean_dataclass(frozen=True, slots=True, kw_only=True)
 class OtherEncryption:
     """For changes of images."""
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 import enum
 import errno
 from array import array
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
 from vhostblk.block.drivers.qcow2.tables import Table, count_alike
 from vhostblk.block.flags import StatusFlag
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import BlockError, ImageError
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
-_ZERO = 1
+ZERO = 1
+"""Of an entry without subclusters: the cluster reads as zeroes."""
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 # Bits of an L1 entry, and of a standard descriptor, that have no meaning yet.
 L1_RESERVED = 0x7F00_0000_0000_01FF
@@ -44,7 +46,7 @@ class Kind(enum.Enum):
     COMPRESSED = "compressed"
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Run:
     """Bytes of the disk that come from the same place, in one piece.
 
@@ -230,9 +232,9 @@ class EntryReader:
         if self._extended:
             run = self._subclusters(table[2 * index + 1], start, offset, host, has_host)
             return replace(run, copied=copied)
-        if entry & _ZERO and self._has_zeroes:
+        if entry & ZERO and self._has_zeroes:
             kind = Kind.ZERO
-        elif entry & _ZERO:
+        elif entry & ZERO:
             raise EntryError("Zero cluster entry found in pre-v3 image", start)
         else:
             kind = Kind.NORMAL if has_host else Kind.UNALLOCATED
@@ -282,7 +284,7 @@ class EntryReader:
         size, bits = self._cluster_size, self._cluster_bits
         index = offset - base >> bits
         stop = min(-(-(limit - base) // size), len(table))
-        zero = _ZERO if self._has_zeroes else 0
+        zero = ZERO if self._has_zeroes else 0
         found: list[tuple[int, int, int]] = []
         run_flags, next_place = -1, 0
         number = index
@@ -295,7 +297,7 @@ class EntryReader:
                 flags, place, step = _IS_COMPRESSED, 0, -1
             else:
                 place = entry & OFFSET_MASK
-                if place & size - 1 or entry & _ZERO & ~zero:
+                if place & size - 1 or entry & ZERO & ~zero:
                     stop = first
                     break
                 flags = _IS_ZERO if entry & zero else _IS_DATA if place else 0

@@ -8,8 +8,8 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ImageError
 
 _EXTENSION = struct.Struct(">II")
@@ -40,7 +40,7 @@ class ExtensionType(enum.IntEnum):
     DATA_FILE = 0x44415441
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Extension:
     """A header extension as it is in the file."""
 

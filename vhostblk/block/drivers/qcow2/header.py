@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from vhostblk.block.drivers.qcow2.extensions import (
     Extension,
@@ -19,6 +19,7 @@ from vhostblk.block.drivers.qcow2.extensions import (
     parse_extensions,
     refuse_features,
 )
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.limits import MAX_LENGTH
 from vhostblk.errors import ImageError
 
@@ -93,7 +94,7 @@ _CRYPT_HEADER = struct.Struct(">QQ")
 _MAX_CRYPT_BYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Header:
     """A header that has been checked. Offsets and sizes are bytes in the image file.
 
@@ -394,7 +395,7 @@ def cluster_size_of(data: bytes | bytearray) -> int:
     return 1 << bits if MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS else 0
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class _Version3:
     """What version 2 has not."""
 

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import COMPRESSED, COPIED, OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Table, count_alike
+from vhostblk.block.lean_dataclass import lean_dataclass
 
 _ZERO = 1
 # Neighbours that are looked at to see how long runs are.
 _SAMPLES = 64
 
 
-@dataclass(slots=True)
+@lean_dataclass(slots=True)
 class L2Table:
     """One that was read.
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import COPIED
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Table
+from vhostblk.block.lean_dataclass import lean_dataclass
 
 _PIECE = 1 << 20
 _ENTRY = 8
@@ -32,7 +32,7 @@ def refcount_clusters(clusters: int, cluster_size: int, refcount_order: int) -> 
         blocks, table = new_blocks, new_table
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Layout:
     """A new image.
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from vhostblk.block.dirty_bitmap import DirtyBitmap
 from vhostblk.block.drivers.qcow2.bitmaps import bytes_needed
@@ -18,23 +17,21 @@ from vhostblk.block.drivers.qcow2.create import (
     version_type,
 )
 from vhostblk.block.drivers.qcow2.encryption_options import NewEncryption
-from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
-from vhostblk.block.drivers.qcow2.header import MAX_L1_BYTES, Header
+from vhostblk.block.drivers.qcow2.header import MAX_L1_BYTES
 from vhostblk.block.drivers.qcow2.layout import Layout
-from vhostblk.block.drivers.qcow2.tables import Codec, read_bytes, read_table
-from vhostblk.block.edge import Edge
 from vhostblk.block.flags import StatusFlag
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.length import Measurement
 from vhostblk.block.limits import align_down, align_up
 from vhostblk.block.node import BlockNode
 from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, STRING, choice, option
 from vhostblk.block.status import status_above
-from vhostblk.errors import BlockError, ConfigError
+from vhostblk.errors import ConfigError
 
 _HAS_DATA = StatusFlag.DATA | StatusFlag.ALLOCATED
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@lean_dataclass(frozen=True, slots=True, kw_only=True)
 class Qcow2MeasureOptions(NewEncryption):
     """Those of new images that make a difference, in the order in which they are looked at."""
 
@@ -108,31 +105,6 @@ async def _data_of(source: BlockNode, cluster_size: int) -> int:
             data += end - align_down(at, cluster_size)
         at = end
     return data
-
-
-async def is_sparse(file: Edge, header: Header) -> bool:
-    """Whether far more clusters are used than the file has room for: some have a place, and were never written.
-
-    Raises:
-        BlockError: the child's errno.
-    """
-    size = header.cluster_size
-    try:
-        room = await file.node.driver_allocated_size() // size
-    except BlockError:  # nobody knows
-        return False
-    enough = max(room * 10 // 9, room + 2)
-    left, used = -(-file.node.length // size), 0
-    codec, per_block = Codec(header.refcount_order), size * 8 >> header.refcount_order
-    entries = header.refcount_table_clusters * size // 8
-    for block in await read_table(file, header.refcount_table_offset, entries):
-        if left <= 0 or used >= enough:
-            break
-        if block & OFFSET_MASK:
-            counts = codec.decode(await read_bytes(file, block & OFFSET_MASK, size))[:left]
-            used += len(counts) - counts.count(0)
-        left -= per_block
-    return used >= enough
 
 
 def bitmap_room(bitmaps: Iterable[DirtyBitmap], length: int, cluster_size: int) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import image_info
 from vhostblk.block.driver import NodeInfo, OpenContext
+from vhostblk.block.drivers.qcow2 import create as creating
 from vhostblk.block.drivers.qcow2 import emptying, format_info, measuring, resize
 from vhostblk.block.drivers.qcow2.amend import AmendNode
 from vhostblk.block.drivers.qcow2.backing import change_backing
@@ -24,7 +25,6 @@ from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import codec
 from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
-from vhostblk.block.drivers.qcow2.create import Qcow2CreateOptions, create
 from vhostblk.block.drivers.qcow2.data_file import RawDataFile
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
 from vhostblk.block.drivers.qcow2.header import (
@@ -72,9 +72,13 @@ class Qcow2Node(AmendNode, RequestNode):
     options_type = Qcow2Options
     options: Qcow2Options
     child_keys = ("file", "backing", "data-file")
-    create_options_type = Qcow2CreateOptions
     create_aliases = MappingProxyType({"version": "compat"})
     create_child_keys = ("file", "data-file")
+
+    @classmethod
+    def create_options_type(cls) -> type[Any] | None:
+        """See `create.py`."""
+        return creating.Qcow2CreateOptions
 
     @classmethod
     def probe(cls, header: bytes, filename: str) -> int:
@@ -83,9 +87,9 @@ class Qcow2Node(AmendNode, RequestNode):
         return 100 if header[:4] == MAGIC and version >= _OLDEST_VERSION else 0
 
     @classmethod
-    async def create(cls, creation: Creation, options: Qcow2CreateOptions) -> None:
+    async def create(cls, creation: Creation, options: creating.Qcow2CreateOptions) -> None:
         """See `create.py`."""
-        await create(creation, options)
+        await creating.create(creation, options)
 
     @classmethod
     def measure_options_type(cls) -> type[Any] | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from vhostblk.block.drivers.qcow2.header import Compatible, Crypt, Header
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.block.options import BOOLEAN, SIZE, STRING, OptionType, choice, option, to_integer
 from vhostblk.errors import ConfigError
 
@@ -39,7 +39,7 @@ _NO_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Qcow2Options:
     """QEMU's options for qcow2, besides `file`, `backing` and `data-file`."""
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.cache import Slice
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, MAX_REFCOUNT_TABLE_BYTES
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Table, entry_writes
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import BlockError
 
 
-@dataclass(slots=True)
+@lean_dataclass(slots=True)
 class RefcountWrites:
     """What has to be written, in this order: blocks, then the entries of the table that name them.
 

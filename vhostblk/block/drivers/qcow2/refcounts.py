@@ -10,8 +10,6 @@ Context: the control loop.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.places import load_places
@@ -21,13 +19,14 @@ from vhostblk.block.drivers.qcow2.snapshots import inactive_tables
 from vhostblk.block.drivers.qcow2.tables import Table, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import ImageError
 
 # Bytes. Two flushes make them free.
 _WORTH_WHILE = 8 << 20
 
 
-@dataclass(slots=True)
+@lean_dataclass(slots=True)
 class Old:
     """What a cluster was, and gives up.
 

@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vhostblk.block.drivers.qcow2 import measuring
+from vhostblk.block.drivers.qcow2 import unwritten
 from vhostblk.block.drivers.qcow2.check_node import CheckNode
 from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec
@@ -303,7 +303,7 @@ class RequestNode(CheckNode, Qcow2Extents):
     async def _has_unwritten(self) -> bool:
         """Whether clusters have a place in the file that were never written, as far as one can see from its size."""
         if self._is_sparse is None:
-            self._is_sparse = await measuring.is_sparse(self._file, self._header)
+            self._is_sparse = await unwritten.is_sparse(self._file, self._header)
         return self._is_sparse
 
     def has_zero_init(self) -> bool:

@@ -20,6 +20,7 @@ from vhostblk.block.drivers.qcow2.entries import (
     COPIED,
     L1_RESERVED,
     OFFSET_MASK,
+    ZERO,
     EntryReader,
 )
 from vhostblk.block.drivers.qcow2.header import MAX_SNAPSHOTS, Header
@@ -37,9 +38,6 @@ from vhostblk.block.drivers.qcow2.tables import OFFSETS, Table, read_table
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ImageError
-
-# Of an L2 entry without subclusters: the cluster reads as zeroes.
-ZERO = 1
 
 Fields: TypeAlias = dict[str, int]
 """What the header is going to say."""

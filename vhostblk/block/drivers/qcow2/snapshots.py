@@ -10,12 +10,12 @@ from __future__ import annotations
 import errno
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vhostblk.block.drivers.qcow2.entries import OFFSET_MASK
 from vhostblk.block.drivers.qcow2.header import MAX_OFFSET, Header
 from vhostblk.block.drivers.qcow2.tables import read_bytes, read_table
 from vhostblk.block.edge import Edge
+from vhostblk.block.lean_dataclass import lean_dataclass
 from vhostblk.errors import BlockError, ImageError
 
 # L1 table: offset, entries; lengths of ID and name; date, clock, size of the guest's state; length of what follows.
@@ -32,7 +32,7 @@ NO_ICOUNT = (1 << 64) - 1
 """What `Snapshot.icount` is when nobody has counted instructions."""
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class Snapshot:
     """One entry of the snapshot table. Offsets and sizes are bytes.
 
@@ -121,7 +121,7 @@ class Snapshot:
         return entry + bytes(-len(entry) % 8)
 
 
-@dataclass(frozen=True, slots=True)
+@lean_dataclass(frozen=True, slots=True)
 class SnapshotTable:
     """All snapshots of an image.
 
@@ -167,7 +167,7 @@ class SnapshotTableError(ImageError):
         self.hint = hint
 
 
-@dataclass(slots=True)
+@lean_dataclass(slots=True)
 class Losses:
     """What a table loses that is made smaller.
 
