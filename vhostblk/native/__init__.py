@@ -40,6 +40,7 @@ from vhostblk.native.queues import (
     segments,
 )
 from vhostblk.native.thread import EngineThread, Message, packed, packed_completion, packed_retry
+from vhostblk.native.zeroes import zero_blocks
 
 __all__ = [
     "ADDRESS_SPACE",
@@ -78,4 +79,5 @@ __all__ = [
     "packed_retry",
     "queue_config",
     "segments",
+    "zero_blocks",
 ]

@@ -404,3 +404,6 @@ int vb_io_kind(const struct vb_io *io);
 int vb_io_submit(struct vb_io *io, const struct vb_io_request *requests, uint32_t count);
 /* How many results were stored. The fd promises nothing until a call has returned fewer than `max`. */
 int vb_io_reap(struct vb_io *io, struct vb_io_result *results, uint32_t max);
+/* Cuts `length` bytes into blocks, of which the first has `first` (> 0) bytes, the last may be a part of one, and all others
+ * have `block` (> 0); each has a byte in `kinds` then: 1 if it is all zeroes, else 0. */
+void vb_zero_blocks(uint64_t address, uint64_t length, uint64_t first, uint64_t block, uint8_t *kinds);

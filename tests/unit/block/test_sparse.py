@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vhostblk import native
 from vhostblk.block.sparse import is_zero, largest_power_of_two, pieces
 
 SECTOR = 512
@@ -55,9 +57,16 @@ def model(zero: list[bool], at: int, alignment: int, least: int) -> list[tuple[i
     more=st.integers(0, 40),
     lead=st.integers(0, 3),
     byte=st.integers(0, SECTOR - 1),
+    has_engine=st.booleans() if native.available else st.just(False),
 )
 def test_pieces_are_those_of_the_rule_by_sectors(
-    runs: list[tuple[bool, int]], at: int, block: int, more: int, lead: int, byte: int
+    runs: list[tuple[bool, int]],
+    at: int,
+    block: int,
+    more: int,
+    lead: int,
+    byte: int,
+    has_engine: bool,
 ) -> None:
     zero = [kind for kind, length in runs for _ in range(length)]
     data = bytearray(b"\xff" * lead)
@@ -68,12 +77,14 @@ def test_pieces_are_those_of_the_rule_by_sectors(
         data += sector
     # As `convert` asks: blocks are the largest power of two in what is worth sparing.
     least = block + more % block
-    found = [
-        ((start - lead) // SECTOR, (end - lead) // SECTOR, is_data)
-        for start, end, is_data in pieces(
-            data, lead, len(data), at * SECTOR, block * SECTOR, least * SECTOR
-        )
-    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", has_engine)
+        found = [
+            ((start - lead) // SECTOR, (end - lead) // SECTOR, is_data)
+            for start, end, is_data in pieces(
+                data, lead, len(data), at * SECTOR, block * SECTOR, least * SECTOR
+            )
+        ]
     assert found == model(zero, at, block, least)
 
 
