@@ -134,7 +134,9 @@ class Chunks:
         """
         offset = copied = 0
         while offset < self._total:
-            count = await self._next(offset)
+            if not self._knows(offset):
+                await self._ask(offset)
+            count = self._cut(offset)
             if self.is_copied(self._kind):
                 copied += count
             offset += count
@@ -152,8 +154,9 @@ class Chunks:
         place = 0
         most = _MOST_PARTS if self.has_many else 1
         while self._offset < self._total and len(parts) < most:
-            count = await self._next(self._offset)
-            kind = self._kind
+            if not self._knows(self._offset):
+                await self._ask(self._offset)
+            count, kind = self._cut(self._offset), self._kind
             if self.is_copied(kind):
                 count = min(count, self.size)
                 if parts and place + count > self.size:
@@ -165,11 +168,23 @@ class Chunks:
             self._offset += count
         return parts
 
-    async def _next(self, offset: int) -> int:
+    def _knows(self, offset: int) -> bool:
+        """Whether the next part can be cut without asking: most can, and there are many."""
+        if self._kind_until > offset:
+            return True
+        run = self._runs.next_known(offset)
+        if run is None:
+            return False
+        count, self._kind = run
+        self._kind_until = offset + count
+        return True
+
+    async def _ask(self, offset: int) -> None:
+        count, self._kind = await self._runs.next(offset)
+        self._kind_until = offset + count
+
+    def _cut(self, offset: int) -> int:
         """Bytes of the next part; what it is is `_kind` then."""
-        if self._kind_until <= offset:
-            count, self._kind = await self._runs.next(offset)
-            self._kind_until = offset + count
         count = self._kind_until - offset
         if self._kind is Kind.DATA:
             count = min(count, self._largest(offset))

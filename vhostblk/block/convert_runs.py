@@ -93,24 +93,37 @@ class Runs:
         Raises:
             BlockError: the status is not to be had; the listener knows.
         """
+        run = self.next_known(offset)
+        if run is not None:
+            return run
+        which, start = self._sources.at(offset)
+        flags, count = await self._status(which, start, offset, self._most(offset))
+        return self._learn(offset, flags, count)
+
+    def next_known(self, offset: int) -> tuple[int, Kind] | None:
+        """The same, if nobody has to be asked."""
         if self._replayed is not None:
             run = self._learnt[self._replayed]
             self._replayed += 1
-        else:
-            run = await self._query(offset)
-            if len(self._learnt) <= _MOST_RUNS:
-                self._learnt.append(run)
-        kind = run % SECTOR_SIZE
-        return run - kind, _KINDS[kind]
+            kind = run % SECTOR_SIZE
+            return run - kind, _KINDS[kind]
+        known = self._known
+        while known and known[0][1] <= offset:
+            known.popleft()
+        if not known:
+            return None
+        flags, end = known[0]
+        return self._learn(offset, flags, min(end - offset, self._most(offset)))
 
-    async def _query(self, offset: int) -> int:
-        """Bytes of the run at `offset`, plus its kind."""
+    def _most(self, offset: int) -> int:
+        """Bytes that may be asked for at once."""
+        most = min(self._sources.total - offset, MAX_REQUEST)
+        return min(most, self._backed - offset) if offset < self._backed else most
+
+    def _learn(self, offset: int, flags: int, count: int) -> tuple[int, Kind]:
+        """The run of which the status is this."""
         which, start = self._sources.at(offset)
-        count = min(self._sources.total - offset, MAX_REQUEST)
         shows_zeroes = 0 <= self._backed <= offset
-        if offset < self._backed:
-            count = min(count, self._backed - offset)
-        flags, count = await self._status(which, start, offset, count)
         count = align_up(count, SECTOR_SIZE)
         # Requests that begin in the middle of a block would have it read twice.
         tail = (offset - start + count) % self._units[which]
@@ -122,7 +135,9 @@ class Runs:
             kind = Kind.DATA
         else:
             kind = Kind.BACKING
-        return count + kind
+        if self._replayed is None and len(self._learnt) <= _MOST_RUNS:
+            self._learnt.append(count + kind)
+        return count, kind
 
     async def _status(self, which: int, start: int, offset: int, count: int) -> tuple[int, int]:
         """Flags, and for how many bytes."""
@@ -132,19 +147,17 @@ class Runs:
             base = edge.node if edge is not None else None
             return await self._status_alone(node, base, offset - start, count)
         known = self._known
-        while known and known[0][1] <= offset:
-            known.popleft()
-        if not known:
-            at = offset
-            try:
-                for found in await statuses_above(
-                    node, at - start, min(count, start + node.length - at)
-                ):
-                    at += found.length
-                    known.append((found.flags, at))
-            except BlockError:
-                # It may be somewhere else that nobody knows.
-                return await self._status_alone(node, None, offset - start, count)
+        known.clear()
+        at = offset
+        try:
+            for found in await statuses_above(
+                node, at - start, min(count, start + node.length - at)
+            ):
+                at += found.length
+                known.append((found.flags, at))
+        except BlockError:
+            # It may be somewhere else that nobody knows.
+            return await self._status_alone(node, None, offset - start, count)
         flags, end = known[0]
         return flags, min(end - offset, count)
 

@@ -56,7 +56,9 @@ class HostExtent:
 
     def without(self, flags: ExtentFlag) -> HostExtent:
         """The same with fewer rights."""
-        return replace(self, flags=self.flags & ~flags) if self.flags & flags else self
+        if not int(self.flags) & int(flags):
+            return self
+        return replace(self, flags=self.flags & ~flags)
 
     def cut(self, start: int, end: int) -> HostExtent | None:
         """The part inside `start`..`end`, or None if that is empty."""

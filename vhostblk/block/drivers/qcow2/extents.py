@@ -24,6 +24,9 @@ from vhostblk.block.pipeline import host_extent
 
 __all__ = ["Qcow2Extents"]
 
+# As a number: a test of an enumeration's flags takes a microsecond.
+_WRITE = int(ExtentFlag.WRITE)
+
 
 class Qcow2Extents(BlockNode):
     """The part of a qcow2 node that answers for extents.
@@ -128,10 +131,7 @@ class Qcow2Extents(BlockNode):
         if start >= end:
             return None
         flags = file.flags
-        if self._is_corrupt or self.for_check or not self._may_write_alone(run):
-            flags &= ~ExtentFlag.WRITE
-        if self.is_outlived and self._metadata.is_dirty:
-            # Perhaps only we know of this cluster, and what is written there would be gone with us.
+        if int(flags) & _WRITE and not self._may_write_alone(run):
             flags &= ~ExtentFlag.WRITE
         return HostExtent(
             start,
@@ -145,7 +145,10 @@ class Qcow2Extents(BlockNode):
         )
 
     def _may_write_alone(self, run: Run) -> bool:
-        if not run.copied:
+        if self._is_corrupt or self.for_check or not run.copied:
+            return False
+        if self.is_outlived and self._metadata.is_dirty:
+            # Perhaps only we know of this cluster, and what is written there would be gone with us.
             return False
         if self._data is not self._file:
             return True
