@@ -30,10 +30,14 @@ _STEP = 2 << 20
 _CHUNK = 4 << 20
 _BUFFERS = 64 << 20
 # Short runs that are copied at once. A chunk of those costs us most of what it costs to have it, whatever is in it, and
-# each of a few threads has enough to do with it.
+# each of a few threads has enough to do with it. Where devices do the work, that is all there is to say. Where it is
+# copies from and to page caches, one thread reads while another writes, and what both hold should not be much more
+# than a processor's own cache: memory that has left it makes both copies slower.
 _MOST_PARTS = 256
 _CHUNK_OF_MANY = 16 << 20
 _WORKERS_FOR_MANY = 4
+_CHUNK_OF_CACHED = 4 << 20
+_WORKERS_FOR_CACHED = 2
 
 
 class Buffer:
@@ -97,10 +101,14 @@ class Chunks:
             raise BlockError(errno.EINVAL, "invalid cluster size")
         if not self.compressed and not is_paced:
             self.has_many = not options.offload and all(user.may_map for user in users)
+        most = _CHUNK
         if self.has_many:
-            self.workers = min(self.workers, _WORKERS_FOR_MANY)
+            is_cached = not any(user.node.common.cache_direct for user in users)
+            at_once = _WORKERS_FOR_CACHED if is_cached else _WORKERS_FOR_MANY
+            self.workers = min(self.workers, at_once)
+            most = _CHUNK_OF_CACHED if is_cached else _CHUNK_OF_MANY
         if not is_paced:
-            most = min(_CHUNK_OF_MANY if self.has_many else _CHUNK, _BUFFERS // self.workers)
+            most = min(most, _BUFFERS // self.workers)
             self.size = max(self.step, align_down(most, self.step))
         if self.compressed:
             self.size = align_down(self.size, self._cluster)
