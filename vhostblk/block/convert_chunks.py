@@ -31,8 +31,8 @@ _CHUNK = 4 << 20
 _BUFFERS = 64 << 20
 # Short runs that are copied at once. A chunk of those costs us most of what it costs to have it, whatever is in it, and
 # each of a few threads has enough to do with it. Where devices do the work, that is all there is to say. Where it is
-# copies from and to page caches, one thread reads while another writes, a third has its turn next, and what they hold should
-# not be much more than a processor's own cache: memory that has left it makes both copies slower.
+# copies from and to page caches, one thread reads while another writes, a third has its turn next, and what they hold
+# should not be much more than a processor's own cache: memory that has left it makes both copies slower.
 _MOST_PARTS = 256
 _CHUNK_OF_MANY = 16 << 20
 _WORKERS_FOR_MANY = 4
