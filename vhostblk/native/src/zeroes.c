@@ -2,8 +2,8 @@
  * zeroes.c: which blocks of a buffer are nothing but zeroes.
  */
 #include <string.h>
+#include "../engine.h"
 #include "common.h"
-#include "engine.h"
 
 static uint64_t word_at(const char *bytes)
 {
