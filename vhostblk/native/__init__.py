@@ -39,8 +39,8 @@ from vhostblk.native.queues import (
     queue_config,
     segments,
 )
+from vhostblk.native.scan import count_steps, zero_blocks
 from vhostblk.native.thread import EngineThread, Message, packed, packed_completion, packed_retry
-from vhostblk.native.zeroes import zero_blocks
 
 __all__ = [
     "ADDRESS_SPACE",
@@ -70,6 +70,7 @@ __all__ = [
     "RequestFlag",
     "address_of",
     "available",
+    "count_steps",
     "extents",
     "io_uring_error",
     "iov_views",

@@ -407,3 +407,5 @@ int vb_io_reap(struct vb_io *io, struct vb_io_result *results, uint32_t max);
 /* Cuts `length` bytes into blocks, of which the first has `first` (> 0) bytes, the last may be a part of one, and all others
  * have `block` (> 0); each has a byte in `kinds` then: 1 if it is all zeroes, else 0. */
 void vb_zero_blocks(uint64_t address, uint64_t length, uint64_t first, uint64_t block, uint8_t *kinds);
+/* Of `count` numbers of 64 bits, so many from the first on are `first`, `first + step`, and so on (modulo 2^64). */
+uint64_t vb_count_steps(uint64_t address, uint64_t count, uint64_t first, uint64_t step);

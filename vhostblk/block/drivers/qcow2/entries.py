@@ -24,8 +24,6 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 # Bits of an L1 entry, and of a standard descriptor, that have no meaning yet.
 L1_RESERVED = 0x7F00_0000_0000_01FF
 _SECTOR = 512
-# Runs of as many clusters are worth looking for.
-_MANY = 64
 # Whatever is behind that much, the tables of no file are long enough for it to get behind what an entry can say.
 _FAR = 1 << 55
 _ALL = (1 << SUBCLUSTERS) - 1
@@ -316,16 +314,8 @@ class EntryReader:
                 if place:
                     flags |= _HAS_PLACE
                     step = size if place <= _FAR else -1
-            # Most runs are short, or as long as the table.
             if step >= 0 and number < stop and table[number] == entry + step:
-                ahead = first + _MANY
-                if ahead < stop and table[ahead] == entry + _MANY * step:
-                    number = min(first + count_alike(table, first, entry, step), stop)
-                else:
-                    expected = entry + step
-                    while number < stop and table[number] == expected:
-                        number += 1
-                        expected += step
+                number = min(first + count_alike(table, first, entry, step), stop)
             count = number - first << bits
             if flags == run_flags and place == next_place and not entry & COMPRESSED:
                 # Who else uses the clusters does not matter here.

@@ -5,22 +5,17 @@ Context: the control loop. Knows nothing about what the numbers mean.
 
 from __future__ import annotations
 
-import functools
 import sys
 from array import array
 from collections.abc import Iterable
 from typing import TypeAlias
 
+from vhostblk import native
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 
 # Large tables are read in pieces, so that one request is never too large for a child.
 _PIECE = 1 << 20
-# So many numbers are looked at one by one, and so many at once.
-_FEW = 32
-_MOST = 8192
-# Those that are remembered: whole tables ask for the same again and again.
-_LADDERS = 16
 _TYPES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 
 Table: TypeAlias = "array[int]"
@@ -101,43 +96,16 @@ def entry_writes(offset: int, table: Table, indices: Iterable[int]) -> list[tupl
 
 
 def count_alike(table: Table, at: int, first: int, step: int) -> int:
-    """How many numbers from `at` on are `first`, `first + step`, and so on: at least one.
+    """How many numbers from `at` on are `first`, `first + step`, and so on.
 
     Args:
         table: of offsets.
         step: the numbers have 64 bits, also if all of the table goes on in this way.
     """
-    # Most runs are short.
-    count, expected = 0, first
-    for number in table[at : at + _FEW]:
-        if number != expected:
-            return count
-        count, expected = count + 1, expected + step
-    size, end = _FEW, len(table) - at
-    while count < end:
-        # One that is known, and those behind it: less the ladder, each is as its neighbour, or the run ends there.
-        some = table[at + count - 1 : at + count + size]
-        rest = _as_lanes(some) - _ladder(len(some), step)
-        differs = rest ^ rest >> 64
-        # The last has no neighbour.
-        bits = 64 * (len(some) - 1)
-        if differs >> bits << bits != differs:
-            return count + ((differs & -differs).bit_length() - 1) // 64
-        count += len(some) - 1
-        size = min(4 * size, _MOST)
-    return end
-
-
-@functools.lru_cache(_LADDERS)
-def _ladder(size: int, step: int) -> int:
-    """0, `step`, twice that, ...: each in 64 bits of a large number, which is subtracted a hundred times faster."""
-    if size <= _MOST:
-        return _ladder(_MOST + 1, step) & (1 << 64 * size) - 1
-    return _as_lanes(array("Q", range(0, size * step, step) if step else [0]))
-
-
-def _as_lanes(table: Table) -> int:
-    """All as one number, the first in its lowest bits."""
-    if sys.byteorder == "big":
-        table = table[::-1]
-    return int.from_bytes(table.tobytes(), sys.byteorder)
+    if native.available:
+        return native.count_steps(table, at, first, step)
+    end, expected = at, first
+    while end < len(table) and table[end] == expected:
+        end += 1
+        expected += step
+    return end - at

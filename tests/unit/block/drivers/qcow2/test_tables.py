@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vhostblk import native
 from vhostblk.block.drivers.qcow2.cache import TableCache
 from vhostblk.block.drivers.qcow2.overlaps import TablePlaces
 from vhostblk.block.drivers.qcow2.tables import OFFSETS, Codec, count_alike
@@ -78,14 +79,20 @@ def test_places_of_tables_overlap_where_a_cluster_is_touched() -> None:
 
 
 @given(
-    st.sampled_from([0, 1, 1 << 16 | 1 << 63, (1 << 62) - 5]),
-    st.sampled_from([0, 512, 1 << 21]),
-    st.sampled_from([1, 2, 31, 32, 33, 64, 200, 4096, 9000]),
-    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 63)), max_size=3),
-    st.floats(0, 1, exclude_max=True),
+    first=st.sampled_from([0, 1, 1 << 16 | 1 << 63, (1 << 62) - 5]),
+    step=st.sampled_from([0, 512, 1 << 21]),
+    length=st.sampled_from([1, 2, 3, 64, 9000]),
+    wrong=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 63)), max_size=3),
+    start=st.floats(0, 1, exclude_max=True),
+    has_engine=st.booleans() if native.available else st.just(False),
 )
 def test_numbers_that_go_on_alike_are_counted_up_to_the_first_that_does_not(
-    first: int, step: int, length: int, wrong: list[tuple[float, int]], start: float
+    first: int,
+    step: int,
+    length: int,
+    wrong: list[tuple[float, int]],
+    start: float,
+    has_engine: bool,
 ) -> None:
     table = array("Q", [first + at * step for at in range(length)])
     for where, bit in wrong:
@@ -94,4 +101,6 @@ def test_numbers_that_go_on_alike_are_counted_up_to_the_first_that_does_not(
     expected = 1
     while at + expected < length and table[at + expected] == table[at] + expected * step:
         expected += 1
-    assert count_alike(table, at, table[at], step) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "available", has_engine)
+        assert count_alike(table, at, table[at], step) == expected

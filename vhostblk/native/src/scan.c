@@ -1,5 +1,5 @@
 /*
- * zeroes.c: which blocks of a buffer are nothing but zeroes.
+ * scan.c: looking through memory. Which blocks are nothing but zeroes, how far numbers go on in the same way.
  */
 #include <string.h>
 #include "../engine.h"
@@ -45,4 +45,16 @@ void vb_zero_blocks(uint64_t address, uint64_t length, uint64_t first, uint64_t 
 		length -= size;
 		size = MIN(block, length);
 	}
+}
+
+uint64_t vb_count_steps(uint64_t address, uint64_t count, uint64_t first, uint64_t step)
+{
+	const uint64_t *numbers = (const uint64_t *)address;
+	uint64_t alike = 0;
+
+	while (alike < count && numbers[alike] == first) {
+		first += step;
+		alike++;
+	}
+	return alike;
 }

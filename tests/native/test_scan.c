@@ -1,4 +1,4 @@
-/* test_zeroes.c: looking for zeroes reads what it is about, and nothing beside it. */
+/* test_scan.c: looking through memory reads what it is about, and nothing beside it. */
 #include "harness.h"
 
 TEST(blocks_are_zeroes_if_all_their_bytes_are)
@@ -26,5 +26,22 @@ TEST(blocks_are_zeroes_if_all_their_bytes_are)
 		free(data);
 		free(kinds);
 		free(expected);
+	}
+}
+
+TEST(numbers_are_counted_as_far_as_they_go_on_alike)
+{
+	for (uint32_t round = 0; round < 4000; round++) {
+		uint64_t count = random_below(100), first = random_below(1000), step = random_below(3) * 512;
+		uint64_t *numbers = malloc(count * sizeof(*numbers)), expected = count;
+
+		for (uint64_t at = 0; at < count; at++)
+			numbers[at] = first + at * step;
+		if (count && random_below(2)) {
+			expected = random_below((uint32_t)count);
+			numbers[expected] ^= 1ull << random_below(64);
+		}
+		CHECK_EQUAL(vb_count_steps((uint64_t)numbers, count, first, step), expected);
+		free(numbers);
 	}
 }

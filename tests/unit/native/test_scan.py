@@ -1,7 +1,8 @@
-"""Which blocks are zeroes, the engine says as Python would."""
+"""Which blocks are zeroes, and how far numbers go on alike, the engine says as Python would."""
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -45,3 +46,11 @@ def test_blocks_are_zeroes_if_all_their_bytes_are(
 
 def test_nothing_has_no_blocks() -> None:
     assert native.zero_blocks(bytearray(3), 2, 2, 1, 1) == b""
+
+
+def test_numbers_are_counted_as_far_as_they_go_on_alike() -> None:
+    table = array("Q", [7, 7, 9])
+    assert native.count_steps(table, 0, 7, 0) == 2
+    assert native.count_steps(table, 1, 7, 2) == 2
+    assert native.count_steps(table, 0, 8, 0) == 0
+    assert native.count_steps(table, 3, 7, 0) == 0

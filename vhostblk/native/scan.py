@@ -1,15 +1,16 @@
-"""Looking for zeroes in memory.
+"""Looking through memory: for zeroes, for numbers that go on in the same way.
 
 Knows nothing of what they mean.
 """
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 from vhostblk.native.binding import engine, ffi
 
-__all__ = ["zero_blocks"]
+__all__ = ["count_steps", "zero_blocks"]
 
 
 def zero_blocks(data: Any, start: int, end: int, first: int, block: int) -> bytes:
@@ -33,3 +34,17 @@ def zero_blocks(data: Any, start: int, end: int, first: int, block: int) -> byte
         )
         ffi.release(held)
     return bytes(kinds)
+
+
+def count_steps(table: array[int], start: int, first: int, step: int) -> int:
+    """Say how many numbers from `table[start]` on are `first`, `first + step`, and so on.
+
+    Args:
+        table: numbers of 64 bits; nobody writes to it meanwhile.
+        start: inside the table, or its end.
+        first, step: not negative, below 2^64; so is what they add up to behind the last number.
+
+    Context: any thread.
+    """
+    address, count = table.buffer_info()
+    return int(engine().vb_count_steps(address + 8 * start, count - start, first, step))
