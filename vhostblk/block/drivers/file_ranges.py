@@ -1,6 +1,8 @@
 """Ranges of an open host file: zeroes, holes, and where they are.
 
-What the file system cannot do is found out by trying, and remembered.
+What the file system cannot do is found out by trying, and remembered. So is the range of data that was found last: to
+find the end of it a file system may have to look at every page of what has not been written back. Whatever makes holes
+through this node ends that; to take somebody else's hole for data does no harm.
 
 Knows nothing about reads and writes of data, which are in `posix.py`.
 """
@@ -53,6 +55,9 @@ class FileRanges(BlockNode):
     _has_punch = True
     _has_zero_range = True
     _has_allocate = True
+    # Known to be data, and how often there may have been new holes.
+    _data_start = _data_end = 0
+    _changes = 0
 
     def _check_presence(self) -> None:
         """Whether there still is such a device.
@@ -122,16 +127,26 @@ class FileRanges(BlockNode):
 
     async def _runs(self, offset: int, length: int, most: int) -> list[StatusRun]:
         self._check_presence()
+        if self._data_start <= offset < self._data_end:
+            return [(_IS_DATA, min(length, self._data_end - offset), offset)]
         where = self._fd, offset, length, self.limits.request_alignment, most
+        changes, end = self._changes, offset + length
         if self._inline:
             runs = host_file.find_runs(*where)
         else:
             runs = await self._io.call(host_file.find_runs, *where)
         found: list[StatusRun] = []
         for is_data, count in runs:
-            found.append((_IS_DATA if is_data else _IS_ZERO, count, offset))
+            if is_data and changes == self._changes:
+                self._data_start, self._data_end = offset, offset + count
+            found.append((_IS_DATA if is_data else _IS_ZERO, min(count, end - offset), offset))
             offset += count
         return found
+
+    def _changed_ranges(self) -> None:
+        """There may be holes where there were data."""
+        self._data_start = self._data_end = 0
+        self._changes += 1
 
     def has_zero_init(self) -> bool:
         """What a file grows by reads as zeroes; a device has whatever was on it."""
@@ -158,6 +173,8 @@ class FileRanges(BlockNode):
             if error.errno in _MISSING:
                 return False
             raise
+        finally:
+            self._changed_ranges()
         return True
 
     async def _device_range(self, request: int, offset: int, length: int) -> bool:
@@ -168,4 +185,6 @@ class FileRanges(BlockNode):
             if error.errno in _MISSING:
                 return False
             raise
+        finally:
+            self._changed_ranges()
         return True

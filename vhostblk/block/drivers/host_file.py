@@ -176,6 +176,8 @@ def find_run(fd: int, offset: int) -> tuple[bool, int]:
 def find_runs(fd: int, offset: int, length: int, align: int, most: int) -> list[tuple[bool, int]]:
     """Data and holes one behind the other from `offset` on, in whole blocks of `align`: whether it is data, and bytes.
 
+    Data are told of up to their end, be that behind the range.
+
     Args:
         most: runs, of which the last may end before the range does.
 
@@ -183,16 +185,16 @@ def find_runs(fd: int, offset: int, length: int, align: int, most: int) -> list[
         BlockError: the kernel's errno.
     """
     found: list[tuple[bool, int]] = []
-    while length and len(found) < most:
+    stop = offset + length
+    while offset < stop and len(found) < most:
         is_data, end = find_run(fd, offset)
-        run = 0 if is_data else align_down(min(end - offset, length), align)
+        run = 0 if is_data else align_down(min(end, stop) - offset, align)
         if not run:
             # A hole that is shorter than a block has data behind it in the same block.
             end = end if is_data else offset + align
-            run, is_data = min(align_up(end - offset, align), length), True
+            run, is_data = align_up(end - offset, align), True
         found.append((is_data, run))
         offset += run
-        length -= run
     return found
 
 

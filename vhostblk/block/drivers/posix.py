@@ -80,6 +80,7 @@ class PosixNode(FileRanges):
         self.supported_write_flags = _FUA if self._direct else 0
         self._at_once = None if self._direct else 0 if file.in_memory else os.RWF_NOWAIT
         self._has_punch = file.can_discard
+        self._changed_ranges()
 
     async def close(self) -> None:
         """Close the file, which drops the locks."""
@@ -227,6 +228,7 @@ class PosixNode(FileRanges):
                 os.ftruncate(self._fd, end)
             except OSError as error:
                 raise block_error(error) from None
+            self._changed_ranges()
             self._size = end
 
     async def driver_copy_range_from(
@@ -247,9 +249,12 @@ class PosixNode(FileRanges):
         if not whole:
             raise BlockError(errno.ENOTSUP)
         assert isinstance(source, PosixNode)
-        await self._io.call(
-            host_file.copy_range, source._fd, source_offset, self._fd, offset, length
-        )
+        try:
+            await self._io.call(
+                host_file.copy_range, source._fd, source_offset, self._fd, offset, length
+            )
+        finally:
+            self._changed_ranges()
         self._size = max(self._size, offset + length)
         if flags & _FUA:
             await flush(self)
@@ -324,6 +329,8 @@ class PosixNode(FileRanges):
             await self._io.call(os.ftruncate, self._fd, size)
         except OSError as error:
             raise block_error(error) from None
+        finally:
+            self._changed_ranges()
         self._size = size
 
     # ------------------------------------------------------------------ what may be done without

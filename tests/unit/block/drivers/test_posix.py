@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import errno
 import os
-import random
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +19,8 @@ from vhostblk.block.drivers import file_ranges, host_file
 from vhostblk.block.drivers.file import FileNode
 from vhostblk.block.host_io import HostIO
 from vhostblk.block.iov import IoVec
-from vhostblk.block.limits import align_down, align_up
+from vhostblk.block.limits import align_up
 from vhostblk.block.node import ExtentFlag, FlushTarget, Req
-from vhostblk.block.status import BlockStatus, block_status, block_statuses
 from vhostblk.errors import BlockError
 
 
@@ -40,37 +37,6 @@ def memory_image() -> Iterator[Path]:
     path.write_bytes(b"i" * 65536)
     yield path
     path.unlink()
-
-
-# ---------------------------------------------------------------- holes
-
-
-@pytest.mark.parametrize("alignment", [512, 4096])
-def test_many_runs_of_a_file_with_holes_are_those_that_are_found_one_by_one(
-    tmp_path: Path, alignment: int
-) -> None:
-    path = tmp_path / "holes.img"
-    rnd = random.Random(7)
-    with path.open("wb") as file:
-        for at in sorted(rnd.sample(range(2000), 700)):
-            file.seek(at * 4096)
-            file.write(b"x" * 4096)
-        file.truncate(2000 * 4096 + 512)
-
-    async def scenario(backend: BlockBackend, node: FileNode) -> None:
-        node.limits = dataclasses.replace(node.limits, request_alignment=alignment)
-        offset, end = 512 if alignment == 512 else 4096, align_down(node.length, alignment)
-        answers = 0
-        while offset < end:
-            runs, file = await block_statuses(node, offset, end - offset)
-            answers += 1
-            for flags, length, place in runs:
-                found = BlockStatus(flags, length, file, place)
-                assert found == await block_status(node, offset, end - offset)
-                offset += length
-        assert answers < 5
-
-    with_file(path, scenario)
 
 
 # ---------------------------------------------------------------- the end of the file
