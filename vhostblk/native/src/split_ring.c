@@ -1,8 +1,8 @@
 /*
  * split_ring.c: the split ring, device side. VIRTIO 1.2 §2.7; vhostblk/virtio/split.py is the readable reference.
  *
- * The counters obey, modulo 65536:  used_idx <= next_avail <= avail.idx <= used_idx + size.  The first two are ours,
- * the third is checked whenever it is read.
+ * The counters obey, modulo 65536:  published <= used_idx <= next_avail <= avail.idx <= published + size.  All but
+ * avail.idx are ours, and that is checked whenever it is read.
  *
  * Barriers; behind the bar what the driver does on the other side (VIRTIO 1.2 §2.7.13, §2.7.14):
  *   [A] avail.idx is loaded before the entries and descriptors behind it | stored after them
@@ -101,11 +101,13 @@ static int refresh_avail_idx(struct virtqueue *vq)
 {
 	uint16_t avail_idx = le16toh(load_acquire(&vq->split.avail->idx)); /* [A] */
 	uint16_t available = (uint16_t)(avail_idx - vq->next_avail);
+	uint16_t unpublished = (uint16_t)(vq->used_idx - vq->published);
 
 	if (!available)
 		return 0;
-	/* VIRTIO 1.2 §2.7.13: what is in flight occupies descriptors; with it the new ones cannot exceed the ring. */
-	if (available + vq->in_flight > vq->size)
+	/* VIRTIO 1.2 §2.7.13: what the driver was not shown to be done occupies descriptors; with it the new ones cannot
+	 * exceed the ring. Memory for a batch of used chains counts on that. */
+	if (available + vq->in_flight + unpublished > vq->size)
 		return -VB_BROKEN_AVAIL_IDX;
 	vq->avail_idx = avail_idx;
 	return 1;
