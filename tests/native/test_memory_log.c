@@ -331,6 +331,9 @@ static void copy_equals_memory(enum vb_io_kind kind, uint32_t flags, bool event_
 	use_log(&rig.log, true);
 	copy_everything();
 	CHECK_EQUAL(pthread_create(&thread, NULL, collector, NULL), 0);
+	/* On a busy machine the requests could be done before it has begun. */
+	for (; !load_relaxed(&rig.rounds); sched_yield())
+		CHECK(now_ns() < end);
 	while (done < requests) {
 		int token;
 
@@ -349,7 +352,6 @@ static void copy_equals_memory(enum vb_io_kind kind, uint32_t flags, bool event_
 			driver_wait(&rig.driver, 1);
 		engine_pump(rig.engine, 0);
 	}
-	CHECK(load_relaxed(&rig.rounds));
 	driver_stop(&rig.driver);
 	store_release(&rig.stop, 1);
 	pthread_join(thread, NULL);
