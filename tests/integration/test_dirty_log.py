@@ -17,6 +17,7 @@ from vhostblk.client.shared_memory import SharedMemory
 from vhostblk.errors import SessionError
 from vhostblk.vhost.message import ProtocolFeature
 from vhostblk.virtio.blk import RequestType
+from vhostblk.virtio.features import Feature
 
 _SIZE = 2 << 20  # of the disk that is used
 _QUEUE_SIZE = 1024  # its used ring has pages that nothing else is in
@@ -140,6 +141,40 @@ def test_ring_that_starts_while_logging_is_on_is_logged(
         copy.copy(page)
     assert copy.differences() == []
     copy.close()
+
+
+@BOTH_PATHS
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+@pytest.mark.parametrize("log_first", [False, True], ids=["QEMU", "log first"])
+def test_what_a_killed_daemon_wrote_to_its_ring_without_a_mark_is_logged_by_the_next(
+    disks: Disks, packed: bool, log_first: bool
+) -> None:
+    features = int(Feature.VIRTIO_F_VERSION_1) | (int(Feature.VIRTIO_F_RING_PACKED) * packed)
+    with disks.connect(queue_size=_QUEUE_SIZE, features=features) as client:
+        copy = MemoryCopy(client)
+        if log_first:
+            client.stop_queue(0)
+            copy.start()
+        else:
+            # QEMU tells of the log when the rings are started, and enables these afterwards.
+            copy.start()
+            copy.stop()
+            client.stop_queue(0)
+            client.start_queue(0)
+        driver = client.queues[0].driver
+        # In a used element, or the id of a descriptor, that nobody comes to again in this test.
+        start = driver.desc_offset if packed else driver.used_offset + 4
+        place = driver.gpa + start + (16 if packed else 8) * (_QUEUE_SIZE - 1) + 8 * packed
+        region = client.memory.region_of(place)
+        region.view[place - region.gpa : place - region.gpa + 4] = b"\xc3" * 4
+        if log_first:
+            client.start_queue(0)
+        else:
+            client.log_rings(True)
+        copy.round()
+        page = place & -LOG_PAGE
+        assert page not in copy.differences()
+        copy.close()
 
 
 @BOTH_PATHS

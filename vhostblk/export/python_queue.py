@@ -190,8 +190,13 @@ class PythonQueue:
 
     def _mark_ring(self) -> None:
         if self._ring is not None:
+            was_marked = self._ring.mark is not None
             is_marked = self._log is not None and self._vring.log_gpa is not None
             self._ring.mark = self._path.mark if is_marked else None
+            if is_marked and not was_marked and self.inflight is not None:
+                # Whoever had the ring before may have been killed between a store and its mark, and the start may have
+                # repaired it: QEMU gives the log when rings are started already.
+                self._ring.mark_ring()
 
     def enable(self, enabled: bool) -> None:
         """Whether requests are taken."""

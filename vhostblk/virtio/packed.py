@@ -300,6 +300,12 @@ class PackedVirtqueue(BaseVirtqueue):
         """See `Virtqueue.disable_notification`."""
         self._write_event(EVENT_DISABLE << 16)
 
+    def mark_ring(self) -> None:
+        """See `Virtqueue.mark_ring`."""
+        if self.mark is not None:
+            self.mark(self._desc)
+            self.mark(self._device_event)
+
     def _write_event(self, event: int) -> None:
         EVENT.pack_into(self._device_event, 0, event)
         if self.mark is not None:

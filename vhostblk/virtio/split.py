@@ -258,6 +258,12 @@ class SplitVirtqueue(BaseVirtqueue):
         if not self._event_idx:
             self._write_used_word(FLAGS, USED_F_NO_NOTIFY)
 
+    def mark_ring(self) -> None:
+        """See `Virtqueue.mark_ring`."""
+        if self.mark is not None:
+            # The log need not reach what only EVENT_IDX gives a meaning.
+            self.mark(self._used if self._event_idx else self._used[:-2])
+
     def _write_used_word(self, position: int, value: int) -> None:
         self._used_words[position] = value
         if self.mark is not None:

@@ -98,6 +98,10 @@ class Virtqueue(Protocol):
         """Tell the driver that kicks are not needed; it may kick nevertheless."""
         ...
 
+    def mark_ring(self) -> None:
+        """Tell `mark` of all of the ring that devices write."""
+        ...
+
     def break_queue(self, error: GuestError) -> None:
         """Declare the queue broken by what somebody else found in a chain of it."""
         ...

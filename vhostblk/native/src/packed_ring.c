@@ -351,3 +351,9 @@ void packed_disable_kicks(struct virtqueue *vq)
 	if (vq->log.log)
 		mark_event(vq);
 }
+
+void packed_mark_ring(const struct virtqueue *vq)
+{
+	vb_memory_log_mark(vq->log.log, vq->log.desc_gpa, vq->size * (uint64_t)DESC_SIZE);
+	mark_event(vq);
+}

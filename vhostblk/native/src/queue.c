@@ -306,8 +306,14 @@ void queue_move(struct queue *queue)
 
 void queue_set_log(struct queue *queue)
 {
+	bool was_logged = queue->vq.log.log;
+
 	queue->vq.log.log = queue->logged ? queue->attachment->log : NULL;
 	queue->vq.log.gpa = queue->config.log_gpa;
+	/* Whoever had the ring before may have been killed between a store and its mark, and the start may have repaired
+	 * it: QEMU gives the log when rings are started already. */
+	if (!was_logged && queue->vq.log.log && virtqueue_tracks(&queue->vq))
+		virtqueue_mark_ring(&queue->vq);
 }
 
 void queue_check_memory(struct queue *queue)

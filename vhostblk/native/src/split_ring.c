@@ -247,3 +247,10 @@ void split_disable_kicks(struct virtqueue *vq)
 	if (vq->log.log)
 		mark_wish(vq);
 }
+
+void split_mark_ring(const struct virtqueue *vq)
+{
+	mark_used(vq, 0, offsetof(struct vring_used, ring[vq->size]));
+	if (vq->event_idx)
+		mark_wish(vq);
+}

@@ -104,6 +104,7 @@ void split_publish(struct virtqueue *vq);
 bool split_should_notify(struct virtqueue *vq);
 void split_enable_kicks(struct virtqueue *vq);
 void split_disable_kicks(struct virtqueue *vq);
+void split_mark_ring(const struct virtqueue *vq);
 
 /* ---------------------------------------------------------------- packed_ring.c */
 
@@ -116,6 +117,7 @@ void packed_publish(struct virtqueue *vq);
 bool packed_should_notify(struct virtqueue *vq);
 void packed_enable_kicks(struct virtqueue *vq);
 void packed_disable_kicks(struct virtqueue *vq);
+void packed_mark_ring(const struct virtqueue *vq);
 uint32_t packed_base(const struct virtqueue *vq);
 
 /* ---------------------------------------------------------------- the queue, whatever its ring */
@@ -176,6 +178,15 @@ static inline void virtqueue_disable_kicks(struct virtqueue *vq)
 		packed_disable_kicks(vq);
 	else
 		split_disable_kicks(vq);
+}
+
+/* Mark all of the ring that devices write: there is a log. */
+static inline void virtqueue_mark_ring(const struct virtqueue *vq)
+{
+	if (vq->is_packed)
+		packed_mark_ring(vq);
+	else
+		split_mark_ring(vq);
 }
 
 /* Whether what is in flight can be found by whoever has the ring next. */
