@@ -310,6 +310,15 @@ ROWS = (
         convert --bitmaps --skip-broken-bitmaps -O qcow2 bitmaps.qcow2 out
         convert --bitmaps -c -O qcow2 bitmaps.qcow2 out
     """),
+    # Those of the image, whatever it shows.
+    Row(
+        "convert --bitmaps -l one -O qcow2 bitmaps.qcow2 out",
+        given=["qemu-img snapshot -c one bitmaps.qcow2"],
+    ),
+    Row(
+        "convert --bitmaps -l one -O qcow2 in-use.qcow2 out",
+        given=["qemu-img snapshot -c one in-use.qcow2"],
+    ),
     Row("convert disk.raw out", held="qemu-io -f raw disk.raw"),
     Row("convert -U disk.raw out", held="qemu-io -f raw disk.raw"),
     Row("convert disk.raw zeroes.raw", held="qemu-io -f raw zeroes.raw", differs=_USED),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import foreign_formats
 from vhostblk.block.backend import BlockBackend
@@ -35,6 +35,9 @@ from vhostblk.cli.img.session import Session, errno_text, reason
 from vhostblk.cli.img.snapshot_param import SnapshotParam, read_snapshot_param, show_snapshot
 from vhostblk.cli.img.table import Command
 from vhostblk.errors import BlockError, ConfigError
+
+if TYPE_CHECKING:
+    from vhostblk.block.dirty_bitmap import DirtyBitmap
 
 
 def _sparse_size(text: str) -> int:
@@ -150,6 +153,8 @@ class _Run:
         self._session = session
         self._args = args
         self._progress = progress
+        # Of the first source, and whether they record: its node has none any more when it shows a snapshot.
+        self._bitmaps: list[tuple[DirtyBitmap, bool]] = []
 
     async def run(self, source_cache: CacheMode) -> None:
         """In the order in which qemu-img finds what is wrong."""
@@ -168,6 +173,8 @@ class _Run:
             )
             for name in args.words[:-1]
         ]
+        found = sources[0].node.bitmaps
+        self._bitmaps = [(bitmap, bitmap.enabled) for bitmap in found if bitmap.persistent]
         await self._load_snapshot(sources)
         total = sum(source.length for source in sources)
         image = None if args.is_there else self._new_image(total)
@@ -202,7 +209,7 @@ class _Run:
         target = await self._open_target(total, said)
         await self._copy(sources, target, has_backing=backing is not None)
         if args.bitmaps:
-            await self._copy_bitmaps(sources[0], target)
+            await self._copy_bitmaps(target)
         await session.close(target)
         session.unfinished.clear()
 
@@ -308,23 +315,20 @@ class _Run:
     def _check_bitmaps(self, sources: list[BlockBackend]) -> None:
         if len(sources) > 1:
             raise ImgError("Copying bitmaps only possible with single source")
-        node = sources[0].node
-        if not node.keeps_bitmaps():
+        if not sources[0].node.keeps_bitmaps():
             raise ImgError("Source lacks bitmap support")
-        for bitmap in node.bitmaps:
-            if bitmap.persistent and bitmap.inconsistent and not self._args.skip_broken_bitmaps:
+        for bitmap, _ in self._bitmaps:
+            if bitmap.inconsistent and not self._args.skip_broken_bitmaps:
                 raise ImgError(
                     f"Cannot copy inconsistent bitmap '{bitmap.name}'",
                     hint="Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it\n",
                 )
 
-    async def _copy_bitmaps(self, source: BlockBackend, target: BlockBackend) -> None:
+    async def _copy_bitmaps(self, target: BlockBackend) -> None:
         from vhostblk.block.dirty_bitmap import add_bitmap, merge_bitmaps, remove_bitmap
 
         graph = self._session.graph
-        for bitmap in source.node.bitmaps:
-            if not bitmap.persistent:
-                continue
+        for bitmap, enabled in self._bitmaps:
             if bitmap.inconsistent and self._args.skip_broken_bitmaps:
                 self._session.warn(f"Skipping inconsistent bitmap '{bitmap.name}'")
                 continue
@@ -335,7 +339,7 @@ class _Run:
                     bitmap.name,
                     bitmap.granularity,
                     persistent=True,
-                    enabled=bitmap.enabled,
+                    enabled=enabled,
                 )
             except (ConfigError, BlockError) as error:
                 raise ImgError(f"Failed to create bitmap {bitmap.name}: {reason(error)}") from None
