@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import random
 from collections.abc import Awaitable, Callable
@@ -107,6 +108,47 @@ def test_what_was_below_is_copied_and_what_is_zero_takes_no_room(
     assert found[2 * PAGE : CLUSTER] == noise[2 * PAGE : CLUSTER]
     assert found[2 * CLUSTER : MIB] == noise[2 * CLUSTER :]
     assert (image.stat().st_blocks * 512) < 12 * CLUSTER
+
+
+def test_whoever_writes_at_once_is_given_the_subclusters_that_he_writes_to(tmp_path: Path) -> None:
+    base = create(tmp_path / "base", 8 * CLUSTER)
+    noise = random.Random(2).randbytes(4 * CLUSTER)
+    (tmp_path / "noise").write_bytes(noise)
+    qemu_io(base, f"write -s {tmp_path / 'noise'} 0 {4 * CLUSTER}")
+    options = "extended_l2=on,cluster_size=64k"
+    image = create(tmp_path / "i", 16 * CLUSTER, "-o", options, "-b", base, "-F", "qcow2")
+    sub = CLUSTER // 32
+    # Inside of subclusters, two pieces of one cluster, its end and the next one's beginning.
+    alone = [(9, 100, 200), (9, 4 * sub, 6 * sub + 1), (10, CLUSTER - sub, CLUSTER), (11, 0, sub)]
+    ranges = [(number * CLUSTER + start, number * CLUSTER + end) for number, start, end in alone]
+    below = (2 * CLUSTER + sub, 2 * CLUSTER + 2 * sub)
+
+    async def scenario(backend: BlockBackend) -> None:
+        found = await backend.prepare_writes([*ranges, below], at_once=True)
+        first = 9 * CLUSTER
+        assert [(extent.offset - first, extent.length) for extent in found] == [
+            (0, sub),
+            (4 * sub, 3 * sub),
+            (2 * CLUSTER - sub, 2 * sub),
+        ]
+        for start, end in ranges:
+            write_alone(found, start, b"x" * (end - start))
+        # What has something below is copied by the write itself.
+        await backend.pwritev(below[0], IoVec.of(b"y" * sub))
+
+    with_image(image, scenario)
+    assert check(image) == ""
+    expected = bytearray(16 * CLUSTER)
+    expected[: len(noise)] = noise
+    for start, end in ranges:
+        expected[start:end] = b"x" * (end - start)
+    expected[slice(*below)] = b"y" * sub
+    assert contents(image, tmp_path) == expected
+    own = [
+        entry for entry in json.loads(qemu_img("map", "--output=json", image)) if not entry["depth"]
+    ]
+    present = [(entry["start"], entry["length"]) for entry in own if entry["present"]]
+    assert sum(length for _, length in present) == 7 * sub
 
 
 async def _nothing_below_is_lost(backend: BlockBackend) -> None:

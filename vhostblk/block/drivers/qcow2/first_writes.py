@@ -8,13 +8,16 @@ crash before the data are there shows what was there before, like one before any
 What is not so simple is left to `clusters.py`: compressed clusters, clusters that are shared with snapshots, those that
 somebody uses just now, and those of which a write with a backing file below has all, so that nothing has to be copied.
 
+Whoever writes at once, and nothing else, is given the subclusters that he writes to, as any other write would be, and
+leaves those with something below to `clusters.py`. Who comes again, a guest, is given whole clusters.
+
 Context: the control loop. Knows nothing about extents.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Container, Coroutine
+from collections.abc import Callable, Container, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,12 +51,14 @@ class _New:
         count: clusters, one behind the other.
         content: what it has, of one alone; None: zeroes.
         host: where.
+        subclusters: that are there from now on; all, if there is more than one cluster.
     """
 
     at: int
     count: int = 1
     content: IoVec | None = None
     host: int = 0
+    subclusters: int = _WHOLE
 
 
 class FirstWrites:
@@ -83,6 +88,7 @@ class FirstWrites:
         header = metadata.header
         self._entries = EntryReader(header)
         self._size = header.cluster_size
+        self._sub = header.subcluster_size
         self._extended = header.has_subclusters
 
     async def prepare(
@@ -93,10 +99,11 @@ class FirstWrites:
         Args:
             ranges: of what will be written, each for itself.
             backed: up to where something may be below.
-            at_once: they are written next, so what the file grows by need not be allocated before.
+            at_once: they are written next, and nothing else, so what the file grows by need not be allocated before,
+                and other subclusters not at all.
 
-        Returns: whole clusters, in order: those that got a place, and those that had one where they may be written. It
-            is true until the next `await`.
+        Returns: whole clusters, in order, or subclusters if `at_once`: those that got a place, and those that had one
+            where they may be written. It is true until the next `await`.
 
         Raises:
             BlockError: a child's errno; ENOSPC, EFBIG. Some clusters may have got their place.
@@ -108,8 +115,9 @@ class FirstWrites:
         for start, end in ranges:
             if start < backed:
                 covered.update(range(-(-start // size) * size, end // size * size, size))
+        touched = self._touched(ranges) if at_once and self._extended else None
         with self._locks.taken(self._wanted(ranges)) as free:
-            new, there = await self._look(free, backed, covered)
+            new, there = await self._look(free, backed, covered, touched)
             placed: list[_New] = []
             while new:
                 host, count = await self._metadata.refcounts.allocate(sum(one.count for one in new))
@@ -130,10 +138,28 @@ class FirstWrites:
                 break
         return wanted
 
+    def _touched(self, ranges: Ranges) -> dict[int, int]:
+        """Subclusters that the ranges have bytes of, by where their clusters begin on the disk."""
+        size, sub = self._size, self._sub
+        touched: dict[int, int] = {}
+        for start, end in ranges:
+            for at in range(start // size * size, end, size):
+                first, last = max(start - at, 0) // sub, -(-min(end - at, size) // sub)
+                touched[at] = touched.get(at, 0) | (1 << last) - (1 << first)
+        return touched
+
     async def _look(
-        self, ranges: Ranges, backed: int, covered: Container[int]
+        self,
+        ranges: Ranges,
+        backed: int,
+        covered: Container[int],
+        touched: Mapping[int, int] | None,
     ) -> tuple[list[_New], list[int]]:
-        """Those that may get a place here, and those that need none."""
+        """Those that may get a place here, and those that need none.
+
+        Args:
+            touched: subclusters, by cluster; None: all of each.
+        """
         metadata, size = self._metadata, self._size
         new: list[_New] = []
         there: list[int] = []
@@ -145,8 +171,12 @@ class FirstWrites:
                 if at >= stop:
                     stop = min(metadata.slice_start(at) + metadata.slice_covers, end)
                 if at >= backed and (count := metadata.count_empty(own, at, stop)):
-                    new.append(_New(at, count))
-                    at += count * size
+                    if touched is None:
+                        new.append(_New(at, count))
+                        at += count * size
+                    else:
+                        new.append(_New(at, subclusters=touched[at]))
+                        at += size
                     continue
                 one, at = at, at + size
                 entry, bitmap = metadata.entry(own, one)
@@ -159,6 +189,8 @@ class FirstWrites:
                     is_zero = run.kind is Kind.ZERO
                     if run.has_host or not is_zero or run.end - run.start < size:
                         continue
+                if touched is not None:
+                    continue
                 if is_zero:
                     new.append(_New(one))
                 elif one not in covered and (not copied or copied + size <= _MOST_COPIED):
@@ -189,7 +221,7 @@ class FirstWrites:
             await self._fill(new, at_once)
             for one in new:
                 own = metadata.own_slice_now(one.at) or await metadata.own_slice(one.at)
-                metadata.fill(own, one.at, one.host, one.count, _WHOLE)
+                metadata.fill(own, one.at, one.host, one.count, one.subclusters)
                 linked += 1
         finally:
             await to_the_end(self._settle(new, linked))
@@ -237,16 +269,27 @@ class FirstWrites:
         if content.is_zero():
             cluster.content = None
 
-    def _placed(self, new: list[_New]) -> list[Run]:
+    def _placed(self, placed: list[_New]) -> list[Run]:
         """Runs of the disk that are runs of the file."""
         runs: list[Run] = []
         start = host = end = 0
-        for one in new:
-            if one.at != end or one.host - host != end - start:
-                if end:
-                    runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
-                start, host = one.at, one.host
-            end = one.at + one.count * self._size
+        for one in placed:
+            for at, length in self._parts(one):
+                place = one.host + at - one.at
+                if at != end or place - host != end - start:
+                    if end:
+                        runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
+                    start, host = at, place
+                end = at + length
         if end:
             runs.append(Run(Kind.NORMAL, start, end, host, has_host=True, copied=True))
         return runs
+
+    def _parts(self, one: _New) -> Iterator[tuple[int, int]]:
+        """What is there now: where on the disk, and bytes."""
+        if one.subclusters == _WHOLE:
+            yield one.at, one.count * self._size
+            return
+        for number in range(SUBCLUSTERS):
+            if one.subclusters >> number & 1:
+                yield one.at + number * self._sub, self._sub
