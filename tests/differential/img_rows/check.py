@@ -49,6 +49,12 @@ ROWS = (
     *(Row(f"check {name}.qcow2") for name in _TABLES),
     *(Row(f"check -r leaks {name}.qcow2") for name in _TABLES),
     *(Row(f"check -r all {name}.qcow2") for name in _TABLES),
+    # A block of counts is where nothing can be read, or nothing is and nothing need be.
+    *(
+        Row(f"check {options}disk.qcow2", given=["poke disk.qcow2 0x10000 8000000000020000"])
+        for options in ("", "--output=json ")
+    ),
+    Row("check -r leaks leak.qcow2", given=["poke leak.qcow2 0x10008 0000001000000000"]),
     Row("check disk.qcow2", held="qemu-io disk.qcow2"),
     Row("check -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("check -U disk.qcow2", held="qemu-io disk.qcow2"),

@@ -10,7 +10,11 @@ Context: the control loop; nobody changes the image meanwhile.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from array import array
+from collections.abc import Iterator
+from operator import itemgetter
 
 from vhostblk.block.check import CheckResult
 from vhostblk.block.drivers.qcow2.header import Header
@@ -46,6 +50,8 @@ class RecordedCounts:
         self._size = header.cluster_size
         self._length = file.node.length
         self._block: tuple[int, Table] = (-1, array("B"))
+        # Of pieces: start and end of clusters in them.
+        self._unknown: dict[int, list[tuple[int, int]]] = {}
 
     async def load(self) -> None:
         """Read the table.
@@ -95,13 +101,22 @@ class RecordedCounts:
         for number in range(-(-clusters // PIECE)):
             if not number % 64:
                 await asyncio.sleep(0)
-            recorded = await self._piece(number, result) or used.empty()
             counted = used.piece(number)
+            recorded, unknown = await self._piece(number, counted)
+            if unknown:
+                self._unknown[number] = unknown
             if recorded == counted:
                 self.tally.share(number, used)
-                continue
-            self.tally.put(number, recorded)
-            for at, count, uses in differences(recorded, counted):
+            else:
+                self.tally.put(number, recorded)
+            for at, count, uses in _findings(recorded, counted, unknown):
+                cluster = number * PIECE + at
+                if count is None:
+                    result.check_errors += 1
+                    if says:
+                        reason = os.strerror(errno.EIO)
+                        result.say(f"Can't get refcount for cluster {cluster}: {reason}")
+                    continue
                 if count < uses:
                     result.corruptions += 1
                     not_counted |= not count
@@ -109,34 +124,50 @@ class RecordedCounts:
                     result.leaks += 1
                 if says:
                     word = "ERROR" if count < uses else "Leaked"
-                    result.say(difference(word, number * PIECE + at, count, uses))
-        result.image_end_offset = max(used.end(), self.tally.end()) * self._size
+                    result.say(difference(word, cluster, count, uses))
+        result.image_end_offset = self._end(used) * self._size
         return not_counted
 
-    async def _piece(self, number: int, result: CheckResult) -> Table | None:
-        """The recorded counts of these clusters of the file; None: there are none."""
+    def _end(self, used: Tally) -> int:
+        """One more than the last cluster that is used, or recorded to be; but not of those that nobody knows of."""
+        if not self._unknown:
+            return max(used.end(), self.tally.end())
+        for number in sorted({*used.pieces(), *self.tally.pieces()}, reverse=True):
+            unknown = {at for run in self._unknown.get(number, ()) for at in range(*run)}
+            pairs = zip(used.piece(number), self.tally.piece(number), strict=True)
+            known = [at for at, pair in enumerate(pairs) if any(pair) and at not in unknown]
+            if known:
+                return number * PIECE + known[-1] + 1
+        return 1
+
+    async def _piece(self, number: int, counted: Table) -> tuple[Table, list[tuple[int, int]]]:
+        """The recorded counts of these clusters of the file, and where nobody knows them (start and end).
+
+        Args:
+            counted: which is what stands there then.
+        """
         start = number * PIECE
         length = min(PIECE, self.per_block)
-        blocks = []
-        for first in range(start, min(start + PIECE, self.clusters), length):
+        blocks: list[tuple[int, Table]] = []
+        unknown: list[tuple[int, int]] = []
+        inside = min(self.clusters - start, PIECE)
+        for first in range(start, start + inside, length):
             index, at = divmod(first, self.per_block)
+            place = first - start
             try:
                 block = await self.block(index)
             except ImageError:
-                # Nobody knows what it says.
-                result.check_errors += min(length, self.clusters - first)
-                block = None
-            if block is not None:
-                blocks.append((first - start, block[at : at + length]))
-        if not blocks:
-            return None
+                unknown.append((place, min(place + length, inside)))
+                blocks.append((place, counted[place : place + length]))
+            else:
+                if block is not None:
+                    blocks.append((place, block[at : at + length]))
         piece = self.tally.empty()
-        for at, part in blocks:
-            piece[at : at + len(part)] = part
+        for place, part in blocks:
+            piece[place : place + len(part)] = part
         # Behind the end of the file there is nothing to compare.
-        inside = min(self.clusters - start, PIECE)
         piece[inside:] = self.tally.empty()[inside:]
-        return piece
+        return piece, unknown
 
     async def count(self, cluster: int) -> int | None:
         """What the image says about one cluster, wherever it is; None: nobody knows."""
@@ -157,6 +188,18 @@ class RecordedCounts:
 
     def _can_be_read(self, offset: int) -> bool:
         return not offset % self._size and offset + self._size <= MAX_LENGTH
+
+
+def _findings(
+    recorded: Table, counted: Table, unknown: list[tuple[int, int]]
+) -> Iterator[tuple[int, int | None, int]]:
+    """What there is to say of a piece, in order: place, what is recorded (None: nobody knows) and what was counted."""
+    if recorded != counted and not unknown:
+        yield from differences(recorded, counted)
+    elif unknown:
+        found: list[tuple[int, int | None, int]] = [*differences(recorded, counted)]
+        found += [(at, None, counted[at]) for run in unknown for at in range(*run)]
+        yield from sorted(found, key=itemgetter(0))
 
 
 def difference(word: str, cluster: int, count: int, uses: int) -> str:

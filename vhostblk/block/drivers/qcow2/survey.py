@@ -419,7 +419,9 @@ class Survey:
                 )
             elif offset >> self._bits >= self.clusters:
                 word = "Repairing" if self._fixes else "ERROR"
-                self._wrong_block(f"{word} refcount block {index} is outside image")
+                self.wrong(f"{word} refcount block {index} is outside image")
+                # Leaks can be repaired without it, unless it should have counted something.
+                self.must_rebuild |= self._fixes
             elif offset:
                 if self._refer(offset, self._size):
                     self.must_rebuild = True
