@@ -1,19 +1,28 @@
-/* test_disturbed.c: queues that sleep until they are kicked, while control changes everything that can be changed. */
+/* test_disturbed.c: queues that sleep until they are kicked, while control changes everything that can be changed; and what
+ * they read is what they have written. */
 #include <poll.h>
 #include <pthread.h>
+#include <sys/uio.h>
 #include "harness.h"
 
 #define DISK_SIZE (1u << 20)
+#define PAGE 4096u
 #define RW (VB_EXTENT_READ | VB_EXTENT_WRITE)
 #define QUEUES 6
 #define WAVES 20
+#define LOG_SIZE ((GUEST_GPA + 2ull * GUEST_REGION) / PAGE / 8)
 
 /* A driver that never looks before it is called, like a guest whose processors sleep: one lost kick, or one lost call,
  * is the end. */
 struct sleeper {
 	pthread_t pthread;
 	struct driver driver;
-	int kick_fd; /* ours always; the device may be made to look by itself */
+	int kick_fd;                       /* ours always; the device may be made to look by itself */
+	_Alignas(64) uint8_t region[PAGE]; /* where its requests are tracked, if they are */
+	bool was_suspended;
+	uint8_t content[DISK_SIZE / PAGE /
+			QUEUES];               /* of its part of the disk: a page for each token, filled with this */
+	bool reads[DISK_SIZE / PAGE / QUEUES]; /* whether that is what a token does */
 	uint32_t stop, done;
 };
 
@@ -25,7 +34,32 @@ static struct {
 	struct vb_extent file;
 	uint64_t waiting[1024];
 	int waiters;
+	struct vb_memory_log *log;
+	uint8_t *log_bits;
 } rig;
+
+static void ask(struct sleeper *s, uint16_t token)
+{
+	uint32_t page = (uint32_t)(s - rig.sleepers) * (uint32_t)sizeof(s->content) + token, dice = random_below(8);
+	uint8_t *data = driver_data(&s->driver, token);
+
+	s->reads[token] = dice >= 4;
+	s->content[token] += dice && dice < 4;
+	memset(data, s->reads[token] ? ~s->content[token] : s->content[token], PAGE);
+	if (dice == 0)
+		driver_add(&s->driver, token, VIRTIO_BLK_T_FLUSH, 0, 0);
+	else
+		driver_add(&s->driver, token, dice < 4 ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, 8 * page, PAGE);
+}
+
+static void check_answer(struct sleeper *s, uint16_t token)
+{
+	const uint8_t *data = driver_data(&s->driver, token);
+
+	CHECK_EQUAL(*driver_status(&s->driver, token), VIRTIO_BLK_S_OK);
+	for (uint32_t i = 0; s->reads[token] && i < PAGE; i++)
+		CHECK_EQUAL(data[i], s->content[token]);
+}
 
 static void *sleep_and_ask(void *opaque)
 {
@@ -38,20 +72,14 @@ static void *sleep_and_ask(void *opaque)
 		int token;
 
 		for (uint16_t i = 0; i < burst; i++, in_flight++) {
-			uint32_t dice = random_below(8);
-
-			if (dice == 0)
-				driver_add(d, i, VIRTIO_BLK_T_FLUSH, 0, 0);
-			else
-				driver_add(d, i, dice < 4 ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN,
-					8 * random_below(DISK_SIZE / 4096), 4096);
+			ask(s, i);
 			if (random_below(3) == 0)
 				driver_publish(d);
 		}
-		if (d->published != d->avail_idx)
+		if (driver_has_added(d))
 			driver_publish(d);
 		while ((token = driver_reap(d, NULL)) >= 0) {
-			CHECK_EQUAL(*driver_status(d, (uint16_t)token), VIRTIO_BLK_S_OK);
+			check_answer(s, (uint16_t)token);
 			in_flight--;
 			store_release(&s->done, s->done + 1);
 		}
@@ -64,11 +92,19 @@ static void *sleep_and_ask(void *opaque)
 /* Some misses are answered, the others served by the map that comes again. */
 static void miss(struct engine *engine, const struct vb_message *m)
 {
+	struct iovec whole = {(void *)m->pointer, m->length};
+	const struct iovec *data = m->count == 1 ? &whole : (const struct iovec *)m->pointer;
+
 	CHECK_EQUAL(m->type, VB_REQUEST);
-	if (random_below(2) || m->aux == VIRTIO_BLK_T_FLUSH)
-		engine_tell(engine, (struct vb_message){.type = VB_COMPLETE, .cookie = m->cookie, .length = m->length});
-	else
+	if (m->aux != VIRTIO_BLK_T_FLUSH && random_below(2)) {
 		rig.waiting[rig.waiters++] = m->cookie;
+		return;
+	}
+	if (m->aux == VIRTIO_BLK_T_OUT)
+		CHECK_EQUAL(pwritev(rig.file.fd, data, (int)m->count, (off_t)m->offset), m->length);
+	else if (m->aux == VIRTIO_BLK_T_IN)
+		CHECK_EQUAL(preadv(rig.file.fd, data, (int)m->count, (off_t)m->offset), m->length);
+	engine_tell(engine, (struct vb_message){.type = VB_COMPLETE, .cookie = m->cookie, .length = m->length});
 }
 
 static void retry_all(void)
@@ -91,9 +127,11 @@ static void enable(struct sleeper *s, uint16_t enabled)
 	CHECK_EQUAL(engine_command(rig.engine, message).result, 0);
 }
 
+/* Where requests are tracked the stop may leave them in flight. */
 static void restart(struct sleeper *s)
 {
-	struct vb_message stop = {.type = VB_QUEUE_STOP, .queue = s->driver.key}, ack;
+	bool suspends = s->driver.config.inflight && random_below(2);
+	struct vb_message stop = {.type = VB_QUEUE_STOP, .queue = s->driver.key, .flags = suspends}, ack;
 	uint64_t cookie = engine_send(rig.engine, stop);
 	struct vb_queue_config config = driver_queue_config(&s->driver);
 
@@ -104,7 +142,10 @@ static void restart(struct sleeper *s)
 	}
 	ack = rig.engine->acks[cookie];
 	CHECK_EQUAL(ack.result, 0);
-	config.base = (uint16_t)ack.aux;
+	s->was_suspended |= suspends;
+	config.base = (uint32_t)ack.aux;
+	config.logged = (uint8_t)random_below(2);
+	config.log_gpa = GUEST_GPA + s->driver.used_at;
 	CHECK_EQUAL(engine_command(rig.engine, (struct vb_message){.type = VB_QUEUE_START,
 						       .queue = s->driver.key,
 						       .disk = (uint64_t)rig.disk,
@@ -129,12 +170,45 @@ static void move_memory(void)
 	rig.guest.memory = fresh;
 }
 
+/* As a front-end does that migrates, or has more memory now. */
+static void change_log(void)
+{
+	struct vb_memory_log *old = rig.log;
+	uint8_t *old_bits = rig.log_bits;
+	struct vb_message set = {.type = VB_LOG_SET, .disk = (uint64_t)rig.disk, .result = -1};
+
+	rig.log = NULL;
+	rig.log_bits = NULL;
+	if (!old || random_below(2)) {
+		rig.log_bits = calloc(1, LOG_SIZE);
+		CHECK_EQUAL(vb_memory_log_create((uint64_t)rig.log_bits, LOG_SIZE, &rig.log), 0);
+	}
+	set.pointer = (uint64_t)rig.log;
+	set.flags = (uint16_t)random_below(2);
+	CHECK_EQUAL(engine_command(rig.engine, set).result, 0);
+	CHECK(!old || !vb_memory_log_lost(old));
+	vb_memory_log_destroy(old);
+	free(old_bits);
+}
+
+/* A part of the file, so that the map has many extents, and too many. */
+static void map_part(void)
+{
+	struct vb_extent part = rig.file;
+
+	part.offset = part.host_offset = PAGE * random_below(DISK_SIZE / PAGE);
+	part.length = MIN((uint64_t)PAGE * (1 + random_below(8)), DISK_SIZE - part.offset);
+	part.request_alignment = random_below(2) ? part.request_alignment : 512;
+	disk_map(rig.engine, rig.disk, part);
+	retry_all();
+}
+
 static void disturb(void)
 {
 	struct sleeper *s = &rig.sleepers[random_below(QUEUES)];
 	struct vb_message command = {.disk = (uint64_t)rig.disk};
 
-	switch (random_below(10)) {
+	switch (random_below(13)) {
 	case 0:
 		set_fd(s, VB_QUEUE_KICK, -1);
 		for (uint32_t i = random_below(5), done = load_acquire(&s->done); i; i--)
@@ -152,7 +226,7 @@ static void disturb(void)
 		break;
 	case 3:
 		command.type = VB_REVOKE;
-		command.offset = 4096 * random_below(DISK_SIZE / 4096);
+		command.offset = PAGE * random_below(DISK_SIZE / PAGE);
 		command.length = DISK_SIZE;
 		CHECK_EQUAL(engine_command(rig.engine, command).result, 0);
 		break;
@@ -176,6 +250,13 @@ static void disturb(void)
 	case 8:
 		vb_disk_set_write_through(rig.disk, (int)random_below(2));
 		break;
+	case 9:
+		change_log();
+		break;
+	case 10:
+	case 11:
+		map_part();
+		break;
 	default:
 		engine_pump(rig.engine, 1);
 	}
@@ -194,10 +275,18 @@ static void run(enum vb_io_kind kind, uint32_t flags, bool on_disk, uint64_t pol
 	disk_attach(rig.engine, rig.disk, rig.guest.memory);
 	disk_map(rig.engine, rig.disk, rig.file);
 	for (uint32_t i = 0; i < QUEUES; i++) {
-		struct driver_config config = {
-			.size = 32, .data_bytes = 4096, .event_idx = i % 3, .indirect = i % 2, .start = 65500};
+		bool packed = i & 1, tracked = i > 1;
+		struct driver_config config = {.size = packed ? 31 : 32,
+			.packed = packed,
+			.data_bytes = PAGE,
+			.event_idx = i % 3,
+			.indirect = i % 4 < 2,
+			.start = packed ? 0 : 65500,
+			.inflight = tracked ? rig.sleepers[i].region : NULL,
+			.inflight_size = sizeof(rig.sleepers[i].region)};
 
 		driver_init(&rig.sleepers[i].driver, &rig.guest, &config);
+		CHECK(rig.sleepers[i].driver.tokens <= sizeof(rig.sleepers[i].content));
 		rig.sleepers[i].kick_fd = rig.sleepers[i].driver.kick_fd;
 		driver_start(&rig.sleepers[i].driver, rig.engine, rig.disk, i + 1);
 	}
@@ -223,7 +312,9 @@ static void run(enum vb_io_kind kind, uint32_t flags, bool on_disk, uint64_t pol
 		driver_stop(&s->driver);
 		CHECK(s->done);
 		CHECK_EQUAL(s->driver.stats->in_flight, 0);
-		CHECK_EQUAL(s->driver.stats->hits + s->driver.stats->misses, s->done);
+		/* What was left in flight was tried more than once. */
+		CHECK(s->driver.stats->hits + s->driver.stats->misses >= s->done);
+		CHECK(s->was_suspended || s->driver.stats->hits + s->driver.stats->misses == s->done);
 		CHECK_EQUAL(s->driver.stats->op[VB_OP_READ].requests + s->driver.stats->op[VB_OP_WRITE].requests +
 				    s->driver.stats->op[VB_OP_FLUSH].requests,
 			s->done);
@@ -232,6 +323,8 @@ static void run(enum vb_io_kind kind, uint32_t flags, bool on_disk, uint64_t pol
 	disk_detach(rig.engine, rig.disk);
 	engine_delete(rig.engine);
 	vb_disk_unref(rig.disk);
+	vb_memory_log_destroy(rig.log);
+	free(rig.log_bits);
 	guest_deinit(&rig.guest);
 	close(rig.file.fd);
 }
