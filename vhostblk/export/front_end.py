@@ -149,6 +149,8 @@ class FrontEnd:
                 result = answer if answer is not None else result
         if self._dirty_log is not None and self._dirty_log.lost:
             # The last chance to say so: a queue that has stopped was the last thing before the guest runs elsewhere.
+            if isinstance(result, int) and isinstance(steps[-1], action.CreateInflight):
+                os.close(result)  # it goes with no reply
             raise SessionError(LOG_LOST)
         refusal = error or self._session.refusal
         if refusal is not None:

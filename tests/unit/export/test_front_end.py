@@ -14,6 +14,7 @@ import pytest
 from tests.unit.block.fakes import ArrayNode
 from vhostblk.block.backend import BlockBackend
 from vhostblk.errors import PeerError
+from vhostblk.export import front_end
 from vhostblk.export.blk_device import BlkDevice
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.front_end import FrontEnd
@@ -21,8 +22,11 @@ from vhostblk.export.ownership import Ownership
 from vhostblk.export.python_path import PythonDataPath
 from vhostblk.export.stats_page import StatsPage
 from vhostblk.vhost.connection import Connection
+from vhostblk.vhost.dirty_log import DirtyLog
 from vhostblk.vhost.frontend import Frontend
+from vhostblk.vhost.inflight_region import create_file
 from vhostblk.vhost.mem_table import MemTable
+from vhostblk.vhost.message import ProtocolFeature
 from vhostblk.vhost.payload import MemoryRegion
 from vhostblk.virtio.features import Feature
 
@@ -74,19 +78,25 @@ def run(
     data: bytes = b"",
     fds: tuple[int, ...] = (),
     failure: Exception = PLANTED,
+    *,
+    before: bytes = b"",
+    after: bytes = b"",
 ) -> Path:
-    """A front-end says this and leaves."""
+    """A front-end says this, and what comes without fds before and behind it, and leaves."""
     path = Path(device, failure)
 
     async def session() -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
+            theirs.sendall(before)
             if data:
                 socket.send_fds(theirs, [data], fds)
-        front_end = FrontEnd(
-            Connection(ours), device, path, 1, LOG, ErrorLog(LOG), ownership(device)
-        )
-        await front_end.run()
+            theirs.sendall(after)
+            theirs.shutdown(socket.SHUT_WR)
+            served = FrontEnd(
+                Connection(ours), device, path, 1, LOG, ErrorLog(LOG), ownership(device)
+            )
+            await served.run()
 
     asyncio.run(session())
     return path
@@ -140,3 +150,37 @@ def test_bug_in_an_action_does_not_cost_the_fds_of_the_message(device: BlkDevice
     with pytest.raises(RuntimeError, match="planted"):
         run(device, message.encode(), (fd,))
     os.close(fd)
+
+
+def test_session_that_ends_while_an_in_flight_region_is_made_does_not_keep_its_fd(
+    device: BlkDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it is closed is seen by the plugin, which counts them."""
+    logs: list[DirtyLog] = []
+
+    class Log(DirtyLog):
+        def __init__(self, size: int, offset: int, fd: int) -> None:
+            super().__init__(size, offset, fd)
+            logs.append(self)
+
+    def create(size: int) -> int:
+        """An engine thread marks a page that is not in the log, just now."""
+        logs[0].marks.mark(1 << 40, 1)
+        assert logs[0].lost
+        return create_file(size)
+
+    monkeypatch.setattr(front_end, "DirtyLog", Log)
+    monkeypatch.setattr(front_end, "create_file", create)
+    protocol = ProtocolFeature.LOG_SHMFD | ProtocolFeature.INFLIGHT_SHMFD
+    says, fd = Frontend(), os.memfd_create("log")
+    says.protocol_offered = protocol
+    os.ftruncate(fd, 4096)
+    run(
+        device,
+        says.set_log_base(4096, 0, fd).encode(),
+        (fd,),
+        before=says.set_protocol_features(protocol).encode(),
+        after=says.get_inflight_fd(1, 128).encode(),
+    )
+    os.close(fd)
+    assert len(logs) == 1
