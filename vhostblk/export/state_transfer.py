@@ -10,8 +10,10 @@ Knows nothing about what the bytes mean.
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import os
-import select
+import stat
 from contextlib import suppress
 
 from vhostblk.errors import PeerError
@@ -52,12 +54,12 @@ class StateTransfer:
         """
         self.close()
         self._problem = "it was not written"
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        if not poll.poll(0):
-            raise PeerError("device state: there is no room for it in what the front-end gave")
         try:
-            written = os.write(fd, state)
+            written = _write_at_once(fd, state)
+        except BlockingIOError:
+            raise PeerError(
+                "device state: there is no room for it in what the front-end gave"
+            ) from None
         except OSError as error:
             raise PeerError(f"device state: cannot write it: {error.strerror}") from None
         if written != len(state):
@@ -105,7 +107,9 @@ class StateTransfer:
             while len(data) <= self._most:
                 await _readable(fd)
                 try:
-                    piece = os.read(fd, self._most + 1 - len(data))
+                    piece = _read_at_once(fd, self._most + 1 - len(data))
+                except BlockingIOError:
+                    continue  # somebody else has a copy of the fd, and was faster
                 except OSError as error:
                     raise PeerError(f"device state: cannot read it: {error.strerror}") from None
                 if not piece:
@@ -114,6 +118,43 @@ class StateTransfer:
             raise PeerError(f"device state: more than {self._most} bytes")
         finally:
             os.close(fd)
+
+
+def _write_at_once(fd: int, data: bytes) -> int:
+    """Give how much was taken. Raises: BlockingIOError: it would have to wait; OSError."""
+    if _is_file(fd):
+        return os.write(fd, data)
+    try:
+        return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        _never_wait(fd, error)
+    return os.write(fd, data)
+
+
+def _read_at_once(fd: int, most: int) -> bytes:
+    """Give what is there, nothing at the end. Raises: BlockingIOError: it would have to wait; OSError."""
+    if _is_file(fd):
+        return os.read(fd, most)
+    piece = bytearray(most)
+    try:
+        return bytes(piece[: os.preadv(fd, [piece], -1, os.RWF_NOWAIT)])
+    except OSError as error:
+        _never_wait(fd, error)
+    return os.read(fd, most)
+
+
+def _is_file(fd: int) -> bool:
+    """Where RWF_NOWAIT says more often than others that it would have to wait."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def _never_wait(fd: int, error: OSError) -> None:
+    """Before Linux 6.4 pipes and sockets know no RWF_NOWAIT, nor do eventfds and others today. Then the front-end's
+    copies have the same O_NONBLOCK, so this is as good as can be. Raises: OSError: that is not the reason."""
+    if error.errno != errno.EOPNOTSUPP:
+        raise error
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
 
 
 async def _readable(fd: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable, Coroutine, Iterator
@@ -36,6 +37,18 @@ def channel(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
     for fd in ends:
         if os.path.exists(f"/proc/self/fd/{fd}"):
             os.close(fd)
+
+
+@pytest.fixture(params=["", "Linux 6.3"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is here, and as it was when pipes and sockets knew no RWF_NOWAIT."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EOPNOTSUPP, "")
+
+    if request.param:
+        monkeypatch.setattr(os, "preadv", refuse)
+        monkeypatch.setattr(os, "pwritev", refuse)
 
 
 def run(test: Callable[[StateTransfer], Coroutine[Any, Any, None]]) -> None:
@@ -171,3 +184,35 @@ def test_next_transfer_takes_the_place_of_the_one_before(channel: tuple[int, int
         assert await transfer.check() == STATE
 
     run(test)
+
+
+@pytest.mark.timeout(20)
+def test_loop_does_not_wait_for_a_state_that_the_front_end_takes_back(
+    channel: tuple[int, int],
+) -> None:
+    reading, writing = channel
+    other = os.dup(reading)
+
+    async def test(transfer: StateTransfer) -> None:
+        loop = asyncio.get_running_loop()
+        taken = asyncio.Event()
+
+        def take() -> None:
+            """As a front-end does that has kept its copy of the fd, once the state is there."""
+            assert os.read(other, 100) == STATE
+            taken.set()
+            loop.remove_reader(other)
+
+        loop.add_reader(other, take)
+        transfer.load(os.dup(reading))
+        await asyncio.sleep(0)
+        os.write(writing, STATE)
+        await taken.wait()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        os.write(writing, STATE)
+        os.close(writing)
+        assert await transfer.check() == STATE
+
+    run(test)
+    os.close(other)
