@@ -475,19 +475,12 @@ TEST(stop_and_start_under_load)
 	run_moving(VB_IO_AUTO, false, 0, true, false);
 }
 
-static void run_changing_memory(bool packed)
+/* Gives how many maps there were. */
+static int change_memory_until_finished(struct stand *s, struct worker *worker)
 {
-	struct driver_config config = CONFIG(.event_idx = true, .packed = packed);
-	uint64_t size = 64u * RANGE;
-	struct stand *s = stand_new(VB_IO_AUTO, 0, size, &config);
-	int fd = file_new(true, size), changes = 0;
-	struct worker worker;
+	int changes = 0;
 
-	disk_map(s->engine, s->disk, whole_file(fd, size, RW | VB_EXTENT_FIXED));
-	driver_start(&s->driver, s->engine, s->disk, 5);
-	worker_start(&worker, &s->driver, 0, 3000);
-	worker_go(&worker);
-	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(&worker); changes++) {
+	for (uint64_t end = now_ns() + DEADLINE; !worker_finished(worker); changes++) {
 		struct vb_memory *fresh = guest_snapshot(&s->guest);
 		struct vb_message set = {.type = VB_MEMORY_SET, .flags = changes & 1, .disk = (uint64_t)s->disk};
 
@@ -499,8 +492,28 @@ static void run_changing_memory(bool packed)
 		vb_memory_unref(s->guest.memory);
 		s->guest.memory = fresh;
 	}
-	CHECK(changes > 2);
-	worker_join(&worker);
+	return changes;
+}
+
+static void run_changing_memory(bool packed)
+{
+	struct driver_config config = CONFIG(.event_idx = true, .packed = packed);
+	uint64_t size = 64u * RANGE;
+	struct stand *s = stand_new(VB_IO_AUTO, 0, size, &config);
+	int fd = file_new(true, size), changes = 0;
+	struct worker worker;
+
+	disk_map(s->engine, s->disk, whole_file(fd, size, RW | VB_EXTENT_FIXED));
+	driver_start(&s->driver, s->engine, s->disk, 5);
+	/* On a busy machine it may be done before there was time for more than a map or two. */
+	while (changes <= 2) {
+		CHECK_EQUAL(ftruncate(fd, 0), 0);
+		CHECK_EQUAL(ftruncate(fd, (off_t)size), 0);
+		worker_start(&worker, &s->driver, 0, 3000);
+		worker_go(&worker);
+		changes += change_memory_until_finished(s, &worker);
+		worker_join(&worker);
+	}
 	stand_delete(s);
 	close(fd);
 }
