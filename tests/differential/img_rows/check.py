@@ -55,6 +55,15 @@ ROWS = (
         for options in ("", "--output=json ")
     ),
     Row("check -r leaks leak.qcow2", given=["poke leak.qcow2 0x10008 0000001000000000"]),
+    # Clusters that are used twice, where a count cannot be 2.
+    Row(
+        "check narrow.qcow2",
+        given=[
+            "qemu-img create -f qcow2 -o refcount_bits=1 narrow.qcow2 1M",
+            "qemu-io narrow.qcow2 -c 'write 0 256k'",
+            "poke narrow.qcow2 0x40010 80000000000500008000000000060000",
+        ],
+    ),
     Row("check disk.qcow2", held="qemu-io disk.qcow2"),
     Row("check -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("check -U disk.qcow2", held="qemu-io disk.qcow2"),

@@ -95,4 +95,8 @@ ROWS = (
             " -c 'write -z 700k 1k' -c 'write 701k 1k' -c 'discard 300k 512' -c 'write 2k 1k'",
         ],
     ),
+    Row(
+        "map --output=json external.qcow2",
+        given=["qemu-io external.qcow2 -c 'write 0 128k' -c 'write -z 0 128k'"],
+    ),
 )

@@ -229,7 +229,9 @@ class EntryReader:
             return self._compressed(entry, start)
         host = entry & OFFSET_MASK
         copied = bool(entry & COPIED)
-        has_host = bool(host or (self._has_data_file and copied))
+        # In an external data file 0 is a place like any other. But zeroes there have none, as in QEMU.
+        is_zero = entry & ZERO and not self._extended
+        has_host = bool(host or (self._has_data_file and copied and not is_zero))
         copied = copied and has_host
         if host & (self._cluster_size - 1):
             raise EntryError(f"Cluster allocation offset {host:#x} unaligned", start)

@@ -170,10 +170,10 @@ class Survey:
         if self._heard is not None and len(self._heard) < _MOST_HEARD:
             self._heard.append(message)
 
-    def _refer(self, offset: int, length: int, times: int = 1) -> int:
-        """So many references to clusters that the range touches. Returns how many cannot be counted."""
+    def _refer(self, offset: int, length: int, times: int = 1) -> bool:
+        """So many references to clusters that the range touches. Returns whether some cannot be counted."""
         if not length:
-            return 0
+            return False
         if offset + length - self._length >= self._size:
             self.wrong(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more:"
@@ -181,17 +181,18 @@ class Survey:
                 times,
             )
             self.is_cut |= offset < self._length
-            return 0
+            return False
         first = offset >> self._bits
         last = offset + length - 1 >> self._bits
         self.clusters = max(self.clusters, last + 1)
-        if lost := self.used.add(first, last + 1 - first, times):
-            self.wrong(f"ERROR: overflow cluster offset=0x{first << self._bits:x}", lost)
+        lost = self.used.add(first, last + 1 - first, times)
+        for cluster, count in lost:
+            self.wrong(f"ERROR: overflow cluster offset=0x{cluster << self._bits:x}", count)
             self.say(
                 "Use qemu-img amend to increase the refcount entry width or qemu-img convert to create a clean copy"
                 " if the image cannot be opened for writing"
             )
-        return lost
+        return bool(lost)
 
     # ------------------------------------------------------------------ L1 and L2 tables
 

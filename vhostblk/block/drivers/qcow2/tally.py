@@ -73,15 +73,15 @@ class Tally:
         """Change the count of one."""
         self._own(cluster // PIECE)[cluster % PIECE] = count
 
-    def add(self, first: int, clusters: int, times: int = 1) -> int:
+    def add(self, first: int, clusters: int, times: int = 1) -> list[tuple[int, int]]:
         """So many more uses of these clusters.
 
-        Returns: how many of those are too many: a count cannot be that large.
+        Returns: of which clusters how many of those are too many: a count cannot be that large.
 
         Raises:
             BlockError: EFBIG: no room for more counts.
         """
-        lost = 0
+        lost: list[tuple[int, int]] = []
         while clusters:
             number, start = divmod(first, PIECE)
             end = min(start + clusters, PIECE)
@@ -91,7 +91,8 @@ class Tally:
             else:
                 for at in range(start, end):
                     count = piece[at] + times
-                    lost += max(count - self.largest, 0)
+                    if count > self.largest:
+                        lost.append((number * PIECE + at, count - self.largest))
                     piece[at] = min(count, self.largest)
             first, clusters = first + end - start, clusters - (end - start)
         return lost

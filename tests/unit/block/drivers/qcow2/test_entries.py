@@ -232,6 +232,9 @@ def test_wrong_entry_does_not_spoil_its_neighbours() -> None:
 def test_first_cluster_of_an_external_data_file_is_at_0() -> None:
     run = EntryReader(EXTERNAL).run_at(array("Q", [COPIED, CLUSTER | COPIED, 0]), 0, 0, 3 * CLUSTER)
     assert (run.kind, run.host, run.end) == (Kind.NORMAL, 0, 2 * CLUSTER)
+    # Zeroes have no place there.
+    run = EntryReader(EXTERNAL).run_at(array("Q", [COPIED | 1]), 0, 0, CLUSTER)
+    assert (run.kind, run.has_host) == (Kind.ZERO, False)
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), min_size=2, max_size=8), st.booleans())
