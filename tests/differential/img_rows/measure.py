@@ -223,6 +223,10 @@ ROWS = (
         """,
         differs="there is no such driver",
     ),
+    Row(
+        "measure -O qcow2 --output=json -l one bitmaps.qcow2",
+        given=["qemu-img snapshot -c one bitmaps.qcow2"],
+    ),
     Row("measure -O qcow2 disk.qcow2", held="qemu-io disk.qcow2"),
     Row("measure -O qcow2 -f raw disk.raw", held="qemu-io -f raw disk.raw"),
     Row("measure -U -O qcow2 disk.qcow2", held="qemu-io disk.qcow2"),

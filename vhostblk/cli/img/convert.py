@@ -153,7 +153,8 @@ class _Run:
         self._session = session
         self._args = args
         self._progress = progress
-        # Of the first source, and whether they record: its node has none any more when it shows a snapshot.
+        # Of the first source, and whether they record: its node has none any more if it shows a snapshot of another
+        # size, to which none fits.
         self._bitmaps: list[tuple[DirtyBitmap, bool]] = []
 
     async def run(self, source_cache: CacheMode) -> None:

@@ -105,8 +105,10 @@ class SnapshotNode(BitmapNode):
             self._header = before
             raise BlockError(errno.EIO, str(error)) from None
         self._shown = found.id
-        self._forget_bitmaps()
-        self.set_length(align_down(self._header.size, SECTOR_SIZE))
+        length = align_down(self._header.size, SECTOR_SIZE)
+        if length != self.length:
+            self._forget_bitmaps()  # they are of the disk as it is now
+        self.set_length(length)
         return self._info_of(found)
 
     async def _reload(self) -> None:
