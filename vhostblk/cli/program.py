@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from vhostblk import __version__
+from vhostblk.cli.streams import run_patiently
 from vhostblk.errors import VhostBlkError
 
 LOG_LEVELS = ("error", "warning", "info", "debug")
@@ -64,6 +65,10 @@ def build_program(name: str, module: Any) -> Parser:
 
 def run_program(parser: Parser, argv: Sequence[str] | None) -> int:
     """Parse, run the command, and return its exit code."""
+    return run_patiently(parser.prog, lambda: _run(parser, argv))
+
+
+def _run(parser: Parser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.run is None:
         parser.error(args.complaint)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from vhostblk.cli.signals import signals_handled
+from vhostblk.cli.streams import log_without_waiting
 from vhostblk.daemon import Daemon, DaemonConfig
 from vhostblk.errors import ConfigError, HangError
 from vhostblk.sandbox.mode import SandboxMode
@@ -61,6 +62,8 @@ def run_daemon(
             reason on standard error) if it did not come that far.
         sandbox: give up, for good, what serving does not need; this process is the daemon's alone.
     """
+    # Guests wait for us, and we for nobody who reads the log.
+    log_without_waiting("vhostblk")
     # The soft limit is there for programs that use select(2); exports and guest memory take a few fds each.
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     with suppress(ValueError, OSError):  # then with what we have

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import time
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vhostblk.cli.stats_table import table
+from vhostblk.cli.streams import nobody_reads
 from vhostblk.errors import ConfigError
 from vhostblk.export.statistics import OperationStatistics, QueueStatistics, total
 from vhostblk.export.stats_layout import PageError, VersionError, latency_bound
@@ -111,16 +111,10 @@ def run(args: argparse.Namespace) -> None:
     """
     if args.count is not None and args.watch is None:
         raise ConfigError("--count: only with --watch")
-    try:
-        if args.watch is None:
-            _show_once(args)
-        else:
-            _watch(args)
-    except BrokenPipeError:
-        # Whoever read this has seen enough. Nothing more may be written, not even at exit.
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
+    if args.watch is None:
+        _show_once(args)
+    else:
+        _watch(args)
 
 
 def _show_once(args: argparse.Namespace) -> None:
@@ -141,7 +135,8 @@ def _watch(args: argparse.Namespace) -> None:
     next_look = time.monotonic() + args.watch
     rounds = 0
     try:
-        while args.count is None or rounds < args.count:
+        # Whoever read this may have seen enough.
+        while (args.count is None or rounds < args.count) and not nobody_reads():
             time.sleep(max(next_look - time.monotonic(), 0))
             next_look += args.watch
             now = collect(args.pid, args.export)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import select
 import threading
 from pathlib import Path
 
@@ -71,3 +72,36 @@ def test_pipe_that_must_not_be_waited_for_is_waited_for() -> None:
     os.close(writer)
     assert file.error is None
     assert read == bytes(filled) + b"end"
+
+
+def test_nobody_is_waited_for_if_so_wanted_and_what_is_missing_is_counted() -> None:
+    reader, writer = os.pipe()
+    try:
+        file = PatientFile(writer)
+        file.drop_when_full("{} are missing")
+        stream = text(file)
+        kept = 0
+        while select.select([], [writer], [], 0)[1]:
+            stream.write(f"{kept}\n" * 1000)
+            kept += 1000
+        for _ in range(3):
+            stream.write("no room\n")
+        os.read(reader, 4 * select.PIPE_BUF)
+        stream.write("room\n")
+        os.set_blocking(reader, False)
+        with open(reader, "rb", closefd=False) as rest:
+            lines = rest.read().decode().splitlines()
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert lines[-1] == "room"
+    missing = int(lines[-2].removesuffix(" are missing"))
+    assert 3 <= missing < 3 + 1000  # of the last thousand, what went in is not missing
+    assert not any(line == "no room" for line in lines)
+
+
+def test_bytes_of_file_names_come_out_and_other_characters_are_escaped(tmp_path: Path) -> None:
+    name = "n\udcff\udce4 \u2026"
+    with open(tmp_path / "f", "w", encoding="ascii", errors="vhostblk.escape") as target:
+        target.write(name)
+    assert (tmp_path / "f").read_bytes() == b"n\xff\xe4 \\u2026"

@@ -23,7 +23,7 @@ from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import SYNOPSES, Command, find_command
 from vhostblk.cli.interruption import run_interruptible
 from vhostblk.cli.option_reader import OptionError, OptionReader
-from vhostblk.cli.streams import patient_streams
+from vhostblk.cli.streams import run_patiently
 from vhostblk.cli.tool_log import ToolLog
 from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import BlockError, ConfigError
@@ -57,12 +57,7 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
     """
     program = program or os.path.basename(sys.argv[0])
     words = list(sys.argv[1:] if argv is None else argv)
-    with patient_streams() as output:
-        status = _end(program, words)
-    if output.error is not None and not status:
-        sys.stderr.write(f"{program}: standard output: {output.error.strerror}\n")
-        status = 1
-    return status
+    return run_patiently(program, lambda: _end(program, words))
 
 
 def _end(program: str, words: list[str]) -> int:

@@ -19,6 +19,7 @@ from vhostblk.cli.io.image import aio_mode, discard_mode, image_options, modes_o
 from vhostblk.cli.io.session import Modes, Session
 from vhostblk.cli.io.shell import run_commands
 from vhostblk.cli.program import LOG_LEVELS
+from vhostblk.cli.streams import run_patiently
 from vhostblk.cli.tool_log import ToolLog
 from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.errors import ConfigError
@@ -194,6 +195,10 @@ def main(argv: Sequence[str] | None = None, program: str | None = None) -> int:
         program: its name for messages; the one it was called by if absent.
     """
     program = program or Path(sys.argv[0]).name
+    return run_patiently(program, lambda: _main(program, argv))
+
+
+def _main(program: str, argv: Sequence[str] | None) -> int:
     with ToolLog(program) as log:
         args = build_io_parser(program).parse_args(argv)
         log.show(args.log_level)

@@ -28,7 +28,7 @@ async def run_commands(session: Session, commands: Sequence[str]) -> bool:
             if session.done:
                 break
         return good
-    stdin = sys.stdin.fileno()
+    stdin = 0 if sys.stdin is None else sys.stdin.fileno()
     lines = read_lines(stdin)
     while not session.done:
         sys.stdout.write(f"{session.program}> ")
