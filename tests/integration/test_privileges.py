@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,33 @@ def test_daemon_of_nobody_serves_guests_larger_than_the_memory_it_may_lock(
     assert process.stop() == 0
     assert not sock.exists()
     assert disk.read_bytes()[:512] == b"w" * 512
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--data-path", "python"], ["--aio", "threads"]], ids=" ".join
+)
+def test_daemon_that_may_start_no_more_threads_serves_and_ends_in_order(
+    daemon: DaemonStarter, socket_directory: Path, disk: Path, words: list[str]
+) -> None:
+    sock = socket_directory / "sock"
+    process = daemon(
+        *["serve", disk, "--socket", sock, *words],
+        command=[*unprivileged(socket_directory), *VHOSTBLK],
+        sockets=[sock],
+    )
+    with Client.connect(sock) as client:
+        client.write(0, b"1" * 512)
+        as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+        subprocess.run(
+            [*as_nobody, "prlimit", "--nproc=1:1", f"--pid={process.pid}"], check=True, timeout=10
+        )
+        for number in range(64):
+            client.write(512 * number, b"2" * 512)
+        client.flush()
+        assert client.read(0, 64 * 512) == b"2" * 64 * 512
+    assert process.stop() == 0
+    assert "WARNING: the end may take longer than --shutdown-timeout: " in process.output
+    assert disk.read_bytes()[: 64 * 512] == b"2" * 64 * 512
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,25 @@ class Completion(asyncio.Future[Any]):
         return False
 
 
+class _Job:
+    """What a thread is to do; it may be cancelled until one has begun."""
+
+    def __init__(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
+        self._function = function
+        self._arguments = arguments
+        self.done: ThreadFuture[Any] = ThreadFuture()
+
+    def __call__(self) -> None:
+        if not self.done.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function(*self._arguments)
+        except BaseException as exc:
+            self.done.set_exception(exc)
+        else:
+            self.done.set_result(result)
+
+
 class HostIO(ABC):
     """File I/O from the control loop.
 
@@ -68,6 +87,7 @@ class HostIO(ABC):
         self._loop = asyncio.get_running_loop()
         # Started when first used, and grown as needed, by the executor itself.
         self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+        self._has_threads = False
 
     @abstractmethod
     async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
@@ -121,12 +141,23 @@ class HostIO(ABC):
 
     def _start(self, function: Callable[..., Any], *arguments: Any) -> Completion:
         completion = Completion(loop=self._loop)
-        thread_future = self._executor.submit(function, *arguments)
-        thread_future.add_done_callback(functools.partial(self._thread_done, completion))
+        job = _Job(function, arguments)
+        job.done.add_done_callback(functools.partial(self._thread_done, completion))
+        try:
+            self._executor.submit(job)
+            self._has_threads = True
+        except RuntimeError as exc:
+            # There may be no more threads (ulimit -u, systemd's TasksMax=). The executor has taken the job all the
+            # same, for those that it has, or for the first that it will have.
+            if not str(exc).startswith("can't start new thread"):
+                raise
+            if not self._has_threads and job.done.cancel():
+                raise BlockError(errno.EAGAIN, "no thread can be started") from None
         return completion
 
     def _thread_done(self, completion: Completion, done: ThreadFuture[Any]) -> None:
-        self._loop.call_soon_threadsafe(_settle, completion, done)
+        if not done.cancelled():
+            self._loop.call_soon_threadsafe(_settle, completion, done)
 
     async def close(self) -> None:
         """Wait for what is in flight and end the threads."""
@@ -139,6 +170,7 @@ class HostIO(ABC):
         """
         self._executor.shutdown(wait=True)
         self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+        self._has_threads = False
 
 
 def _settle(completion: Completion, done: ThreadFuture[Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import resource
 import select
@@ -20,6 +21,8 @@ from vhostblk.daemon import Daemon, DaemonConfig
 from vhostblk.errors import ConfigError, HangError
 from vhostblk.sandbox.mode import SandboxMode
 from vhostblk.sandbox.sandbox import Sandbox
+
+log = logging.getLogger(__name__)
 
 _OFF = "off"
 _VARIABLE = "VHOSTBLK_SANDBOX"
@@ -76,9 +79,9 @@ def run_daemon(
         with _Backstop(2 * config.shutdown_timeout + 1) as backstop:
 
             def stop() -> None:
+                daemon.stop()
                 if config.shutdown_timeout:
                     backstop.arm()
-                daemon.stop()
 
             handlers = {
                 signal.SIGTERM: stop,
@@ -119,7 +122,11 @@ class _Backstop:
             reason = "given up: the daemon itself hangs in a system call"
             self._timer = threading.Timer(self._seconds, _leave, [reason])
             self._timer.daemon = True
-            self._timer.start()
+            try:
+                self._timer.start()
+            except RuntimeError as exc:  # no thread can be started: then the end is not bounded
+                self._timer = None
+                log.warning("the end may take longer than --shutdown-timeout: %s", exc)
 
 
 def _leave(reason: str) -> NoReturn:

@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future as ThreadFuture
 from time import monotonic
 from typing import Any, Protocol
 
 from vhostblk import native
+from vhostblk.errors import StateError
 from vhostblk.native import Message, MessageType, packed, packed_completion, packed_retry
 
 log = logging.getLogger(__name__)
@@ -185,7 +188,28 @@ class IOThread:
             StateError: a disk is still attached.
         """
         self._loop.remove_reader(self._thread.fd)
-        await asyncio.to_thread(self._thread.close)
+        ended: ThreadFuture[None] = ThreadFuture()
+        ended.set_running_or_notify_cancel()
+
+        def close() -> None:
+            try:
+                self._thread.close()
+            except StateError as exc:
+                ended.set_exception(exc)
+            else:
+                ended.set_result(None)
+
+        # One of our own: what a pool has taken and has no thread for, it may still do later.
+        closer = threading.Thread(target=close, name="vhostblk-end")
+        try:
+            closer.start()
+        except (
+            RuntimeError
+        ):  # there may be no more threads (ulimit -u, systemd's TasksMax=): the loop waits, then
+            self._thread.close()
+            return
+        await asyncio.wrap_future(ended)
+        closer.join()
 
     def _flush_soon(self) -> None:
         if not self._flush_scheduled:

@@ -314,3 +314,37 @@ def test_io_uring_where_it_is_forbidden_is_a_clear_error(monkeypatch: pytest.Mon
             await io.close()
 
     asyncio.run(scenario())
+
+
+def _refuse(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def test_without_any_thread_a_call_fails_and_is_not_done_later(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(io: HostIO) -> None:
+        done: list[int] = []
+        with monkeypatch.context() as limited:
+            limited.setattr(threading.Thread, "start", _refuse)
+            with pytest.raises(BlockError) as caught:
+                await io.call(done.append, 1)
+            assert caught.value.errno == errno.EAGAIN
+        await io.call(done.append, 2)
+        assert done == [2]
+
+    run(scenario)
+
+
+def test_where_no_more_threads_can_be_started_those_there_are_do_everything_once(
+    run: Callable[[Scenario], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(io: HostIO) -> None:
+        done: list[int] = []
+        await io.call(done.append, 0)
+        monkeypatch.setattr(threading.Thread, "start", _refuse)
+        await asyncio.gather(*(io.call(done.append, number) for number in range(1, 50)))
+        monkeypatch.undo()
+        assert sorted(done) == list(range(50))
+
+    run(scenario)

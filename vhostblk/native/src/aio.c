@@ -211,10 +211,14 @@ bool aio_pending(const struct aio *aio)
 	return aio->swept || aio_pool_pending(aio->pool) || (aio->uring && aio_uring_pending(aio->uring));
 }
 
-/* The kernel would rather not do it now, or its ring cannot: a thread that may block can. */
+/*
+ * The kernel would rather not do it now, or its ring cannot: a thread that may block can. What nobody has cancelled
+ * was to be done by a worker of the ring's, and no more of them may be started (RLIMIT_NPROC, pids.max).
+ */
 static bool refused(const struct aio_op *op, int64_t result)
 {
-	return !(op->flags & AIO_POOL) && (result == -EAGAIN || result == -EINTR);
+	return !(op->flags & AIO_POOL) &&
+	       (result == -EAGAIN || result == -EINTR || (result == -ECANCELED && !op->unwanted));
 }
 
 /* Give the first piece its original extent again. */
