@@ -1,10 +1,13 @@
-"""`--blockdev help` and `--blockdev driver=X,help`: the drivers, and the options of one, as it declares them."""
+"""`--blockdev help`, `--blockdev driver=X,help`, `--export help`: drivers, and options, as they are declared."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from vhostblk.block.keyval import parse_keyval
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.block.registry import DriverRegistry
+from vhostblk.export.options import describe_export
 
 _HELP = ("help", "?")
 
@@ -31,7 +34,16 @@ def blockdev_help(text: str, drivers: DriverRegistry) -> str | None:
         lines.append(f"  {key}=<node>  a node's name, or {key}.driver=... and its options")
     for title, options in (("", driver.options_type), ("options of every node:", NodeOptions)):
         lines += [title] if title else []
-        lines += [
-            f"  {key}=<{values}>  {about}" for key, values, about in describe_options(options)
-        ]
+        lines += _lines(describe_options(options))
     return "\n".join(lines)
+
+
+def export_help(text: str) -> str | None:
+    """What to print for this value of `--export`; None if it does not ask for help."""
+    if not any(word in _HELP for word in text.split(",")):
+        return None
+    return "\n".join(["vhost-user-blk options:", *_lines(describe_export())])
+
+
+def _lines(options: Iterable[tuple[str, str, str]]) -> list[str]:
+    return [f"  {key}=<{values}>  {about}" for key, values, about in options]

@@ -58,6 +58,10 @@ def build_program(name: str, module: Any) -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common_options(parser)
+    # As of any program of QEMU's.
+    parser.add_argument(
+        "-V", action="version", version=f"vhostblk {__version__}", help=argparse.SUPPRESS
+    )
     module.add_options(parser)
     parser.set_defaults(run=module.run)
     return parser

@@ -39,7 +39,7 @@ from vhostblk.vhost.session import MAX_QUEUES
 from vhostblk.virtio.blk import ID_BYTES
 
 DESCRIPTION = """\
-Serve a disk image (raw or qcow2) or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
+Serve a disk image (raw, qcow2 or luks) or a host block device to a virtual machine over vhost-user-blk, until SIGTERM.
 SIGHUP looks at the image again: tells the guest if its size has changed, and tries again what has
 failed and waits for that (--werror)."""
 EXAMPLES = """\

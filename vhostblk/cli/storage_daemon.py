@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +18,7 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.options import IDENTIFIER, INTEGER, consume_all, option
 from vhostblk.block.registry import DriverRegistry
-from vhostblk.cli.blockdev_help import blockdev_help
+from vhostblk.cli.blockdev_help import blockdev_help, export_help
 from vhostblk.cli.objects import secret, throttle_group
 from vhostblk.cli.run import add_sandbox_option, run_daemon, sandbox_mode
 from vhostblk.cli.serve import (
@@ -25,6 +26,7 @@ from vhostblk.cli.serve import (
     add_lock_timeout_option,
     add_shutdown_timeout_option,
 )
+from vhostblk.cli.trace_option import read_trace_option
 from vhostblk.daemon import (
     DEFAULT_POLL_MAX_NS,
     DaemonConfig,
@@ -48,9 +50,10 @@ Example: two disks of one daemon, the second one read-only:
 node-name=disk0,writable=on,iothread=io0 \\
     --export type=vhost-user-blk,id=e1,addr.type=unix,addr.path=/tmp/b.sock,node-name=disk1
 
-Block drivers: file, host_device, luks, nbd, qcow2, raw, null-co, memory, snapshot-access; filters: throttle,
-copy-on-read, copy-before-write, blkdebug.
-See docs/storage-daemon.md for their options.
+"""
+EXAMPLES += textwrap.fill(f"Block drivers: {', '.join(sorted(DRIVERS))}.", 112)
+EXAMPLES += """
+'--blockdev NAME,help' lists the options of one, '--export help' those of exports. See vhostblk-storage-daemon(1).
 """
 
 _KINDS: MappingProxyType[type, str] = MappingProxyType(
@@ -74,13 +77,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTIONS",
-        help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix|fd,addr.path=…|addr.str=…"
-        "[,addr.mode=…][,addr.owner=…][,addr.group=…][,allow-user.0=…][,allow-group.0=…]"
-        "[,writable=on|off][,writethrough=on|off][,iothread=…|,iothread-vq-mapping.…]"
-        "[,allow-inactive=on|off][,logical-block-size=…]"
-        "[,num-queues=…][,max-segments=…][,pin-memory=on|off][,serial=…]"
-        "[,rerror=report|ignore|enospc|stop][,werror=…]"
-        "[,handshake-timeout=SECONDS][,message-timeout=SECONDS][,stall-warning=SECONDS]; repeatable",
+        help="type=vhost-user-blk,id=…,node-name=…,addr.type=unix,addr.path=…[,…]: serve a node; "
+        "repeatable; `help` lists all options",
     )
     parser.add_argument(
         "--object",
@@ -109,6 +107,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_lock_timeout_option(parser)
     add_sandbox_option(parser)
     add_shutdown_timeout_option(parser)
+    parser.add_argument(
+        "-T",
+        "--trace",
+        action="append",
+        default=[],
+        metavar="EVENTS",
+        help="for scripts of qemu-storage-daemon's; there are no trace events here",
+    )
     for name in _NOT_YET:
         parser.add_argument(f"--{name}", action=_NotYet, nargs="?", help=argparse.SUPPRESS)
 
@@ -136,6 +142,13 @@ def run(args: argparse.Namespace) -> None:
     for text in args.blockdev:
         if (help_text := blockdev_help(text, drivers)) is not None:
             print(help_text)
+            return
+    for text in args.export:
+        if (help_text := export_help(text)) is not None:
+            print(help_text)
+            return
+    for text in args.trace:
+        if read_trace_option(text):
             return
     objects = [_parse_object(text) for text in args.object]
     config = DaemonConfig(

@@ -18,6 +18,7 @@ from vhostblk.block.options import (
     STRING,
     choice,
     consume,
+    describe_options,
     option,
 )
 from vhostblk.block.seconds import SECONDS
@@ -177,6 +178,11 @@ class _Options:
         DEFAULT_STALL_WARNING,
         about="say in the log that the disk does not answer when a request takes that long; 0: never",
     )
+
+
+def describe_export() -> list[tuple[str, str, str]]:
+    """The options of an export; see `describe_options`."""
+    return describe_options(_Options)
 
 
 def parse_export(options: Mapping[str, Any]) -> ExportConfig:

@@ -7,9 +7,10 @@ import pytest
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.block.registry import DriverRegistry
-from vhostblk.cli.blockdev_help import blockdev_help
+from vhostblk.cli.blockdev_help import blockdev_help, export_help
 from vhostblk.cli.main import main
 from vhostblk.errors import ConfigError
+from vhostblk.export.options import describe_export
 
 ALL = DriverRegistry(DRIVERS)
 
@@ -44,6 +45,27 @@ def test_every_option_of_a_driver_is_explained(driver: str) -> None:
 def test_unknown_driver_is_named() -> None:
     with pytest.raises(ConfigError, match="Unknown driver 'nope'"):
         blockdev_help("nope,help", ALL)
+
+
+def test_every_option_of_an_export_is_explained() -> None:
+    for text in ("help", "type=vhost-user-blk,help", "vhost-user-blk,?"):
+        lines = export_help(text)
+        assert lines is not None
+        for name, values, about in describe_export():
+            assert f"  {name}=<{values}>  {about}" in lines
+    assert export_help("type=vhost-user-blk,id=help") is None
+
+
+def test_export_help_is_printed_and_nothing_is_served(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["storage-daemon", "--export", "help"]) == 0
+    assert "num-queues=<number (default: 64)>" in capsys.readouterr().out
+
+
+def test_list_of_trace_events_is_empty_and_nothing_is_served(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["storage-daemon", "--trace", "help"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_help_is_printed_and_nothing_is_served(capsys: pytest.CaptureFixture[str]) -> None:

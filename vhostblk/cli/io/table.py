@@ -40,7 +40,7 @@ _INVALID = """
  -i  make no request, count it as invalid"""
 _MODES = """
  -r  read-only
- -s  changes go to a temporary overlay (not supported yet)
+ -s  changes go to a temporary overlay
  -C  copy on read
  -n  no host cache, as -t none
  -k  as -i native
