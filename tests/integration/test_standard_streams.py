@@ -7,6 +7,7 @@ import os
 import select
 import shlex
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -109,21 +110,46 @@ def test_daemon_serves_in_the_background_whatever_was_closed_when_it_was_started
     redirections: str, tmp_path: Path, socket_directory: Path
 ) -> None:
     """What it opens must not get the number of a stream: those are replaced when it goes to the background."""
-    socket, pid_file = socket_directory / "s", tmp_path / "pid"
+    path, pid_file = socket_directory / "s", tmp_path / "pid"
     words = ["storage-daemon", "--daemonize", "--pidfile", str(pid_file)]
     words += ["--blockdev", "memory,node-name=d,size=1M", "--export"]
-    words += [f"vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={socket}"]
+    words += [f"vhost-user-blk,id=e,node-name=d,addr.type=unix,addr.path={path}"]
     status, said = shell(words, redirections)
     assert status == 0, said
     pid = int(pid_file.read_text())
     try:
-        with Client.connect(str(socket)) as client:
+        with Client.connect(str(path)) as client:
             assert client.read(0, 512) == bytes(512)
         for fd in range(3):
             assert os.readlink(f"/proc/{pid}/fd/{fd}") == "/dev/null"
     finally:
         terminate(pid)
     assert not pid_file.exists()
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_socket_may_be_standard_input(
+    background: bool, tmp_path: Path, socket_directory: Path
+) -> None:
+    """As inetd passes it; a daemon that goes to the background has it still."""
+    path, pid_file = str(socket_directory / "s"), tmp_path / "pid"
+    words = ["storage-daemon", "--pidfile", str(pid_file), *["--daemonize"] * background]
+    words += ["--blockdev", "memory,node-name=d,size=1M"]
+    words += ["--export", "vhost-user-blk,id=e,node-name=d,addr.type=fd,addr.str=0"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        starter = subprocess.Popen([*VHOSTBLK, *words], stdin=listener)
+    with starter:
+        try:
+            with Client.connect(path, timeout=10) as client:
+                assert client.read(0, 512) == bytes(512)
+        finally:
+            eventually(pid_file.exists, "the pid file")
+            terminate(int(pid_file.read_text())) if background else starter.terminate()
+    assert starter.returncode == 0
+    with pytest.raises(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as late:
+        late.connect(path)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from vhostblk.vhost.connection import BackendChannel, BlockingConnection, Connec
 
 __all__ = ["BackendChannel", "BlockingConnection", "Connection", "Listener"]
 
+_STANDARD_STREAMS = range(3)
 _BACKLOG = 16
 _AS_IT_COMES = SocketAccess()
 
@@ -90,7 +91,8 @@ class Listener:
         """Take over an inherited listening socket.
 
         Args:
-            fd: becomes this object's if this succeeds.
+            fd: becomes this object's if this succeeds. A standard stream, as of inetd's, is /dev/null then, which
+                a daemon that goes to the background makes of it.
 
         Raises:
             ConfigError: it is not a listening Unix stream socket.
@@ -108,6 +110,8 @@ class Listener:
         if problem:
             sock.detach()
             raise ConfigError(f"fd {fd} is {problem}")
+        if fd in _STANDARD_STREAMS:
+            sock = _moved(sock)
         sock.set_inheritable(False)
         return cls(sock)
 
@@ -154,6 +158,15 @@ class Listener:
             self._waiter = None
             if self._socket.fileno() >= 0:
                 loop.remove_reader(self._socket)
+
+
+def _moved(sock: socket.socket) -> socket.socket:
+    """The same socket with a number that is no standard stream's."""
+    copy = fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, len(_STANDARD_STREAMS))
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    os.dup2(null, sock.detach())
+    os.close(null)
+    return socket.socket(fileno=copy)
 
 
 def _identity(path: str) -> tuple[int, int]:
