@@ -242,7 +242,7 @@ OTHERS = [
     (("--chardev=stdio,id=m",), "--chardev: not supported by this version"),
     (("--nbd-server", "addr.type=unix"), "--nbd-server: not supported by this version"),
     (("disk.img",), "unrecognized arguments: disk.img"),
-    (("--trace", "foo"), "--trace"),
+    (("--trace", "nope=1"), "Invalid parameter 'nope'"),
     (("--data-path", "c"), "--data-path: invalid choice: 'c'"),
     ((*BLOCKDEV, *EXPORT, "--pidfile", "nowhere/pid"), "--pidfile nowhere/pid: No such file"),
 ]
