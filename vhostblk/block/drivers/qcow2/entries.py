@@ -241,8 +241,7 @@ class EntryReader:
                 start,
             )
         if self._extended:
-            run = self._subclusters(table[2 * index + 1], start, offset, host, has_host)
-            return replace(run, copied=copied)
+            return self._subclusters(table[2 * index + 1], start, offset, host, has_host, copied)
         if entry & ZERO and self._has_zeroes:
             kind = Kind.ZERO
         elif entry & ZERO:
@@ -251,7 +250,9 @@ class EntryReader:
             kind = Kind.NORMAL if has_host else Kind.UNALLOCATED
         return Run(kind, start, start + self._cluster_size, host, has_host, copied=copied)
 
-    def _subclusters(self, bitmap: int, start: int, offset: int, host: int, has_host: bool) -> Run:
+    def _subclusters(
+        self, bitmap: int, start: int, offset: int, host: int, has_host: bool, copied: bool
+    ) -> Run:
         allocated, zero = bitmap & _ALL, bitmap >> SUBCLUSTERS
         if allocated & zero:
             raise EntryError("Invalid cluster entry found ", start)
@@ -276,6 +277,7 @@ class EntryReader:
             start + last * self._subcluster_size,
             host + skip if has_host else 0,
             has_host,
+            copied=copied,
         )
 
     def statuses(
