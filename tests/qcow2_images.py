@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.disks import Scenario, read, with_disk
 from tests.requirements import require
+from tests.stock_tools import run_stock
 from vhostblk.block.check import CheckResult
 from vhostblk.block.check import check as check_node
 from vhostblk.block.drivers import DRIVERS
@@ -64,15 +65,13 @@ SHAPES = {
 def qemu_img(*words: object) -> str:
     """Run it; gives its output."""
     require("qemu-img")
-    done = subprocess.run(
-        ["qemu-img", *map(str, words)], capture_output=True, text=True, check=False, timeout=120
-    )
+    done = run_stock(["qemu-img", *map(str, words)])
     try:
         done.check_returncode()
     except subprocess.CalledProcessError as exc:
-        exc.add_note(done.stderr)
+        exc.add_note(done.stderr.decode())
         raise
-    return done.stdout
+    return done.stdout.decode()
 
 
 def check(path: Path) -> str:

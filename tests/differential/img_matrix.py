@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from tests.differential.tools import find_extents
+from tests.stock_tools import run_stock
 from vhostblk.cli.img.program import main
 
 __all__ = ["Row", "Templates", "compare", "rows"]
@@ -37,9 +38,6 @@ COMMANDS = {
     *("amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd"),
     *("info", "map", "measure", "rebase", "resize", "snapshot"),
 }
-
-#: How QEMU's LUKS gives up, before it has written anything, when the machine is too busy for it to count iterations.
-_NOT_MEASURED = b"Unable to get accurate CPU usage"
 
 _DATE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
 _SECONDS = re.compile(r"(?<=in )\d+\.\d{3}(?= seconds)")
@@ -159,17 +157,7 @@ def prepare(command: str, folder: Path) -> None:
 
 
 def _run(words: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    while True:
-        done = subprocess.run(
-            words,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-        if _NOT_MEASURED not in done.stderr:
-            break
+    done = run_stock(words, folder, DEADLINE)
     # Not by subprocess: it would take the ends of `-p`'s lines for ends of lines.
     texts = [text.decode(errors="surrogateescape") for text in (done.stdout, done.stderr)]
     return subprocess.CompletedProcess(words, done.returncode, *texts)
