@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,13 @@ from tests.locks import qemu_io
 from tests.requirements import require
 from tests.unprivileged import NOBODY, as_user, unprivileged
 from vhostblk.client.client import Client
-from vhostblk.testing.daemon_process import VHOSTBLK
+from vhostblk.testing.daemon_process import VHOSTBLK, DaemonProcess
 from vhostblk.testing.plugin import DaemonStarter
 
 SIZE = 1 << 20
 SOMEBODY, THEIR_GROUP = 12345, 23456
+
+Served = Callable[..., tuple[DaemonProcess, Path]]
 
 
 @pytest.fixture
@@ -31,6 +34,22 @@ def disk(socket_directory: Path) -> Path:
     path.write_bytes(b"d" * SIZE)
     os.chown(path, NOBODY, NOBODY)
     return path
+
+
+@pytest.fixture
+def served_by_nobody(daemon: DaemonStarter, socket_directory: Path, disk: Path) -> Served:
+    """Start a daemon of nobody's, with these options; gives it, and its socket."""
+
+    def start(*words: str) -> tuple[DaemonProcess, Path]:
+        sock = socket_directory / "sock"
+        process = daemon(
+            *["serve", disk, "--socket", sock, *words],
+            command=[*unprivileged(socket_directory), *VHOSTBLK],
+            sockets=[sock],
+        )
+        return process, sock
+
+    return start
 
 
 # ---------------------------------------------------------------- a daemon without privileges
@@ -46,14 +65,9 @@ def disk(socket_directory: Path) -> Path:
     ids=" ".join,
 )
 def test_daemon_of_nobody_serves_guests_larger_than_the_memory_it_may_lock(
-    daemon: DaemonStarter, socket_directory: Path, disk: Path, words: list[str]
+    served_by_nobody: Served, disk: Path, words: list[str]
 ) -> None:
-    sock = socket_directory / "sock"
-    process = daemon(
-        *["serve", disk, "--socket", sock, *words],
-        command=[*unprivileged(socket_directory), *VHOSTBLK],
-        sockets=[sock],
-    )
+    process, sock = served_by_nobody(*words)
     status = Path(f"/proc/{process.pid}/status").read_text()
     assert f"Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}\n" in status
     assert f"CapEff:\t{0:016x}\n" in status
@@ -73,14 +87,9 @@ def test_daemon_of_nobody_serves_guests_larger_than_the_memory_it_may_lock(
     "words", [[], ["--data-path", "python"], ["--aio", "threads"]], ids=" ".join
 )
 def test_daemon_that_may_start_no_more_threads_serves_and_ends_in_order(
-    daemon: DaemonStarter, socket_directory: Path, disk: Path, words: list[str]
+    served_by_nobody: Served, disk: Path, words: list[str]
 ) -> None:
-    sock = socket_directory / "sock"
-    process = daemon(
-        *["serve", disk, "--socket", sock, *words],
-        command=[*unprivileged(socket_directory), *VHOSTBLK],
-        sockets=[sock],
-    )
+    process, sock = served_by_nobody(*words)
     with Client.connect(sock) as client:
         client.write(0, b"1" * 512)
         as_nobody = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
