@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
@@ -17,19 +18,28 @@ def with_disk(add: Callable[[BlockGraph], Awaitable[BlockNode]], scenario: Scena
     """Open a node, run with a user of it that may do what the node may, close everything."""
 
     async def everything() -> None:
-        graph = BlockGraph()
-        try:
-            node = await add(graph)
-            writable = not node.read_only
-            backend = BlockBackend(node, "the test", writable=writable, resize=writable)
-            try:
-                await scenario(backend)
-            finally:
-                await backend.close()
-        finally:
-            await graph.close_all()
+        async with opened(add) as backend:
+            await scenario(backend)
 
     asyncio.run(everything())
+
+
+@asynccontextmanager
+async def opened(
+    add: Callable[[BlockGraph], Awaitable[BlockNode]],
+) -> AsyncGenerator[BlockBackend]:
+    """Open a node for a user of it that may do what the node may; closes everything."""
+    graph = BlockGraph()
+    try:
+        node = await add(graph)
+        writable = not node.read_only
+        backend = BlockBackend(node, "the test", writable=writable, resize=writable)
+        try:
+            yield backend
+        finally:
+            await backend.close()
+    finally:
+        await graph.close_all()
 
 
 async def read(backend: BlockBackend, offset: int, length: int) -> bytes:

@@ -17,20 +17,16 @@ from pathlib import Path
 import pytest
 
 from tests.daemons import eventually, finish
+from tests.stuck_disks import AGAIN, DEADLINE, NO_ANSWER, SIZE, StuckDaemon, in_time, is_served
 from vhostblk.cli.stats import collect
 from vhostblk.client.client import Client
 from vhostblk.client.queue import Pending
 from vhostblk.errors import BlockError
 from vhostblk.export.statistics import total
 from vhostblk.export.stats_reader import page_names, pid_in
-from vhostblk.testing.daemon_process import VHOSTBLK, DaemonProcess
 from vhostblk.testing.requirements import require
 from vhostblk.virtio.blk import RequestType, Status
 
-SIZE = 1 << 20
-DEADLINE = 60.0
-NO_ANSWER = "export stuck: the disk does not answer"
-AGAIN = "export stuck: the disk answers again"
 GIVEN_UP = "stuck: the NBD server has not answered a request for "
 BACK = "stuck: the NBD server is back"
 PATHS = pytest.mark.parametrize("data_path", ["native", "python"])
@@ -78,51 +74,18 @@ def server(folder: Path, _nothing_leaks: None) -> Iterator[StoppableServer]:
         yield one
 
 
-class Daemon(DaemonProcess):
-    """Serves `stuck` from the server, and `other` from a file, with one thread between them."""
+class Daemon(StuckDaemon):
+    """Serves `stuck` from the server, with one thread for both disks."""
 
     def __init__(
-        self,
-        folder: Path,
-        server: StoppableServer,
-        data_path: str,
-        *words: str,
-        nbd: str = "",
+        self, folder: Path, server: StoppableServer, data_path: str, *words: str, nbd: str = ""
     ) -> None:
-        self.stuck, self.other = folder / "stuck", folder / "other"
-        image = folder / "image"
-        image.write_bytes(bytes(SIZE))
-        places = {
-            self.stuck: f"driver=nbd,server.type=unix,server.path={server.socket}{nbd}",
-            self.other: f"driver=file,filename={image}",
-        }
-        command = [*VHOSTBLK, "storage-daemon", "--data-path", data_path]
-        command += ["--object", "iothread,id=both"]
-        for path, place in places.items():
-            command += ["--blockdev", f"{place},node-name={path.name}"]
-            command += [
-                "--export",
-                f"type=vhost-user-blk,id={path.name},node-name={path.name},addr.type=unix,"
-                f"addr.path={path},num-queues=2,writable=on,stall-warning=0.2,iothread=both",
-            ]
-        super().__init__([*command, *words], sockets=[self.stuck, self.other])
-        self._server = server
-
-    def close(self, *, check: bool = True) -> None:
-        """Also after a failure nothing hangs."""
-        self._server.go_on()
-        super().close(check=check)
-
-
-def in_time(condition: Callable[[], object], what: str) -> None:
-    eventually(lambda: bool(condition()), what, DEADLINE)
-
-
-def is_served(path: Path) -> None:
-    with Client.connect(path, queues=2, timeout=DEADLINE) as client:
-        client.write(4096, b"x" * 512)
-        client.flush()
-        assert client.read(4096, 512, queue=1) == b"x" * 512
+        disk = f"driver=nbd,server.type=unix,server.path={server.socket}{nbd}"
+        super().__init__(
+            *(folder, data_path, disk, server.go_on, "--object", "iothread,id=both"),
+            *words,
+            export=",stall-warning=0.2,iothread=both",
+        )
 
 
 def ask(client: Client, count: int) -> list[Pending]:

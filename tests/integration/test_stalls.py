@@ -9,27 +9,23 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.daemons import eventually, finish
+from tests.daemons import finish
 from tests.hanging_file import HangingFile
+from tests.stuck_disks import AGAIN, DEADLINE, NO_ANSWER, SIZE, StuckDaemon, in_time, is_served
 from vhostblk.cli.stats import collect
 from vhostblk.client.client import Client
 from vhostblk.client.queue import Pending
 from vhostblk.export.statistics import total
 from vhostblk.export.stats_reader import page_names, pid_in
-from vhostblk.testing.daemon_process import VHOSTBLK, DaemonProcess
 from vhostblk.testing.plugin import require
 from vhostblk.vhost.message import Request
 from vhostblk.virtio.blk import RequestType, Status
 
-SIZE = 1 << 20
-NO_ANSWER = "export stuck: the disk does not answer"
-AGAIN = "export stuck: the disk answers again"
-DEADLINE = 60.0
 PATHS = pytest.mark.parametrize("data_path", ["native", "python"])
 
 
@@ -47,8 +43,8 @@ def hanging(folder: Path, _nothing_leaks: None) -> Iterator[HangingFile]:
         yield file
 
 
-class Daemon(DaemonProcess):
-    """Serves `stuck` from the file that hangs, and `other` from another one."""
+class Daemon(StuckDaemon):
+    """Serves `stuck` from the file that hangs."""
 
     def __init__(
         self,
@@ -59,35 +55,12 @@ class Daemon(DaemonProcess):
         options: str = "",
         other: str = "",
     ) -> None:
-        self.stuck, self.other = folder / "stuck", folder / "other"
-        image = folder / "image"
-        image.write_bytes(bytes(SIZE))
-        command = [*VHOSTBLK, "storage-daemon", "--data-path", data_path]
-        for path, file, more in ((self.stuck, hanging.path, ""), (self.other, image, other)):
-            command += ["--blockdev", f"driver=file,node-name={path.name},filename={file}{more}"]
-            command += [
-                "--export",
-                f"type=vhost-user-blk,id={path.name},node-name={path.name},addr.type=unix,"
-                f"addr.path={path},num-queues=2,writable=on,stall-warning=0.05{options}",
-            ]
-        super().__init__([*command, *words], sockets=[self.stuck, self.other])
-        self._hanging = hanging
-
-    def close(self, *, check: bool = True) -> None:
-        """Also after a failure nothing hangs."""
-        self._hanging.go_on()
-        super().close(check=check)
-
-
-def in_time(condition: Callable[[], bool], what: str) -> None:
-    eventually(condition, what, DEADLINE)
-
-
-def is_served(path: Path) -> None:
-    with Client.connect(path, queues=2, timeout=DEADLINE) as client:
-        client.write(4096, b"x" * 512)
-        client.flush()
-        assert client.read(4096, 512, queue=1) == b"x" * 512
+        super().__init__(
+            *(folder, data_path, f"driver=file,filename={hanging.path}", hanging.go_on),
+            *words,
+            export=f",stall-warning=0.05{options}",
+            other=other,
+        )
 
 
 def ask(client: Client, kind: str, count: int) -> list[Pending]:

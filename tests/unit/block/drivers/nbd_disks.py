@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from tests.disks import opened, read
 from tests.nbd_server import Server
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.graph import BlockGraph
+from vhostblk.errors import BlockError
 
 SECONDS = 20  # after which something hangs
 Scenario = Callable[[BlockBackend], Awaitable[None]]
@@ -56,18 +58,10 @@ def run(
     async def everything() -> None:
         deadline = SECONDS if clock is None else None  # it has its own
         async with asyncio.timeout(deadline), server.serving(path):
-            graph = BlockGraph()
             server_options = {"type": "unix", "path": str(path)}
             flat = {"driver": "nbd", "discard": "unmap", "server": server_options, **options}
-            try:
-                node = await graph.add(flat)
-                backend = BlockBackend(node, "the test", writable=not node.read_only)
-                try:
-                    await scenario(backend)
-                finally:
-                    await backend.close()
-            finally:
-                await graph.close_all()
+            async with opened(lambda graph: graph.add(flat)) as backend:
+                await scenario(backend)
 
     with asyncio.Runner(loop_factory=clock) as runner:
         runner.run(everything())
@@ -82,4 +76,15 @@ async def connections(server: Server, count: int) -> None:
 async def requests(server: Server, count: int) -> None:
     """Wait until there have been so many."""
     while len(server.requests) < count:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+
+
+async def reads_again(backend: BlockBackend) -> None:
+    """Wait until the server is there again: nobody waits for it, but it is being looked for."""
+    while True:
+        try:
+            assert await read(backend, 0, 512) == bytes(512)
+            break
+        except BlockError as error:
+            assert error.errno == errno.EIO  # noqa: PT017
         await asyncio.sleep(0)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.disks import read
 from tests.nbd_server import ABLE, Seen, Server, chunk, honest, simple
-from tests.unit.block.drivers.nbd_disks import SECONDS, connections, run
+from tests.unit.block.drivers.nbd_disks import SECONDS, connections, reads_again, run
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers.nbd import NbdNode
 from vhostblk.block.drivers.nbd_address import parse_filename
@@ -285,13 +285,7 @@ def test_server_that_leaves_fails_what_is_in_flight_and_comes_back(path: Path) -
             *(read(backend, number * 512, 512) for number in range(3)), return_exceptions=True
         )
         assert [one.errno for one in many if isinstance(one, BlockError)] == 3 * [errno.EIO]
-        while True:  # nobody waits for the server, but it is being looked for
-            try:
-                assert await read(backend, 0, 512) == bytes(512)
-                break
-            except BlockError as error:
-                assert error.errno == errno.EIO  # noqa: PT017
-            await asyncio.sleep(0)
+        await reads_again(backend)
 
     run(server, path, scenario)
 

@@ -13,7 +13,14 @@ import pytest
 
 from tests.disks import read
 from tests.nbd_server import Answer, Seen, Server, honest
-from tests.unit.block.drivers.nbd_disks import Clock, connections, requests, run, skip
+from tests.unit.block.drivers.nbd_disks import (
+    Clock,
+    connections,
+    reads_again,
+    requests,
+    run,
+    skip,
+)
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
@@ -76,13 +83,7 @@ def test_server_that_does_not_answer_in_time_fails_what_is_in_flight_and_what_wa
         skip(ENOUGH)
         await has_failed(many)
         await connections(server, 2)
-        while True:  # nobody waits for the server, but it is being looked for
-            try:
-                assert await read(backend, 0, 512) == bytes(512)
-                break
-            except BlockError as error:
-                assert error.errno == errno.EIO  # noqa: PT017
-            await asyncio.sleep(0)
+        await reads_again(backend)
 
     run(server, path, scenario, **SHORT)
 
