@@ -203,9 +203,8 @@ class IOThread:
         closer = threading.Thread(target=close, name="vhostblk-end")
         try:
             closer.start()
-        except (
-            RuntimeError
-        ):  # there may be no more threads (ulimit -u, systemd's TasksMax=): the loop waits, then
+        except RuntimeError:
+            # There may be no more threads (ulimit -u, systemd's TasksMax=): the loop waits, then.
             self._thread.close()
             return
         await asyncio.wrap_future(ended)
