@@ -30,7 +30,12 @@ pytest_plugins = [
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hundreds of programs are started: where none may leave bytecode beside the sources, they share a folder of it."""
+    """What the environment says is changed, for this process and all that it starts."""
+    # pytest explains a failure at any length when it sees these: two images that differ are compared for minutes, until
+    # the test's time-out strikes inside of that, and ends the run instead of the test.
+    for name in ("CI", "BUILD_NUMBER"):
+        os.environ.pop(name, None)
+    # Hundreds of programs are started: where none may leave bytecode beside the sources, they share a folder of it.
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", "") and "PYTHONPYCACHEPREFIX" not in os.environ:
         folder = tempfile.mkdtemp(prefix="vb-bytecode-")
         os.environ["PYTHONPYCACHEPREFIX"] = folder

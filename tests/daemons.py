@@ -22,6 +22,7 @@ import pytest
 from vhostblk.client.client import Client
 from vhostblk.client.queue import ClientQueue, Pending
 from vhostblk.errors import SessionError
+from vhostblk.export.stats_reader import page_names, pid_in, read_page
 from vhostblk.testing.daemon_process import TRACEBACK, VHOSTBLK, DaemonProcess
 from vhostblk.testing.resources import Resources
 from vhostblk.vhost.vring import VringFd
@@ -36,6 +37,7 @@ __all__ = [
     "finish",
     "stops_answering",
     "terminate",
+    "wait_until_taken",
 ]
 
 CAPACITY = 16 << 20
@@ -240,6 +242,20 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
     while not condition():
         assert time.monotonic() < deadline, f"not in {seconds:g} s: {what}"
         os.sched_yield()
+
+
+def wait_until_taken(daemon: DaemonProcess, requests: int) -> None:
+    """Return when this daemon has taken so many requests out of its rings since it was started, done or not.
+
+    What a driver has made available and kicked for is not taken yet: the thread that will has to wake up before.
+    """
+
+    def taken() -> int:
+        pages = [read_page(name) for name in page_names() if pid_in(name) == daemon.pid]
+        queues = [queue for page in pages for queue in page.queues.values()]
+        return sum(queue.requests + queue.in_flight for queue in queues)
+
+    eventually(lambda: taken() >= requests, f"{requests} requests are taken")
 
 
 def finish(client: Client, pending: list[Pending], seconds: float = 10.0) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemons import eventually, terminate
+from tests.daemons import eventually, terminate, wait_until_taken
 from tests.probes import Trace
 from vhostblk.client.client import Client
 from vhostblk.errors import SessionError
@@ -85,8 +85,7 @@ def test_sigterm_waits_for_what_is_in_flight(
         pending = [
             client.submit(RequestType.OUT, 4096 * n, out=b"w" * 4096, queue=n % 2) for n in range(8)
         ]
-        # They are on their way: the rings' requests are taken.
-        client.read_config()
+        wait_until_taken(process, 8)
         assert process.stop() == 0
         client.poll()
         assert [p.status for p in pending] == [0] * 8
@@ -102,7 +101,7 @@ def test_client_that_leaves_with_requests_in_flight_does_not_hold_up_the_end(
     with Client.connect(sock) as client:
         for n in range(8):
             client.submit(RequestType.OUT, 4096 * n, out=b"w" * 4096)
-        client.read_config()
+        wait_until_taken(process, 8)
         client.abandon()
     assert process.stop() == 0
 
@@ -115,7 +114,7 @@ def test_several_signals_are_one_stop(
     process = storage_daemon("--data-path", path, *slow_disk(sock, 300_000_000), sockets=[sock])
     with Client.connect(sock) as client:
         client.submit(RequestType.OUT, 0, out=b"w" * 4096)
-        client.read_config()
+        wait_until_taken(process, 1)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             os.kill(process.pid, number)
         assert process.wait() == 0
@@ -150,7 +149,7 @@ def test_stop_flushes_after_the_last_write(
     with Client.connect(sock) as client:
         for n in range(8):
             client.submit(RequestType.OUT, 65536 * n, out=b"w" * 65536)
-        client.read_config()
+        wait_until_taken(process, 8)
         assert process.stop() == 0
         client.abandon()
     lines = [line for line in trace.text().splitlines() if "io_uring" not in line]
