@@ -28,7 +28,7 @@ _MAGIC = (
     (0, b"#!/bin/sh\n#V2.0 Format\nmodprobe cloop", "cloop"),
 )
 # A text that names the files that have the disk; comments come first.
-_VMDK_DESCRIPTOR = re.compile(rb"(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n")
+_VMDK_DESCRIPTOR = rb"(?:#[^\n]*\n| *\r?\n)*version=[123]\r?\n"
 
 NAMES = frozenset({*(name for _, _, name in _MAGIC), "dmg"})
 """All of them."""
@@ -61,6 +61,6 @@ def foreign_format(header: bytes, filename: str = "") -> str:
     for offset, magic, name in _MAGIC:
         if header.startswith(magic, offset):
             return name
-    if _VMDK_DESCRIPTOR.match(header):
+    if re.match(_VMDK_DESCRIPTOR, header):
         return "vmdk"
     return "dmg" if filename.endswith(".dmg") else ""

@@ -20,8 +20,7 @@ import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future as ThreadFuture
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from typing import Any, TypeVar
 
 from vhostblk import native
@@ -57,7 +56,7 @@ class _Job:
     def __init__(self, function: Callable[..., Any], arguments: Sequence[Any]) -> None:
         self._function = function
         self._arguments = arguments
-        self.done: ThreadFuture[Any] = ThreadFuture()
+        self.done: futures.Future[Any] = futures.Future()
 
     def __call__(self) -> None:
         if not self.done.set_running_or_notify_cancel():
@@ -85,8 +84,8 @@ class HostIO(ABC):
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        # Started when first used, and grown as needed, by the executor itself.
-        self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+        # Made when first used, which image tools never do; it starts threads as they are needed.
+        self._executor: futures.ThreadPoolExecutor | None = None
         self._has_threads = False
 
     @abstractmethod
@@ -144,7 +143,7 @@ class HostIO(ABC):
         job = _Job(function, arguments)
         job.done.add_done_callback(functools.partial(self._thread_done, completion))
         try:
-            self._executor.submit(job)
+            self._submit_job(job)
             self._has_threads = True
         except RuntimeError as exc:
             # There may be no more threads (ulimit -u, systemd's TasksMax=). The executor has taken the job all the
@@ -155,25 +154,32 @@ class HostIO(ABC):
                 raise BlockError(errno.EAGAIN, "no thread can be started") from None
         return completion
 
-    def _thread_done(self, completion: Completion, done: ThreadFuture[Any]) -> None:
+    def _submit_job(self, job: _Job) -> None:
+        if self._executor is None:
+            self._executor = futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+        self._executor.submit(job)
+
+    def _thread_done(self, completion: Completion, done: futures.Future[Any]) -> None:
         if not done.cancelled():
             self._loop.call_soon_threadsafe(_settle, completion, done)
 
     async def close(self) -> None:
         """Wait for what is in flight and end the threads."""
-        self._executor.shutdown(wait=True)
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
 
     async def start_anew(self) -> None:
         """End the threads, and have new ones when they are needed: these have what the loop's thread has by then.
 
         Nothing is in flight.
         """
-        self._executor.shutdown(wait=True)
-        self._executor = ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+        if self._executor is not None:
+            self._executor.shutdown(wait=True)
+            self._executor = None
         self._has_threads = False
 
 
-def _settle(completion: Completion, done: ThreadFuture[Any]) -> None:
+def _settle(completion: Completion, done: futures.Future[Any]) -> None:
     error = done.exception()
     if error is not None:
         completion.set_exception(error)

@@ -18,7 +18,8 @@ from vhostblk.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*\Z")
+# Compiled when it is used: many runs of a tool read no such thing.
+_KEY = r"[A-Za-z0-9_][A-Za-z0-9_\-]*(\.[A-Za-z0-9_][A-Za-z0-9_\-]*)*\Z"
 
 # Of image tools: anything up to what ends it; a value, in which two commas are one.
 _NAME = re.compile(r"([^=,]*)(=|,|\Z)", re.DOTALL)
@@ -63,7 +64,7 @@ def parse_keyval(text: str, implied_key: str | None = None) -> dict[str, Any]:
                 key, value = implied_key, item
             else:
                 raise ConfigError(f"Expected '=' after parameter '{item}'")
-        if not _KEY.match(key) or key.count(".") > _MAX_DEPTH:
+        if not re.match(_KEY, key) or key.count(".") > _MAX_DEPTH:
             raise ConfigError(f"Invalid parameter '{key}'")
         _insert(result, key, value)
     return result

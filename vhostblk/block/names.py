@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vhostblk.block.node import BlockNode
 
 # Row B07.1.
-_NODE_NAME = re.compile(r"[A-Za-z][A-Za-z0-9\-._]{0,30}\Z")
+_NODE_NAME = r"[A-Za-z][A-Za-z0-9\-._]{0,30}\Z"
 _FIRST_GENERATED = 101
 
 
@@ -43,7 +43,7 @@ class Names:
             name = f"#block{self._next}"
             self._next += 1
             return name
-        if not _NODE_NAME.match(wanted):
+        if not re.match(_NODE_NAME, wanted):
             raise ConfigError(
                 f"Invalid node-name: '{wanted}' (a letter, then letters, digits, '-', '.' or '_', "
                 "31 characters at most)",

@@ -46,12 +46,12 @@ __all__ = [
 
 T = TypeVar("T")
 
-_SIZE = re.compile(r"(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]+)?)([bBkKmMgGtTpPeE]?)\Z")
+_SIZE = r"(0[xX][0-9a-fA-F]+|[0-9]+(?:\.[0-9]+)?)([bBkKmMgGtTpPeE]?)\Z"
 _SUFFIXES = "BKMGTPE"
 _INT64_MAX = (1 << 63) - 1
 # More than any number that fits; Python refuses to read thousands of digits.
 _DIGITS = 64
-_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*\Z")
+_IDENTIFIER = r"[A-Za-z][A-Za-z0-9\-._]*\Z"
 
 
 @lean_dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def to_size(name: str, value: Any) -> int:
     """Bytes, with an optional suffix K, M, G, T, P or E (powers of 1024), or a JSON number."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT64_MAX:
         return value
-    if isinstance(value, str) and len(value) <= _DIGITS and (match := _SIZE.match(value)):
+    if isinstance(value, str) and len(value) <= _DIGITS and (match := re.match(_SIZE, value)):
         number, suffix = match.groups()
         scale: int = 1024 ** _SUFFIXES.index(suffix.upper() or "B")
         if number[:2].lower() == "0x":
@@ -121,7 +121,7 @@ def to_string(name: str, value: Any) -> str:
 
 def to_identifier(name: str, value: Any) -> str:
     """The id of an object or export, as QEMU wants it."""
-    if isinstance(value, str) and _IDENTIFIER.match(value):
+    if isinstance(value, str) and re.match(_IDENTIFIER, value):
         return value
     raise ConfigError(
         f"Parameter '{name}' expects an identifier (a letter, then letters, digits, '-', '.' or "

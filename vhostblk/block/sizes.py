@@ -12,10 +12,10 @@ log = logging.getLogger(__name__)
 
 # Space before the digits is skipped, as strtoull(3) does.
 _SPACE = r"[\t\n\v\f\r ]*"
-_DECIMAL = re.compile(_SPACE + r"\+?([0-9]+)(?:\.([0-9]*))?([bkmgtpe]?)\Z", re.IGNORECASE)
+_DECIMAL = _SPACE + r"\+?([0-9]+)(?:\.([0-9]*))?([bkmgtpe]?)\Z"
 # After hexadecimal digits b and e are two more of them.
-_HEXADECIMAL = re.compile(_SPACE + r"\+?0x([0-9a-f]+)([kmgtp]?)\Z", re.IGNORECASE)
-_DEPRECATED = re.compile(_SPACE + r"\+?0x[0-9a-f]+[kmgtp]", re.IGNORECASE)
+_HEXADECIMAL = _SPACE + r"\+?0x([0-9a-f]+)([kmgtp]?)\Z"
+_DEPRECATED = _SPACE + r"\+?0x[0-9a-f]+[kmgtp]"
 _SUFFIXES = "BKMGTPE"
 _UINT64 = 1 << 64
 # Python refuses to read thousands of digits; these are too large anyway.
@@ -29,13 +29,13 @@ def read_size(text: str) -> int:
         ValueError: it is no such number.
         OverflowError: it does not fit into 64 bits.
     """
-    if _DEPRECATED.match(text):
+    if re.match(_DEPRECATED, text, re.IGNORECASE):
         warning = f"Using a multiplier suffix on hex numbers is deprecated: {text}"
         log.warning("%s", warning, extra={"qemu_warns": warning})
-    if match := _HEXADECIMAL.match(text):
+    if match := re.match(_HEXADECIMAL, text, re.IGNORECASE):
         digits, suffix, fraction = match[1], match[2], 0
         base = 16
-    elif match := _DECIMAL.match(text):
+    elif match := re.match(_DECIMAL, text, re.IGNORECASE):
         digits, suffix, base = match[1], match[3], 10
         # QEMU's precision: 64 bits behind the point, of a double; .999… that rounds to 1 is lost.
         fraction = int(float(f"0.{match[2] or 0}") * _UINT64) % _UINT64

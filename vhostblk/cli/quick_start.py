@@ -35,6 +35,8 @@ LATE = frozenset(
         *("vhostblk.block.image_info", "vhostblk.block.internal_snapshot"),
         *("vhostblk.block.create", "vhostblk.block.json_text", "vhostblk.block.qjson"),
         "vhostblk.cli.image_info_text",
+        # What runs that only say something, as `--version`, have no use for: the block layer, and asyncio with it.
+        *("vhostblk.cli.img.session", "vhostblk.cli.interruption"),
         # What is done with encrypted images.
         *("hashlib", "uuid", "vhostblk.block.crypto.luks", "vhostblk.block.crypto.luks_amend"),
         *("vhostblk.block.crypto.encrypted_file", "vhostblk.block.drivers.qcow2.encryption"),

@@ -62,6 +62,18 @@ def test_raw_image_is_made_without_other_drivers(tmp_path: Path) -> None:
     assert not [name for name in found if "qcow2" in name or ".filters." in name]
 
 
+def test_what_needs_no_image_is_said_without_the_block_layer() -> None:
+    found = imported_by("img", "--version")
+    assert found.isdisjoint(UNUSED | {"asyncio", "vhostblk.block.graph", "vhostblk.native"})
+
+
+def test_no_threads_are_imported_by_who_starts_none(tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(bytes(1 << 20))
+    found = imported_by("img", "map", "-f", "raw", tmp_path / "image")
+    assert "vhostblk.block.host_io" in found
+    assert "concurrent.futures.thread" not in found
+
+
 def test_name_of_every_late_module_is_right() -> None:
     for name in quick_start.LATE:
         assert quick_start.PathFinder.find_spec(name.rpartition(".")[2], _path(name)) is not None

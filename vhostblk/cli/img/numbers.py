@@ -9,7 +9,7 @@ from vhostblk.cli.img.arguments import ImgError
 
 INT_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
-_INTEGER = re.compile(r"[\t\n\v\f\r ]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))\Z")
+_INTEGER = r"[\t\n\v\f\r ]*([+-]?)(?:0[xX]([0-9a-fA-F]+)|(0[0-7]*)|([1-9][0-9]*))\Z"
 # Python refuses to read thousands of digits; these are too large anyway.
 _MOST_DIGITS = 40
 
@@ -43,7 +43,7 @@ def integer(text: str) -> int:
     Raises:
         ValueError: it is no such number.
     """
-    match = _INTEGER.match(text)
+    match = re.match(_INTEGER, text)
     if match is None:
         raise ValueError(text)
     sign, hexadecimal, octal, decimal = match.groups()

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 
 from vhostblk import __version__
+from vhostblk.cli import interruption
+from vhostblk.cli.img import session as sessions
 from vhostblk.cli.img.arguments import (
     Arguments,
     HelpRequest,
@@ -19,9 +21,7 @@ from vhostblk.cli.img.arguments import (
     parse,
     refusal,
 )
-from vhostblk.cli.img.session import Session, reason
 from vhostblk.cli.img.table import SYNOPSES, Command, find_command
-from vhostblk.cli.interruption import run_interruptible
 from vhostblk.cli.option_reader import OptionError, OptionReader
 from vhostblk.cli.streams import run_patiently
 from vhostblk.cli.tool_log import ToolLog
@@ -103,18 +103,18 @@ def _main(program: str, words: list[str]) -> int:
     command = find_command(name)
     if command is None:
         raise UsageError(f"Command not found: {name}")
-    session = Session(program)
+    session = sessions.Session(program)
     work = _run(session, command, parse(command.takes, left, name))
-    return run_interruptible(work, session.name_unfinished)
+    return interruption.run_interruptible(work, session.name_unfinished)
 
 
-async def _run(session: Session, command: Command, args: Arguments) -> int:
+async def _run(session: sessions.Session, command: Command, args: Arguments) -> int:
     try:
         async with session:
             session.add_objects(getattr(args, "objects", ()))
             return await command.run(session, args)
     except (ConfigError, BlockError) as error:
-        raise ImgError(reason(error)) from None
+        raise ImgError(sessions.reason(error)) from None
 
 
 def _help(program: str) -> str:
