@@ -26,7 +26,7 @@ from tests.qcow2_images import (
 )
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.drivers import DRIVERS
-from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites
+from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites, Writer
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
@@ -110,7 +110,32 @@ def test_what_was_below_is_copied_and_what_is_zero_takes_no_room(
     assert (image.stat().st_blocks * 512) < 12 * CLUSTER
 
 
-def test_whoever_writes_at_once_is_given_the_subclusters_that_he_writes_to(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["", ",extended_l2=on"])
+def test_maker_of_an_image_is_given_what_has_something_below_where_he_writes_all_of_it(
+    tmp_path: Path, options: str
+) -> None:
+    base = create(tmp_path / "base", 8 * CLUSTER)
+    qemu_io(base, f"write -P 1 0 {8 * CLUSTER}")
+    options = f"cluster_size=64k{options}"
+    image = create(tmp_path / "i", 16 * CLUSTER, "-o", options, "-b", base, "-F", "qcow2")
+    whole, part = (CLUSTER, 3 * CLUSTER), (4 * CLUSTER, 5 * CLUSTER - PAGE)
+
+    async def scenario(backend: BlockBackend) -> None:
+        assert await backend.prepare_writes([whole], Writer.ONCE) == []
+        found = await backend.prepare_writes([whole, part], Writer.MAKER)
+        assert where(found)[0] == (1, 2)
+        write_alone(found, whole[0], b"x" * (whole[1] - whole[0]))
+        await backend.pwritev(part[0], IoVec.of(b"y" * (part[1] - part[0])))
+
+    with_image(image, scenario)
+    expected = bytearray(b"\1" * 8 * CLUSTER + bytes(8 * CLUSTER))
+    expected[slice(*whole)] = b"x" * (whole[1] - whole[0])
+    expected[slice(*part)] = b"y" * (part[1] - part[0])
+    assert contents(image, tmp_path) == bytes(expected)
+    assert check(image) == ""
+
+
+def test_whoever_writes_once_is_given_the_subclusters_that_he_writes_to(tmp_path: Path) -> None:
     base = create(tmp_path / "base", 8 * CLUSTER)
     noise = random.Random(2).randbytes(4 * CLUSTER)
     (tmp_path / "noise").write_bytes(noise)
@@ -124,7 +149,7 @@ def test_whoever_writes_at_once_is_given_the_subclusters_that_he_writes_to(tmp_p
     below = (2 * CLUSTER + sub, 2 * CLUSTER + 2 * sub)
 
     async def scenario(backend: BlockBackend) -> None:
-        found = await backend.prepare_writes([*ranges, below], at_once=True)
+        found = await backend.prepare_writes([*ranges, below], Writer.ONCE)
         first = 9 * CLUSTER
         assert [(extent.offset - first, extent.length) for extent in found] == [
             (0, sub),

@@ -175,9 +175,9 @@ class _Work:
         if not known:
             node, at = self._images[image].node, offset
             try:
-                for status in await statuses_above(node, offset, node.length - offset):
-                    known.append((status.flags, at + status.length))
-                    at += status.length
+                for flags, length in await statuses_above(node, None, offset, node.length - offset):
+                    at += length
+                    known.append((flags, at))
             except BlockError as error:
                 raise CompareError(error, image, offset, in_read=False) from None
         flags, end = known[0]

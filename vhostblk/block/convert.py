@@ -29,6 +29,7 @@ from vhostblk.block.convert_options import (
 )
 from vhostblk.block.convert_runs import Kind, Sources
 from vhostblk.block.copy_range import copy_range
+from vhostblk.block.extent import Writer
 from vhostblk.block.extent_io import ExtentIO, Piece
 from vhostblk.block.flags import Req
 from vhostblk.block.host_io import create_host_io
@@ -113,7 +114,8 @@ class Conversion:
         """The same, past the pipeline where that is possible."""
         io = create_host_io("threads")
         self._readers = [ExtentIO(user, io) for user in self._sources.users]
-        self._writer = ExtentIO(self._target, io)
+        writer = Writer.MAKER if self._options.is_new else Writer.ONCE
+        self._writer = ExtentIO(self._target, io, writer)
         try:
             await self._copy_all()
         finally:

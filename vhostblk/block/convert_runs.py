@@ -142,22 +142,26 @@ class Runs:
     async def _status(self, which: int, start: int, offset: int, count: int) -> tuple[int, int]:
         """Flags, and for how many bytes."""
         node = self._sources.users[which].node
-        if self._options.has_backing or self._options.salvage:
-            edge = cow_child(skip_filters(node)) if self._options.has_backing else None
-            base = edge.node if edge is not None else None
+        edge = cow_child(skip_filters(node)) if self._options.has_backing else None
+        base = edge.node if edge is not None else None
+        if self._options.salvage:
             return await self._status_alone(node, base, offset - start, count)
         known = self._known
         known.clear()
         at = offset
         try:
-            for found in await statuses_above(
-                node, at - start, min(count, start + node.length - at)
+            for flags, length in await statuses_above(
+                node, base, at - start, min(count, start + node.length - at)
             ):
-                at += found.length
-                known.append((found.flags, at))
+                at += length
+                if known and known[-1][0] & flags & _ZERO:
+                    # Zeroes of several layers are written at once.
+                    known.pop()
+                known.append((flags, at))
         except BlockError:
             # It may be somewhere else that nobody knows.
-            return await self._status_alone(node, None, offset - start, count)
+            known.clear()
+            return await self._status_alone(node, base, offset - start, count)
         flags, end = known[0]
         return flags, min(end - offset, count)
 

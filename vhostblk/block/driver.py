@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from vhostblk.block.bounce import BouncePool
 from vhostblk.block.eager import Request
-from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
+from vhostblk.block.extent import FlushTarget, HostExtent, Ranges, Writer
 from vhostblk.block.flags import Preallocation, StatusFlag
 from vhostblk.block.host_needs import HostNeeds
 from vhostblk.block.image_driver import ImageDriver
@@ -358,13 +358,11 @@ class Driver(ImageDriver):
         return self.is_filter and (child := self._filtered().node).unmap and child.can_discard()
 
     async def driver_prepare_writes(
-        self, ranges: Ranges, *, at_once: bool = False
+        self, ranges: Ranges, writer: Writer = Writer.REGULAR
     ) -> tuple[list[HostExtent], Ranges]:
         """Somebody would like to write to these ranges by extents: make it possible, where that is no more work than a
-        write; `prepares_writes` says that this does something. What the disk shows stays the same.
-
-        Args:
-            at_once: he writes all of them, and nothing else, as soon as he may.
+        write; `prepares_writes` says that this does something. What the disk shows stays the same, unless it is a
+        maker who writes.
 
         Returns: extents, in order, where it has become possible now; and where it was possible before.
 

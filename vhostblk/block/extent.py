@@ -126,6 +126,14 @@ class PastWrites:
         return PastWrites(self.count, self.highest and self.highest + offset, ranges)
 
 
+class Writer(enum.Enum):
+    """Who is about to write by extents, and so what has to be true before he does."""
+
+    REGULAR = "regular"  # he may write to any of what is around, and again
+    ONCE = "once"  # he writes just that, all of it, as soon as he may
+    MAKER = "maker"  # the same, and nobody looks at the node before he has come to an end
+
+
 class FlushTarget(enum.Enum):
     """What `flush_target` says when it is not a file descriptor."""
 

@@ -15,7 +15,7 @@ import errno
 from collections.abc import Sequence
 
 from vhostblk.block.backend import BlockBackend
-from vhostblk.block.extent import ExtentFlag, HostExtent, PastWrites, merged
+from vhostblk.block.extent import ExtentFlag, HostExtent, PastWrites, Writer, merged
 from vhostblk.block.host_io import HostIO
 from vhostblk.block.iov import IoVec, address_of
 from vhostblk.errors import BlockError
@@ -36,13 +36,15 @@ class ExtentIO:
     Args:
         user: nobody else has attached anything to it.
         io: does the system calls.
+        writer: a regular one is none of them.
 
     Context: the control loop.
     """
 
-    def __init__(self, user: BlockBackend, io: HostIO) -> None:
+    def __init__(self, user: BlockBackend, io: HostIO, writer: Writer = Writer.ONCE) -> None:
         self._user = user
         self._io = io
+        self._writer = writer
         self._running: set[asyncio.Future[None]] = set()
         self._written: list[tuple[int, int]] = []  # start and end; the graph has not been told
         user.attach(revoke=self._revoke, take_writes=self._take_writes)
@@ -77,7 +79,7 @@ class ExtentIO:
         if user.write_cache:
             ranges = _ranges(pieces)
             if user.prepares_writes:
-                extents = await user.prepare_writes(ranges, at_once=True)
+                extents = await user.prepare_writes(ranges, self._writer)
                 extents.sort(key=lambda extent: extent.offset)
             else:
                 extents = await user.extents_of(ranges)

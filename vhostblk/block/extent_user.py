@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vhostblk.block import pipeline
-from vhostblk.block.extent import ExtentFlag, FlushTarget, HostExtent, PastWrites, Ranges
+from vhostblk.block.extent import (
+    ExtentFlag,
+    FlushTarget,
+    HostExtent,
+    PastWrites,
+    Ranges,
+    Writer,
+)
 from vhostblk.block.node import BlockNode
 from vhostblk.block.quiesce import Quiescent
 
@@ -100,12 +107,11 @@ class ExtentUser(Quiescent):
             return []
         return [self._permitted(extent) for extent in found]
 
-    async def prepare_writes(self, ranges: Ranges, *, at_once: bool = False) -> list[HostExtent]:
+    async def prepare_writes(
+        self, ranges: Ranges, writer: Writer = Writer.REGULAR
+    ) -> list[HostExtent]:
         """What may be written alone in and around these ranges: like `extents`, but the graph does for it what it has
         to do before a first write, for all of them at once. They may be in any order, and touch each other.
-
-        Args:
-            at_once: all of them are written next, and nothing else: room in the file is left to be found by that.
 
         Raises:
             BlockError: one of the writes would fail; which of them is not known.
@@ -114,7 +120,7 @@ class ExtentUser(Quiescent):
             return []
         self.in_flight += 1
         try:
-            found, there = await pipeline.prepare_writes(self.node, ranges, at_once=at_once)
+            found, there = await pipeline.prepare_writes(self.node, ranges, writer)
         finally:
             self.leave()
         epoch = self.revocations

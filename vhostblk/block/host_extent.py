@@ -6,13 +6,13 @@ Drains, serialising requests, and whoever wants to see or to remember writes. Th
 from __future__ import annotations
 
 from vhostblk.block.dirty_map import recorded
-from vhostblk.block.extent import ExtentFlag, HostExtent, Ranges
+from vhostblk.block.extent import ExtentFlag, HostExtent, Ranges, Writer
 from vhostblk.block.node import BlockNode
 from vhostblk.block.tracking import RequestType
 
 
 async def prepare_writes(
-    node: BlockNode, ranges: Ranges, *, at_once: bool = False
+    node: BlockNode, ranges: Ranges, writer: Writer = Writer.REGULAR
 ) -> tuple[list[HostExtent], Ranges]:
     """Somebody is about to write to these ranges (not empty) by extents, if he can: see the driver's.
 
@@ -29,7 +29,7 @@ async def prepare_writes(
     node.in_flight += 1
     request = tracker.begin(RequestType.WRITE, start, end - start)
     try:
-        found, before = await node.driver_prepare_writes(ranges, at_once=at_once)
+        found, before = await node.driver_prepare_writes(ranges, writer)
     finally:
         node.write_log.generation += 1  # a flush has something to do
         tracker.end(request)

@@ -18,6 +18,7 @@ points to, a long answer is cut.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from vhostblk.block.flags import Req, StatusFlag
@@ -47,6 +48,14 @@ class BlockStatus(NamedTuple):
 
 StatusRun: TypeAlias = tuple[int, int, int]
 """Flags, bytes, place: one of many, see `BlockStatus`. A plain tuple for the same reason."""
+
+
+LayerRun: TypeAlias = "tuple[int, int, int, tuple[int, BlockNode | None]]"
+"""The same, and from where: how many layers are above, and the node in which it has its place with OFFSET_VALID."""
+
+
+Below: TypeAlias = "Callable[[BlockNode], BlockNode | None]"
+"""The next layer down."""
 
 
 class StatusRuns(NamedTuple):
@@ -237,29 +246,112 @@ async def status_above(
     return BlockStatus(flags & ~_EOF | (_EOF if is_end else 0), length, file, place)
 
 
-async def statuses_above(node: BlockNode, offset: int, length: int) -> list[BlockStatus]:
-    """`status_above` of the whole chain, for ranges one behind the other from `offset` on: at least one.
+async def statuses_above(
+    node: BlockNode, base: BlockNode | None, offset: int, length: int
+) -> list[tuple[int, int]]:
+    """`status_above` for ranges one behind the other from `offset` on: flags and bytes of at least one.
 
     Args:
+        base: excluded; None: the whole chain.
         offset, length: inside the node; not 0 bytes.
 
     Raises:
         BlockError: a driver's errno.
     """
-    runs, file = await block_statuses(node, offset, length)
-    found = [
-        BlockStatus(flags, count, file if flags & _OFFSET_VALID else None, place)
-        for flags, count, place in runs
-    ]
-    if _next_layer(node) is None:
-        return found
-    for number, status in enumerate(found):
-        if not status.flags & _ALLOCATED:
-            found[number] = await status_above(node, None, offset, status.length)
-            if found[number].length < status.length:
-                return found[: number + 1]
-        offset += status.length
+
+    def below(layer: BlockNode) -> BlockNode | None:
+        found = _next_layer(layer)
+        return found if found is not base else None
+
+    runs = await layered_runs(node, below, _ALLOCATED, offset, length)
+    found = [(flags & ~_EOF, count) for flags, count, _, _ in runs]
+    if offset + sum([count for _, count in found]) == node.length:
+        flags, count = found[-1]
+        found[-1] = flags | _EOF, count
     return found
+
+
+async def layered_runs(
+    node: BlockNode, below: Below, settled: int, offset: int, length: int
+) -> list[LayerRun]:
+    """What a layer has, and those below it where it has nothing, for ranges one behind the other from `offset` on.
+
+    Args:
+        below: which layer is asked for what one has not; None: there is none.
+        settled: with any of these flags nobody else is asked.
+        offset, length: inside the node; not 0 bytes.
+
+    Raises:
+        BlockError: a driver's errno.
+    """
+    layer = _Layer(node, 0, below, settled)
+    await layer.ask(offset, offset + length)
+    found: list[LayerRun] = []
+    await layer.show(offset, layer.known_to, found)
+    return found
+
+
+class _Layer:
+    """A layer that is walked once, from the beginning to the end. It is asked for many ranges at once, also where few
+    of them show; but only from those on that do, as nobody should hear of what is wrong elsewhere.
+    """
+
+    def __init__(self, node: BlockNode, depth: int, below: Below, settled: int) -> None:
+        self._node = node
+        self._depth = depth
+        self._settled = settled
+        next_node = below(node)
+        self._next = _Layer(next_node, depth + 1, below, settled) if next_node else None
+        self._runs: list[StatusRun] = []
+        self._where: tuple[int, BlockNode | None] = depth, None
+        self._number = self._start = 0  # the run that is looked at, and where it begins
+        self._holes_to = 0  # behind the last that somebody else is asked for
+        self.known_to = 0
+
+    async def ask(self, offset: int, end: int) -> None:
+        """Know about runs from `offset` on."""
+        self._runs, file = await block_statuses(self._node, offset, end - offset)
+        self._where = self._depth, file
+        self._number, self._start, self._holes_to = 0, offset, offset
+        for flags, count, _ in self._runs:
+            offset += count
+            if not flags & self._settled:
+                self._holes_to = offset
+        self.known_to = offset
+
+    async def show(self, offset: int, end: int, found: list[LayerRun], until: int = 0) -> None:
+        """Add what is in a range.
+
+        Args:
+            until: how far somebody will ask, with other ranges.
+        """
+        end_of_next = self._next.length if self._next else 0
+        while offset < end:
+            if offset >= self.known_to:
+                await self.ask(offset, min(until, self._node.length))
+            flags, count, place = self._runs[self._number]
+            stop = self._start + count
+            if stop > offset:
+                place += offset - self._start
+                count = min(stop, end) - offset
+                if flags & self._settled or self._next is None:
+                    found.append((flags, count, place, self._where))
+                elif offset >= end_of_next:
+                    # It is shorter: zeroes.
+                    flags |= _ZERO | self._settled & _ALLOCATED
+                    found.append((flags, count, place, self._where))
+                else:
+                    count = min(count, end_of_next - offset)
+                    await self._next.show(offset, offset + count, found, self._holes_to)
+                offset += count
+            if stop <= offset:
+                self._start = stop
+                self._number += 1
+
+    @property
+    def length(self) -> int:
+        """Of the node, in bytes."""
+        return self._node.length
 
 
 async def is_allocated(node: BlockNode, offset: int, length: int) -> tuple[bool, int]:

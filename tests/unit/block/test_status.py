@@ -22,11 +22,13 @@ from vhostblk.block.limits import BlockLimits
 from vhostblk.block.node import BlockNode
 from vhostblk.block.status import (
     BlockStatus,
+    StatusRuns,
     block_status,
     has_zero_init,
     is_allocated,
     is_allocated_above,
     status_above,
+    statuses_above,
 )
 from vhostblk.errors import BlockError
 
@@ -268,6 +270,73 @@ def agree_with_the_model(shape: list[tuple[int, set[int]]], offset: int, length:
             assert any(
                 offset < node.length and offset // CLUSTER in node.allocated for node in above
             )
+
+
+class ManyNode(CowNode):
+    """Says what so many runs are at once, and remembers from where on it was asked."""
+
+    most = 100
+
+    def __init__(self, backing: BlockNode | None, size: int) -> None:
+        super().__init__(backing, size, CLUSTER, limits=EASY)
+        self.asked: list[int] = []
+
+    async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
+        self.asked.append(offset)
+        runs = []
+        at = offset
+        while at < offset + length and len(runs) < self.most:
+            found = await self.driver_block_status(at, offset + length - at, True)
+            runs.append((int(found.flags), found.length, at))
+            at += found.length
+        return StatusRuns(runs, self)
+
+
+def chain_of_many(shape: list[tuple[int, set[int]]], most: int) -> list[ManyNode]:
+    """Top first."""
+    nodes: list[ManyNode] = []
+    for clusters, written in reversed(shape):
+        node = ManyNode(nodes[0] if nodes else None, clusters * CLUSTER)
+        node.allocated = {cluster for cluster in written if cluster < clusters}
+        node.most = most
+        nodes.insert(0, node)
+    return nodes
+
+
+@settings(max_examples=300 * HUNT)
+@given(layers, st.integers(1, 5), st.integers(0, 8 * CLUSTER - 1), st.integers(1, 8 * CLUSTER))
+def test_many_statuses_of_three_layers_are_those_of_one_after_the_other(
+    shape: list[tuple[int, set[int]]], most: int, offset: int, length: int
+) -> None:
+    nodes = chain_of_many(shape, most)
+    top = nodes[0]
+    offset = min(offset, top.length - 1)
+    length = min(length, top.length - offset)
+    for base in (nodes[1], nodes[2], None):
+        for node in nodes:
+            node.asked.clear()
+        found = run_now(statuses_above(top, base, offset, length))
+        asked = [list(node.asked) for node in nodes]
+        position = offset
+        for flags, count in found:
+            alone = run_now(status_above(top, base, position, offset + length - position))
+            assert (flags ^ alone.flags) & ~EOF == 0
+            assert 0 < count <= alone.length
+            position += count
+            assert bool(flags & EOF) == (position == top.length)
+        assert position <= offset + length
+        # What nobody sees is nobody's business.
+        for number, places in enumerate(asked):
+            for place in places:
+                assert not any(place // CLUSTER in node.allocated for node in nodes[:number])
+
+
+def test_each_layer_is_asked_once_for_all_that_it_shows() -> None:
+    # Where the one has nothing, the other has, in turns; the last two clusters are the first layer's.
+    nodes = chain_of_many([(8, {0, 2, 4, 6, 7}), (8, {1, 5}), (8, {1, 3, 6})], 100)
+    found = run_now(statuses_above(nodes[0], None, 0, 8 * CLUSTER))
+    assert sum(count for _, count in found) == 8 * CLUSTER
+    assert [node.asked for node in nodes] == [[0], [CLUSTER], [3 * CLUSTER]]
 
 
 def test_zero_init_is_never_promised_above_a_backing_node() -> None:

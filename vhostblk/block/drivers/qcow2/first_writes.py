@@ -6,9 +6,10 @@ then the L2 entries are changed. From then on a write to them is one in place, w
 crash before the data are there shows what was there before, like one before any other write.
 
 What is not so simple is left to `clusters.py`: compressed clusters, clusters that are shared with snapshots, those that
-somebody uses just now, and those of which a write with a backing file below has all, so that nothing has to be copied.
+somebody uses just now, and those of which a write with a backing file below has all, so that nothing has to be copied:
+these have no place before the data are there, unless it is a new image that is being made.
 
-Whoever writes at once, and nothing else, is given the subclusters that he writes to, as any other write would be, and
+Whoever writes once, and nothing else, is given the subclusters that he writes to, as any other write would be, and
 leaves those with something below to `clusters.py`. Who comes again, a guest, is given whole clusters.
 
 Context: the control loop. Knows nothing about extents.
@@ -28,7 +29,7 @@ from vhostblk.block.drivers.qcow2.locks import RangeLocks
 from vhostblk.block.drivers.qcow2.metadata import Metadata
 from vhostblk.block.edge import Edge
 from vhostblk.block.execution import to_the_end
-from vhostblk.block.extent import Ranges, merged
+from vhostblk.block.extent import Ranges, Writer, merged
 from vhostblk.block.iov import IoVec, concat
 from vhostblk.block.limits import SECTOR_SIZE
 
@@ -92,37 +93,38 @@ class FirstWrites:
         self._extended = header.has_subclusters
 
     async def prepare(
-        self, ranges: Ranges, backed: int, at_once: bool = False
+        self, ranges: Ranges, backed: int, writer: Writer = Writer.REGULAR
     ) -> tuple[list[Run], Ranges]:
         """Give a place to what is simple.
 
         Args:
             ranges: of what will be written, each for itself.
             backed: up to where something may be below.
-            at_once: they are written next, and nothing else, so what the file grows by need not be allocated before,
-                and other subclusters not at all.
+            writer: of one who writes once, what the file grows by need not be allocated before, and other subclusters
+                not at all.
 
-        Returns: whole clusters, in order, or subclusters if `at_once`: those that got a place, and those that had one
-            where they may be written. It is true until the next `await`.
+        Returns: whole clusters, in order, or subclusters where somebody writes once: those that got a place, and those
+            that had one where they may be written. It is true until the next `await`.
 
         Raises:
             BlockError: a child's errno; ENOSPC, EFBIG. Some clusters may have got their place.
             ImageError: an entry is wrong.
         """
         await self._metadata.make_way()
-        size = self._size
+        size, is_once = self._size, writer is not Writer.REGULAR
         covered = set[int]()
         for start, end in ranges:
             if start < backed:
                 covered.update(range(-(-start // size) * size, end // size * size, size))
-        touched = self._touched(ranges) if at_once and self._extended else None
+        touched = self._touched(ranges) if is_once and self._extended else None
+        blank = covered if writer is Writer.MAKER else frozenset[int]()
         with self._locks.taken(self._wanted(ranges)) as free:
-            new, there = await self._look(free, backed, covered, touched)
+            new, there = await self._look(free, backed, covered, blank, touched)
             placed: list[_New] = []
             while new:
                 host, count = await self._metadata.refcounts.allocate(sum(one.count for one in new))
                 first, new = self._split(new, count)
-                await self._use(first, host, at_once)
+                await self._use(first, host, is_once)
                 placed += first
         return self._placed(placed), merged([(at, at + size) for at in there])
 
@@ -153,11 +155,14 @@ class FirstWrites:
         ranges: Ranges,
         backed: int,
         covered: Container[int],
+        blank: Container[int],
         touched: Mapping[int, int] | None,
     ) -> tuple[list[_New], list[int]]:
         """Those that may get a place here, and those that need none.
 
         Args:
+            covered: clusters that have something below, all of which will be written.
+            blank: of these, such as may show zeroes until then.
             touched: subclusters, by cluster; None: all of each.
         """
         metadata, size = self._metadata, self._size
@@ -179,6 +184,9 @@ class FirstWrites:
                         at += size
                     continue
                 one, at = at, at + size
+                if one in blank and metadata.count_empty(own, one, at):
+                    new.append(_New(one))
+                    continue
                 entry, bitmap = metadata.entry(own, one)
                 is_zero = False
                 if entry or bitmap:

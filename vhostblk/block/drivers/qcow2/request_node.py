@@ -25,7 +25,7 @@ from vhostblk.block.drivers.qcow2.entries import Kind, Run
 from vhostblk.block.drivers.qcow2.extents import Qcow2Extents
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
 from vhostblk.block.edge import Edge
-from vhostblk.block.extent import FlushTarget, HostExtent, Ranges
+from vhostblk.block.extent import FlushTarget, HostExtent, Ranges, Writer
 from vhostblk.block.flags import Req, StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import SECTOR_SIZE, align_down, align_up
@@ -166,20 +166,20 @@ class RequestNode(CheckNode, Qcow2Extents):
             await self.revoke(start, end - start)
 
     async def driver_prepare_writes(
-        self, ranges: Ranges, *, at_once: bool = False
+        self, ranges: Ranges, writer: Writer = Writer.REGULAR
     ) -> tuple[list[HostExtent], Ranges]:
         """Clusters get a place; those of external data files have one."""
         if self._data is not self._file:
             return [], ranges
         backing = self.children.get("backing")
         backed = backing.node.length if backing is not None else 0
-        new, there = await self._change(self._prepare(ranges, backed, at_once))
+        new, there = await self._change(self._prepare(ranges, backed, writer))
         return await self._extents_of(new), there
 
     async def _prepare(
-        self, ranges: Ranges, backed: int, at_once: bool
+        self, ranges: Ranges, backed: int, writer: Writer
     ) -> tuple[list[Run], Ranges]:
-        new, there = await self._first_writes.prepare(ranges, backed, at_once)
+        new, there = await self._first_writes.prepare(ranges, backed, writer)
         moves = self.moves
         await self._hand_down()
         # What was true until then has to be looked up again.
