@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.filename import format_json
 from vhostblk.block.node import BlockNode
-from vhostblk.block.options import strong_options
 from vhostblk.block.permissions import PERM_WORDS, Perm
 from vhostblk.block.roles import Role, primary_child
 from vhostblk.errors import ConfigError
@@ -61,7 +60,7 @@ def is_overridden(node: BlockNode, key: str) -> bool:
 
 def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
     """The exact filename and the full options; in one go, because each layer needs both of the one below."""
-    strong = strong_options(node.options)
+    strong = node.naming_options()
     options: dict[str, Any] = {"driver": node.driver_name, **strong}
     if not node.children and not node.implied:
         return node.exact_filename(), options

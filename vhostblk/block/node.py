@@ -19,6 +19,7 @@ from vhostblk.block.flags import Req
 from vhostblk.block.lane import Decides, Lane
 from vhostblk.block.limits import MAX_BOUNCING, BlockLimits
 from vhostblk.block.op_blockers import OpBlockers
+from vhostblk.block.options import strong_options
 from vhostblk.block.quiesce import Quiescent
 from vhostblk.block.registered_buf import RegisteredBuffers
 from vhostblk.block.roles import Role, cow_child
@@ -221,6 +222,10 @@ class BlockNode(Driver, Quiescent):
         """Where what this layer does not have comes from."""
         edge = cow_child(self)
         return edge.node if edge is not None else None
+
+    def naming_options(self) -> dict[str, Any]:
+        """Its own options that are part of its name: those that decide about what it shows (row B41.2)."""
+        return strong_options(self.options)
 
     def write_generation(self) -> int:
         """Grows with every write that may have reached this node, by the pipeline or past it (row B16.12)."""

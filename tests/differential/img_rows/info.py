@@ -57,6 +57,13 @@ ROWS = (
         info what:disk.qcow2
         info ./disk.qcow2
         info null-co://
+        info --image-opts driver=blkdebug,image.filename=disk.raw
+        info --image-opts driver=blkdebug,image.filename=disk.raw,align=4096,cache.direct=off,node-name=a,force-share=on
+        info --image-opts driver=blkdebug,image.filename=disk.raw,max-transfer=64k,discard=unmap
+        info 'json:{"driver":"blkdebug","image.driver":"file","image.filename":"disk.raw","opt-discard":4096}'
+        info --image-opts driver=blkdebug,image.filename=disk.raw,take-child-perms.0=consistent-read,max-discard=1M
+        info --image-opts driver=blkdebug,image.filename=disk.raw,set-state.0.event=none,set-state.0.new_state=2
+        info --image-opts file.driver=blkdebug,file.image.filename=disk.qcow2,file.inject-error.0.event=cow_read
     """),
     *rows(
         """

@@ -25,10 +25,12 @@ from vhostblk.block.options import (
     INTEGER,
     SIZE,
     STRING,
+    NodeOptions,
     choice,
     consume_all,
     list_of,
     option,
+    option_names,
     words_of,
 )
 from vhostblk.block.permissions import PERM_WORDS, Perm
@@ -57,6 +59,8 @@ EVENTS = (
 )
 _EVENT = choice(*EVENTS)
 _PERMS = ", ".join(PERM_WORDS)
+# What QEMU's keeps to itself when it is asked for its name.
+_UNNAMED = frozenset({"take-child-perms", "unshare-child-perms", "cache"})
 _TYPES = ("read", "write", "write-zeroes", "discard", "flush", "block-status")
 
 
@@ -112,9 +116,7 @@ class BlkdebugOptions:
         (),
         about="permissions that nobody else may have on the image: " + _PERMS,
     )
-    config: str | None = option(
-        STRING, None, about="a file of rules, in QEMU's format", strong=True
-    )
+    config: str | None = option(STRING, None, about="a file of rules, in QEMU's format")
 
 
 class BlkdebugNode(FilterNode):
@@ -158,12 +160,18 @@ class BlkdebugNode(FilterNode):
         options = {f"image.{name}": value for name, value in drivers.options_of(image).items()}
         return {**options, "config": config} if config else options
 
+    def naming_options(self) -> dict[str, Any]:
+        """All that were given, as they were."""
+        unnamed = option_names(NodeOptions) | _UNNAMED
+        return {
+            name: value for name, value in self.given.items() if name.split(".")[0] not in unnamed
+        }
+
     def filename_over(self, child: str) -> str:
         """As `parse_filename` takes it, if there are no other options."""
-        config = self.options.config
-        if self.options != BlkdebugOptions(config=config):
+        if self.naming_options().keys() - {"config"}:
             return ""
-        return f"blkdebug:{config or ''}:{child}"
+        return f"blkdebug:{self.options.config or ''}:{child}"
 
     async def driver_allocated_size(self) -> int:
         """As in QEMU, nobody knows; raises BlockError: ENOTSUP."""
