@@ -330,9 +330,12 @@ async def _make_room(
 ) -> None:
     """A file that is long enough, has no header, and is zero where nothing else will be written."""
     if await creation.emptied(file):
-        await file.truncate(
-            layout.end, Preallocation.OFF if mode is Preallocation.METADATA else mode
-        )
+        if mode in (Preallocation.FALLOC, Preallocation.FULL):
+            # As in QEMU, tables before these are written, and the rest of their clusters is of no use to anybody.
+            await file.truncate(layout.l2_offset, Preallocation.OFF)
+            await file.truncate(layout.end, mode)
+        else:
+            await file.truncate(layout.end, Preallocation.OFF)
         if file.node.has_zero_init():
             return
     elif file.length < layout.end:
