@@ -10,11 +10,12 @@
 static struct {
 	const char *name;
 	test_function function;
-} tests[160];
-static int test_count;
+} tests[1000];
+static size_t test_count;
 
 void test_register(const char *name, test_function function)
 {
+	CHECK(test_count < sizeof(tests) / sizeof(*tests));
 	tests[test_count].name = name;
 	tests[test_count++].function = function;
 }
@@ -42,7 +43,7 @@ int main(int argc, char **argv)
 	bool list = argc == 2 && !strcmp(argv[1], "--list");
 	int ran = 0;
 
-	for (int i = 0; i < test_count; i++) {
+	for (size_t i = 0; i < test_count; i++) {
 		if (list)
 			puts(tests[i].name);
 		for (int j = 1; j < argc && !list; j++) {

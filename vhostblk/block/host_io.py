@@ -35,7 +35,9 @@ FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
 
+# Threads for calls that wait for one file, so that a file that does not answer is nobody else's affair; and for all.
 _WORKERS = 16
+_MOST_WORKERS = 1024
 # Bytes of one call of a transfer; as the engine's MANY_BYTES.
 _LARGEST = 1 << 20
 # So many are worth a system call, whatever else may follow.
@@ -84,6 +86,7 @@ class HostIO(ABC):
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._turns: dict[int, asyncio.Semaphore] = {}
         # Made when first used, which image tools never do; it starts threads as they are needed.
         self._executor: futures.ThreadPoolExecutor | None = None
         self._has_threads = False
@@ -118,15 +121,31 @@ class HostIO(ABC):
         """Undo one `plug`; the last one submits what was kept."""
 
     async def call(
-        self, function: Callable[..., T], *arguments: Any, undo: Callable[[T], None] | None = None
+        self,
+        function: Callable[..., T],
+        *arguments: Any,
+        file: int = -1,
+        undo: Callable[[T], None] | None = None,
     ) -> T:
         """Run something that may block in a thread; what it raises is raised here, as it is.
 
         Args:
+            file: the fd that it may wait for. Calls for one file wait only for each other.
             undo: called with the result if who waits for it was cancelled and will never see it.
         """
         if self.may_block:
             return function(*arguments)
+        if file not in self._turns:
+            self._turns[file] = asyncio.Semaphore(_WORKERS)
+        async with self._turns[file]:
+            return await self._call(function, arguments, undo)
+
+    async def _call(
+        self,
+        function: Callable[..., T],
+        arguments: Sequence[Any],
+        undo: Callable[[T], None] | None,
+    ) -> T:
         completion = self._start(function, *arguments)
         try:
             result: T = await completion
@@ -156,7 +175,9 @@ class HostIO(ABC):
 
     def _submit_job(self, job: _Job) -> None:
         if self._executor is None:
-            self._executor = futures.ThreadPoolExecutor(_WORKERS, thread_name_prefix="vhostblk-io")
+            self._executor = futures.ThreadPoolExecutor(
+                _MOST_WORKERS, thread_name_prefix="vhostblk-io"
+            )
         self._executor.submit(job)
 
     def _thread_done(self, completion: Completion, done: futures.Future[Any]) -> None:
@@ -194,23 +215,24 @@ class ThreadHostIO(HostIO):
 
     async def preadv(self, fd: int, offset: int, iov: IoVec) -> int:
         """See `HostIO.preadv`."""
-        return await self.call(read_all, fd, offset, iov)
+        return await self.call(read_all, fd, offset, iov, file=fd)
 
     async def pwritev(self, fd: int, offset: int, iov: IoVec, dsync: bool = False) -> None:
         """See `HostIO.pwritev`."""
-        await self.call(write_all, fd, offset, iov, os.RWF_DSYNC if dsync else 0)
+        flags = os.RWF_DSYNC if dsync else 0
+        await self.call(write_all, fd, offset, iov, flags, file=fd)
 
     async def fdatasync(self, fd: int) -> None:
         """See `HostIO.fdatasync`."""
-        await self.call(_fdatasync, fd)
+        await self.call(_fdatasync, fd, file=fd)
 
     async def fallocate(self, fd: int, mode: int, offset: int, length: int) -> None:
         """See `HostIO.fallocate`."""
-        await self.call(fallocate, fd, mode, offset, length)
+        await self.call(fallocate, fd, mode, offset, length, file=fd)
 
     async def transfer(self, parts: Sequence[IOPart], *, write: bool) -> int:
         """See `HostIO.transfer`."""
-        return await self.call(_transfer, parts, write)
+        return await self.call(_transfer, parts, write, file=parts[0][0] if parts else -1)
 
 
 class NativeHostIO(HostIO):

@@ -287,7 +287,7 @@ class CrashHostIO(HostIO):
     kind = "crash"
 
     def __init__(self, size: int) -> None:
-        self._loop = asyncio.get_running_loop()
+        super().__init__()
         self.cache = VolatileCache(size)
         self.failures = Failures()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import errno
 import os
 import threading
@@ -238,6 +239,48 @@ def test_calls_run_in_another_thread_and_raise_here(run: Callable[[Scenario], No
         assert await io.call(threading.get_ident) != threading.get_ident()
         with pytest.raises(FileNotFoundError):
             await io.call(os.stat, "/nonexistent")
+
+    run(scenario)
+
+
+def test_files_that_hang_leave_threads_for_others(run: Callable[[Scenario], None]) -> None:
+    async def scenario(io: HostIO) -> None:
+        gate = threading.Event()
+        begun: collections.Counter[int] = collections.Counter()
+
+        def hang(file: int) -> None:
+            begun[file] += 1
+            gate.wait(30)
+
+        hanging = [
+            asyncio.create_task(io.call(hang, file, file=file))
+            for file in range(4)
+            for _ in range(40)
+        ]
+        await turns(3)
+        for _ in range(3):
+            assert await io.call(len, "abc", file=4) == 3
+        assert max(begun.values()) <= 16
+        gate.set()
+        await asyncio.gather(*hanging)
+        assert begun == dict.fromkeys(range(4), 40)
+
+    run(scenario)
+
+
+def test_call_that_waits_for_its_turn_can_be_cancelled(run: Callable[[Scenario], None]) -> None:
+    async def scenario(io: HostIO) -> None:
+        gate = threading.Event()
+        done: list[int] = []
+        hanging = [asyncio.create_task(io.call(gate.wait, 30, file=1)) for _ in range(16)]
+        late = [asyncio.create_task(io.call(done.append, n, file=1)) for n in range(4)]
+        await turns(3)
+        late[1].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await late.pop(1)
+        gate.set()
+        await asyncio.gather(*hanging, *late)
+        assert sorted(done) == [0, 2, 3]
 
     run(scenario)
 

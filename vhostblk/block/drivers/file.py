@@ -167,7 +167,8 @@ class FileNode(PosixNode):
         was_empty = not self._size
         await super().driver_truncate(length, preallocation)
         if was_empty and preallocation is Preallocation.OFF:
-            await self._io.call(host_file.allocate_first_block, self._fd, length)
+            where = self._fd, length
+            await self._io.call(host_file.allocate_first_block, *where, file=self._fd)
 
     def exact_filename(self) -> str:
         """The path; written so that nobody takes a part of it for a protocol."""

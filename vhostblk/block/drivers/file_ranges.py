@@ -134,7 +134,7 @@ class FileRanges(BlockNode):
         if self._inline:
             runs = host_file.find_runs(*where)
         else:
-            runs = await self._io.call(host_file.find_runs, *where)
+            runs = await self._io.call(host_file.find_runs, *where, file=self._fd)
         found: list[StatusRun] = []
         for is_data, count in runs:
             if is_data and changes == self._changes:
@@ -180,7 +180,8 @@ class FileRanges(BlockNode):
     async def _device_range(self, request: int, offset: int, length: int) -> bool:
         self._check_presence()
         try:
-            await self._io.call(host_file.device_range, self._fd, request, offset, length)
+            where = self._fd, request, offset, length
+            await self._io.call(host_file.device_range, *where, file=self._fd)
         except BlockError as error:
             if error.errno in _MISSING:
                 return False

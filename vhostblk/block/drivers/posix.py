@@ -113,7 +113,7 @@ class PosixNode(FileRanges):
         while True:
             before = self._size
             try:
-                size, is_there = await self._io.call(host_file.look, self._fd)
+                size, is_there = await self._io.call(host_file.look, self._fd, file=self._fd)
             except OSError as error:
                 raise block_error(error) from None
             if self._size == before:
@@ -154,7 +154,7 @@ class PosixNode(FileRanges):
 
     async def _read_large(self, offset: int, length: int, iov: IoVec) -> None:
         # Not by io_uring, which would copy what is in the page cache before it returns to us.
-        got = await self._io.call(read_all, self._fd, offset, iov)
+        got = await self._io.call(read_all, self._fd, offset, iov, file=self._fd)
         if got < length:
             await self._read_rest(offset, length, iov, got)
 
@@ -202,7 +202,7 @@ class PosixNode(FileRanges):
         return DONE
 
     async def _write_large(self, offset: int, length: int, iov: IoVec) -> None:
-        await self._io.call(write_all, self._fd, offset, iov)
+        await self._io.call(write_all, self._fd, offset, iov, file=self._fd)
         self._size = max(self._size, offset + length)
 
     async def _write(self, offset: int, length: int, iov: IoVec, dsync: bool) -> None:
@@ -250,9 +250,8 @@ class PosixNode(FileRanges):
             raise BlockError(errno.ENOTSUP)
         assert isinstance(source, PosixNode)
         try:
-            await self._io.call(
-                host_file.copy_range, source._fd, source_offset, self._fd, offset, length
-            )
+            where = source._fd, source_offset, self._fd, offset, length
+            await self._io.call(host_file.copy_range, *where, file=self._fd)
         finally:
             self._changed_ranges()
         self._size = max(self._size, offset + length)
@@ -308,7 +307,8 @@ class PosixNode(FileRanges):
             if preallocation is Preallocation.FALLOC:
                 await self._io.fallocate(self._fd, 0, before, length - before)
             else:
-                await self._io.call(host_file.write_zeroes, self._fd, before, length, self._direct)
+                where = self._fd, before, length, self._direct
+                await self._io.call(host_file.write_zeroes, *where, file=self._fd)
         except BlockError:
             # What was allocated so far would look like a longer disk.
             await self._truncate_file(before)
@@ -321,12 +321,12 @@ class PosixNode(FileRanges):
 
     async def driver_allocated_size(self) -> int:
         """What the file system says; 0 for a device."""
-        status = await self._io.call(os.fstat, self._fd)
+        status = await self._io.call(os.fstat, self._fd, file=self._fd)
         return status.st_blocks * 512
 
     async def _truncate_file(self, size: int) -> None:
         try:
-            await self._io.call(os.ftruncate, self._fd, size)
+            await self._io.call(os.ftruncate, self._fd, size, file=self._fd)
         except OSError as error:
             raise block_error(error) from None
         finally:

@@ -171,38 +171,34 @@ void aio_cancel(struct aio *aio, struct aio_op *op)
 		aio_uring_cancel(aio->uring, op);
 }
 
-/* Those of the backlog that are unwanted. */
-static struct aio_op *sweep_backlog(struct aio *aio)
+struct aio_op **aio_sweep_list(struct aio_op **list, struct aio_op **swept)
 {
-	struct aio_op *swept = NULL, *op = aio->backlog, *next;
+	struct aio_op **link = list;
 
-	aio->backlog = NULL;
-	aio->backlog_end = &aio->backlog;
-	for (; op; op = next) {
-		next = op->next;
-		op->next = NULL;
-		if (op->unwanted) {
-			op->next = swept;
-			swept = op;
-		} else {
-			*aio->backlog_end = op;
-			aio->backlog_end = &op->next;
+	while (*link) {
+		struct aio_op *op = *link;
+
+		if (!op->unwanted) {
+			link = &op->next;
+			continue;
 		}
+		*link = op->next;
+		op->next = *swept;
+		*swept = op;
 	}
-	return swept;
+	return link;
 }
 
 void aio_sweep(struct aio *aio)
 {
-	struct aio_op *lists[] = {aio_pool_sweep(aio->pool), sweep_backlog(aio)};
+	struct aio_op *swept = aio_pool_sweep(aio->pool), *next;
 
-	for (size_t i = 0; i < sizeof(lists) / sizeof(*lists); i++) {
-		for (struct aio_op *op = lists[i], *next; op; op = next) {
-			next = op->next;
-			op->result = -ECANCELED;
-			op->next = aio->swept;
-			aio->swept = op;
-		}
+	aio->backlog_end = aio_sweep_list(&aio->backlog, &swept);
+	for (; swept; swept = next) {
+		next = swept->next;
+		swept->result = -ECANCELED;
+		swept->next = aio->swept;
+		aio->swept = swept;
 	}
 }
 

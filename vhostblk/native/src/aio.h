@@ -37,11 +37,13 @@ struct aio_op {
 	int64_t result;   /* bytes transferred so far; at the end that, or -errno */
 	uint64_t trimmed; /* bytes already cut off the front of *iov */
 	bool unwanted;    /* see aio_cancel */
+	uint8_t lane;     /* see aio_lanes.h */
 };
 
 struct aio;
 
-/* kind is an enum vb_io_kind; depth is how many operations io_uring may have at once, the others queue up here. */
+/* kind is an enum vb_io_kind; depth is how many operations io_uring may have at once, the others queue up here; workers is
+ * how many of a file the pool may have begun at once. */
 int aio_create(uint32_t kind, uint32_t depth, uint32_t workers, struct aio **ret);
 /* Nothing may be in flight. */
 void aio_destroy(struct aio *aio);
@@ -84,6 +86,9 @@ void aio_unregister_file(struct aio *aio, int number);
 
 /* Take note of what one system call or completion said (bytes, or -errno). True: the operation has finished. */
 bool aio_advance(struct aio_op *op, int64_t result);
+
+/* Move what is unwanted from one list to the front of another; returns where the first one ends now. */
+struct aio_op **aio_sweep_list(struct aio_op **list, struct aio_op **swept);
 
 /* What the next system call may be asked to do. */
 static inline uint32_t aio_batch(const struct aio_op *op)

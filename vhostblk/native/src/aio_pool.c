@@ -3,8 +3,11 @@
  *
  * What the owner starts is handed over by the next flush, all at once: one lock, and no more wake-ups than there is work
  * that waits for devices. One thread is woken for all copies into the page cache (AIO_BRIEF), which seldom wait. When one
- * does, because too much is dirty, those behind it would wait with it: so while there are some, the owner looks every
- * millisecond whether they get on, and wakes another thread if not.
+ * does, because too much is dirty, those behind it would wait with it: so while there is more to do than there are
+ * threads for, the owner looks every millisecond whether they get on, and wakes another thread if not.
+ *
+ * A file has at most as many threads as the pool has to begin with. Those of files that do not answer are not counted: the
+ * pool gets as many more, and nobody waits for somebody else's device.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -12,21 +15,22 @@
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
-#include "aio.h"
+#include "aio_lanes.h"
 #include "signals.h"
 
 #define DEFAULT_WORKERS 16
+#define MOST_WORKERS 1024u
 
-/* How often is looked whether copies get on. */
+/* How often is looked whether threads get on. */
 #define LOOK_NS 1000000
+
+/* A file that has not ended anything for so long does not answer: much longer than a busy machine makes threads wait. */
+#define STUCK_NS 100000000
 
 struct aio_pool {
 	pthread_mutex_t lock; /* of everything down to `done` */
 	pthread_cond_t work;
-	struct aio_op *queue;
-	struct aio_op **queue_end;
-	uint32_t queued;
-	uint32_t brief; /* of those queued, AIO_BRIEF */
+	struct aio_lanes lanes;
 	uint32_t idle;
 	uint64_t taken; /* operations, ever */
 	bool stopping;
@@ -36,39 +40,41 @@ struct aio_pool {
 	/* The owner's. */
 	struct aio_op *fresh; /* started, not yet handed over */
 	struct aio_op **fresh_end;
-	uint32_t fresh_count;
-	uint32_t fresh_brief;
 	int timer_fd;     /* readable when it is time to look, or ... */
 	uint64_t look_ns; /* ... 0: nothing to look after */
 	uint64_t seen;    /* `taken` at the last look */
 	uint32_t started;
-	uint32_t max;
-	pthread_t threads[];
+	uint32_t workers;   /* as many may be started, and ... */
+	uint32_t stuck;     /* ... one for each operation of a file that does not answer ... */
+	uint64_t judged_ns; /* ... as was found then */
+	pthread_t threads[MOST_WORKERS];
 };
 
-static uint32_t is_brief(const struct aio_op *op)
+/* What a look at the lanes has found. */
+struct work {
+	uint32_t waiting;
+	uint32_t brief;
+	uint32_t idle;
+	uint64_t taken;
+};
+
+/* Under the lock. */
+static struct work work_of(const struct aio_pool *pool)
 {
-	return op->flags & AIO_BRIEF ? 1 : 0;
+	return (struct work){pool->lanes.waiting, pool->lanes.brief, pool->idle, pool->taken};
 }
 
 static struct aio_op *take(struct aio_pool *pool)
 {
 	struct aio_op *op;
 
-	while (!pool->queue && !pool->stopping) {
+	while (!(op = aio_lanes_take(&pool->lanes)) && !pool->stopping) {
 		pool->idle++;
 		pthread_cond_wait(&pool->work, &pool->lock);
 		pool->idle--;
 	}
-	op = pool->queue;
-	if (op) {
-		pool->queue = op->next;
-		pool->queued--;
+	if (op)
 		pool->taken++;
-		pool->brief -= is_brief(op);
-		if (!pool->queue)
-			pool->queue_end = &pool->queue;
-	}
 	return op;
 }
 
@@ -77,6 +83,7 @@ static void give_back(struct aio_pool *pool, struct aio_op *op)
 {
 	bool is_first = !pool->done;
 
+	aio_lanes_end(&pool->lanes, op);
 	/* Before the owner is told: finding nothing, he would look again and again while this thread does not run. */
 	op->next = pool->done;
 	store_release(&pool->done, op);
@@ -103,13 +110,12 @@ static void *worker(void *opaque)
 
 int aio_pool_create(uint32_t workers, struct aio_pool **ret)
 {
-	uint32_t max = workers ? MIN(workers, 1024u) : DEFAULT_WORKERS;
-	struct aio_pool *pool = calloc(1, sizeof(*pool) + max * sizeof(pool->threads[0]));
+	struct aio_pool *pool = calloc(1, sizeof(*pool));
 
 	if (!pool)
 		return -ENOMEM;
-	pool->max = max;
-	pool->queue_end = &pool->queue;
+	pool->workers = workers ? MIN(workers, MOST_WORKERS) : DEFAULT_WORKERS;
+	aio_lanes_init(&pool->lanes, pool->workers);
 	pool->fresh_end = &pool->fresh;
 	pool->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	pool->timer_fd = pool->event_fd < 0 ? -1 : timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
@@ -172,17 +178,15 @@ void aio_pool_start(struct aio_pool *pool, struct aio_op *op)
 	op->next = NULL;
 	*pool->fresh_end = op;
 	pool->fresh_end = &op->next;
-	pool->fresh_count++;
-	pool->fresh_brief += is_brief(op);
 }
 
 /* Not a single thread could be had: slow is better than never. */
 static void run_all(struct aio_pool *pool)
 {
-	pthread_mutex_lock(&pool->lock);
-	while (pool->queue) {
-		struct aio_op *op = take(pool);
+	struct aio_op *op;
 
+	pthread_mutex_lock(&pool->lock);
+	while ((op = aio_lanes_take(&pool->lanes))) {
 		pthread_mutex_unlock(&pool->lock);
 		aio_run(op);
 		pthread_mutex_lock(&pool->lock);
@@ -191,15 +195,19 @@ static void run_all(struct aio_pool *pool)
 	pthread_mutex_unlock(&pool->lock);
 }
 
-/* Have threads for so much work, if there can be so many. */
-static void wake(struct aio_pool *pool, uint32_t wanted, uint32_t idle)
+/* Have threads for so much work, if there can be so many; returns how many there are. */
+static uint32_t wake(struct aio_pool *pool, uint32_t wanted, uint32_t idle)
 {
-	for (uint32_t i = 0; i < MIN(wanted, idle); i++)
+	uint32_t most = MIN(pool->workers + pool->stuck, MOST_WORKERS);
+	uint32_t woken = MIN(wanted, idle);
+
+	for (uint32_t i = 0; i < woken; i++)
 		pthread_cond_signal(&pool->work);
-	while (idle++ < wanted && pool->started < pool->max && start_worker(pool))
-		;
+	while (woken < wanted && pool->started < most && start_worker(pool))
+		woken++;
 	if (!pool->started)
 		run_all(pool);
+	return woken;
 }
 
 static void look_later(struct aio_pool *pool, bool again)
@@ -211,83 +219,70 @@ static void look_later(struct aio_pool *pool, bool again)
 	timerfd_settime(pool->timer_fd, 0, &soon, NULL);
 }
 
+/* Under the lock. */
+static void judge(struct aio_pool *pool)
+{
+	uint64_t now = now_ns(), age = now - pool->judged_ns;
+	uint32_t stuck;
+
+	if (age < STUCK_NS)
+		return;
+	stuck = aio_lanes_stuck(&pool->lanes);
+	/* Where nobody has looked for long, this is only the beginning. */
+	pool->stuck = age < 2 * STUCK_NS ? stuck : 0;
+	pool->judged_ns = now;
+}
+
 static void look(struct aio_pool *pool)
 {
-	uint32_t brief, idle;
-	uint64_t taken;
+	struct work work;
 
 	pthread_mutex_lock(&pool->lock);
-	brief = pool->brief;
-	idle = pool->idle;
-	taken = pool->taken;
+	work = work_of(pool);
+	judge(pool);
 	pthread_mutex_unlock(&pool->lock);
-	if (brief && taken == pool->seen)
-		wake(pool, 1, idle);
-	pool->seen = taken;
-	look_later(pool, brief);
+	if (work.waiting)
+		wake(pool, work.waiting - work.brief + (work.brief && work.taken == pool->seen ? 1 : 0), work.idle);
+	pool->seen = work.taken;
+	look_later(pool, work.waiting);
 }
 
 static void hand_over(struct aio_pool *pool)
 {
-	uint32_t wanted, idle, brief;
-	uint64_t taken;
+	struct work work;
+	uint32_t woken;
 
 	pthread_mutex_lock(&pool->lock);
-	*pool->queue_end = pool->fresh;
-	pool->queue_end = pool->fresh_end;
-	pool->queued += pool->fresh_count;
-	pool->brief += pool->fresh_brief;
-	brief = pool->brief;
-	wanted = pool->queued - brief + (brief ? 1 : 0);
-	idle = pool->idle;
-	taken = pool->taken;
+	for (struct aio_op *op = pool->fresh, *next; op; op = next) {
+		next = op->next;
+		aio_lanes_add(&pool->lanes, op);
+	}
+	work = work_of(pool);
 	pthread_mutex_unlock(&pool->lock);
 	pool->fresh = NULL;
 	pool->fresh_end = &pool->fresh;
-	pool->fresh_count = pool->fresh_brief = 0;
-	wake(pool, wanted, idle);
-	if (brief > 1 && !pool->look_ns) {
-		pool->seen = taken;
+	woken = wake(pool, work.waiting - work.brief + (work.brief ? 1 : 0), work.idle);
+	if (work.waiting > woken && !pool->look_ns) {
+		pool->seen = work.taken;
 		look_later(pool, true);
 	}
 }
 
 void aio_pool_flush(struct aio_pool *pool)
 {
-	if (pool->fresh_count)
+	if (pool->fresh)
 		hand_over(pool);
 	if (pool->look_ns && now_ns() >= pool->look_ns)
 		look(pool);
-}
-
-/* Move what is unwanted from one list to another. */
-static void sweep(struct aio_op **list, struct aio_op ***end, uint32_t *count, uint32_t *brief, struct aio_op **swept)
-{
-	struct aio_op **link = list;
-
-	while (*link) {
-		struct aio_op *op = *link;
-
-		if (!op->unwanted) {
-			link = &op->next;
-			continue;
-		}
-		*link = op->next;
-		*count -= 1;
-		*brief -= is_brief(op);
-		op->next = *swept;
-		*swept = op;
-	}
-	*end = link;
 }
 
 struct aio_op *aio_pool_sweep(struct aio_pool *pool)
 {
 	struct aio_op *swept = NULL;
 
-	sweep(&pool->fresh, &pool->fresh_end, &pool->fresh_count, &pool->fresh_brief, &swept);
+	pool->fresh_end = aio_sweep_list(&pool->fresh, &swept);
 	pthread_mutex_lock(&pool->lock);
-	sweep(&pool->queue, &pool->queue_end, &pool->queued, &pool->brief, &swept);
+	aio_lanes_sweep(&pool->lanes, &swept);
 	pthread_mutex_unlock(&pool->lock);
 	return swept;
 }

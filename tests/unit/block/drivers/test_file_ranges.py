@@ -126,8 +126,8 @@ def test_a_hole_made_while_the_file_system_was_asked_is_seen(
     async def scenario(backend: BlockBackend, node: FileNode) -> None:
         call = node._io.call
 
-        async def late(function: Callable[..., Any], *arguments: Any) -> Any:
-            result = await call(function, *arguments)
+        async def late(function: Callable[..., Any], *arguments: Any, file: int) -> Any:
+            result = await call(function, *arguments, file=file)
             monkeypatch.setattr(node._io, "call", call)
             await backend.pdiscard(16 * BLOCK, BLOCK)
             return result
