@@ -6,13 +6,13 @@ import asyncio
 import os
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.daemons import eventually
 from tests.disks import read, with_disk
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.flags import Req, StatusFlag
@@ -20,6 +20,7 @@ from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.status import block_status
 from vhostblk.errors import BlockError, ConfigError
+from vhostblk.testing.daemon_process import is_listening
 from vhostblk.testing.requirements import require
 
 SIZE = 1 << 20
@@ -40,11 +41,8 @@ def server(folder: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     socket = folder / "s"
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + DEADLINE
-        while not socket.exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        eventually(lambda: is_listening(socket) or process.poll() is not None, "a server", DEADLINE)
+        assert process.poll() is None
         yield process
     finally:
         process.terminate()

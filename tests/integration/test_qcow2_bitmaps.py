@@ -7,13 +7,13 @@ import errno
 import json
 import random
 import subprocess
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.daemons import eventually
 from tests.integration.test_qcow2_snapshots import FailingNode, opened, refused
 from tests.qcow2_images import MIB, check, contents, create, qemu_img, qemu_io, read
 from tests.requirements import require
@@ -39,6 +39,7 @@ from vhostblk.client.client import Client
 from vhostblk.daemon import Daemon, DaemonConfig
 from vhostblk.errors import BlockError, ConfigError
 from vhostblk.export.options import parse_export
+from vhostblk.testing.daemon_process import is_listening
 from vhostblk.testing.plugin import ExpectedLog
 
 SIZE = 8 * MIB
@@ -94,10 +95,7 @@ def dirty_for_qemu(image: Path, name: str, folder: Path) -> list[tuple[int, int]
         ["qemu-nbd", "-r", "-f", "qcow2", "-B", name, "-k", str(sock), str(image)]
     )
     try:
-        deadline = time.monotonic() + 20
-        while not sock.exists() and time.monotonic() < deadline:
-            assert server.poll() is None
-            time.sleep(0.01)
+        eventually(lambda: is_listening(sock) or server.poll() is not None, "qemu-nbd")
         opts = f"driver=nbd,server.type=unix,server.path={sock},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
         extents = json.loads(qemu_img("map", "--output=json", "--image-opts", opts))
     finally:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.daemons import eventually, terminate
 from vhostblk.client.client import Client
-from vhostblk.testing.daemon_process import VHOSTBLK
+from vhostblk.testing.daemon_process import VHOSTBLK, is_listening
 
 CLOSED = ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"]
 
@@ -160,7 +160,7 @@ def daemon_that_logs_to(
         [*VHOSTBLK, "serve", *options, "--socket", str(socket), "disk.img"], stderr=writer
     ) as process:
         try:
-            eventually(socket.exists, "the socket")
+            eventually(lambda: is_listening(socket), "the socket")
             yield process
         finally:
             process.kill()

@@ -9,16 +9,17 @@ from __future__ import annotations
 import itertools
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.daemons import eventually
 from tests.requirements import require
 from tests.restarts import ForkServer
 from tests.schedule import HUNT
+from vhostblk.testing.daemon_process import is_listening
 from vhostblk.testing.guest import Guest, GuestDisk
 
 ENDS = 3  # of both kinds
@@ -89,10 +90,7 @@ def busy_guest(
     words: list[str], path: Path, load: Path, queues: int, rings: str
 ) -> Iterator[tuple[ForkServer, BusyGuest]]:
     with ForkServer([*words, "--socket", path]) as server:
-        deadline = time.monotonic() + 30
-        while not path.exists():
-            assert time.monotonic() < deadline, server.output
-            time.sleep(0.01)
+        eventually(lambda: is_listening(path), "the first daemon listens", 30)
         disk = GuestDisk(path, queues=queues, reconnect_seconds=1, options=ring_options(rings))
         with Guest([disk], cpus=queues, programs=(str(load),)) as guest:
             yield server, BusyGuest(guest, 4 * queues, rings)
