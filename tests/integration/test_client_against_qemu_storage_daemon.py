@@ -9,7 +9,6 @@ everything hostile.
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.left_behind import left_behind
 from tests.requirements import require
 from vhostblk.client.client import FEATURES, Client, segments
 from vhostblk.client.shared_memory import Kind, SharedMemory
@@ -70,13 +70,6 @@ def daemon(tmp_path: Path) -> Iterator[StorageDaemon]:
     running = StorageDaemon(require("qemu-storage-daemon", group="qemu"), tmp_path)
     yield running
     running.stop()
-
-
-def left_behind() -> tuple[int, int, int]:
-    """Open fds, shared mappings, names in /dev/shm."""
-    maps = Path("/proc/self/maps").read_text()
-    shared = sum(" rw-s " in line for line in maps.splitlines())
-    return len(os.listdir("/proc/self/fd")), shared, len(os.listdir("/dev/shm"))
 
 
 def test_every_kind_of_request(daemon: StorageDaemon) -> None:

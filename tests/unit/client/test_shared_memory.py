@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.left_behind import left_behind
 from tests.schedule import HUNT
 from vhostblk.client.shared_memory import Kind, SharedMemory
 from vhostblk.errors import StateError
@@ -16,13 +16,6 @@ from vhostblk.virtio.driver import Buffer
 
 PAGE = 4096
 KINDS: list[Kind] = ["memfd", "posix"]
-
-
-def left_behind() -> tuple[int, int, int]:
-    """Open fds, shared mappings, names in /dev/shm."""
-    maps = Path("/proc/self/maps").read_text()
-    shared = sum(" rw-s " in line for line in maps.splitlines())
-    return len(os.listdir("/proc/self/fd")), shared, len(os.listdir("/dev/shm"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
