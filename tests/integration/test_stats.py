@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pty
@@ -10,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,29 +101,44 @@ def test_watch_on_a_terminal_replaces_one_table_by_the_next(
 ) -> None:
     socket = socket_directory / "s"
     daemon = storage_daemon(*null_export("e", socket), sockets=[socket])
-    master, slave = pty.openpty()
     words = ("--pid", str(daemon.pid), "--watch", "0.05", "--count", "2")
+    found: list[list[int]] = []
+
+    def reads_in_both() -> bool:
+        """Looks at two intervals; we, or the daemon, may have had no turn in one of them."""
+        nothing, *tables = shown_while_reading(socket, words).split("\x1b[H\x1b[2J")
+        assert (nothing, len(tables)) == ("", 2)
+        for table in tables:
+            assert table.startswith(f"export e (process {daemon.pid}, ")
+        rows = [re.search(r" 0     read +(\d+) ", table) for table in tables]
+        found.append([int(row[1]) if row else 0 for row in rows])
+        return all(found[-1])
+
+    eventually(reads_in_both, "two tables with reads", 60)
+    # Of each interval: there were not so many in both together.
+    assert sum(found[-1]) <= requests_of(daemon.pid)
+
+
+def shown_while_reading(socket: Path, words: Sequence[str]) -> str:
+    """What a terminal gets from `vhostblk stats`, while a client reads."""
+    master, slave = pty.openpty()
     try:
-        with Client.connect(socket) as client:
-            with subprocess.Popen([*STATS, *words], stdout=slave, stderr=slave) as process:
-                while process.poll() is None:
-                    client.read(0, 512)
-            assert process.returncode == 0
-        os.set_blocking(master, False)
-        shown = os.read(master, 1 << 16).decode()
+        try:
+            process = subprocess.Popen([*STATS, *words], stdout=slave, stderr=slave)
+        finally:
+            os.close(slave)
+        with process, Client.connect(socket) as client:
+            while process.poll() is None:
+                client.read(0, 512)
+        assert process.returncode == 0
+        # What was written arrives a moment later, and a part at a time; the end of it all is an error.
+        shown = b""
+        with contextlib.suppress(OSError):
+            while more := os.read(master, 1 << 16):
+                shown += more
+        return shown.decode()
     finally:
         os.close(master)
-        os.close(slave)
-    nothing, *tables = shown.split("\x1b[H\x1b[2J")
-    assert (nothing, len(tables)) == ("", 2)
-    for table in tables:
-        assert table.startswith(f"export e (process {daemon.pid}, ")
-        assert " 0     read " in table
-    # Rates of the interval: there were not so many requests in both together.
-    first, second = (int(table.split(" read ")[1].split()[0]) for table in tables)
-    assert first
-    assert second
-    assert first + second <= requests_of(daemon.pid)
 
 
 def test_watch_ends_with_its_reader_and_with_ctrl_c(
@@ -160,8 +177,8 @@ def test_page_of_a_killed_daemon_is_not_shown_and_the_next_one_removes_it(
     pid = killed.pid
     os.kill(pid, signal.SIGKILL)
     killed.expect_end(-signal.SIGKILL)
-    assert pages_of(pid) == [f"vhostblk-{pid}-e"]
-    assert not read_page(f"vhostblk-{pid}-e").is_alive
+    # It is there until some daemon starts, which may be that of another test.
+    assert pages_of(pid) in ([f"vhostblk-{pid}-e"], [])
     stats("--pid", str(pid), status=1)
     successor = storage_daemon(*null_export("e", sockets[2]), sockets=sockets[2:])
     assert pages_of(pid) == []
