@@ -10,6 +10,7 @@ import pytest
 
 from tests.daemons import ALL_PATHS, CAPACITY, SERIAL, Disks, eventually
 from vhostblk.client.client import Client, segments
+from vhostblk.client.queue import Pending
 from vhostblk.errors import BlockError
 from vhostblk.export.statistics import QueueStatistics
 from vhostblk.export.stats_layout import OPERATIONS
@@ -127,13 +128,23 @@ def test_a_header_that_is_too_short_is_one_other_request(disks: Disks) -> None:
 
 def test_what_is_in_flight_can_be_seen(disks: Disks) -> None:
     watched = Watched(disks, "slow")
+    sent: list[Pending] = []
     with disks.connect("slow") as client:
-        pending = [client.submit(RequestType.IN, n * 4096, room=4096) for n in range(5)]
-        eventually(lambda: watched.since().in_flight == 5, "five requests in flight")
-        client.wait(pending)
+
+        def are_seen() -> bool:
+            """Five requests; whoever looks too late sees none of them."""
+            pending = [client.submit(RequestType.IN, n * 4096, room=4096) for n in range(5)]
+            sent.extend(pending)
+            most = 0
+            while not all(request.is_done for request in pending):
+                most = max(most, watched.since().in_flight)
+                client.poll()
+            return most == 5
+
+        eventually(are_seen, "five requests in flight", 60)
         eventually(lambda: watched.since().in_flight == 0, "none in flight")
-        found = watched.wait_for(5)
-    assert found.operations["read"].requests == 5
+        found = watched.wait_for(len(sent))
+    assert found.operations["read"].requests == len(sent)
     assert found.operations["read"].latency_max_ns >= 50_000_000
 
 
