@@ -13,6 +13,8 @@ SIZE = 1 << 20
 DEADLINE = 60.0
 NO_ANSWER = "export stuck: the disk does not answer"
 AGAIN = "export stuck: the disk answers again"
+SHUTDOWN_SECONDS = (0.2, 2.0, 20.0)
+"""Of `--shutdown-timeout`, to be tried in turn: on a busy machine the other disk needs some time to end, too."""
 
 
 class StuckDaemon(DaemonProcess):
@@ -60,6 +62,21 @@ class StuckDaemon(DaemonProcess):
 def in_time(condition: Callable[[], object], what: str) -> None:
     """Wait until it is so."""
     eventually(lambda: bool(condition()), what, DEADLINE)
+
+
+def end_in_time(end: Callable[[float], str]) -> str:
+    """What is said by a daemon that ends with one disk stuck, and gives up nothing but that one.
+
+    Args:
+        end: has one end, with this time-out, and returns what it has said.
+    """
+    for seconds in SHUTDOWN_SECONDS:
+        said = end(seconds)
+        assert f"vhostblk: given up after {seconds:g} s" in said
+        assert "ERROR: export stuck: given up: " in said
+        if "export other: given up" not in said:
+            return said
+    raise AssertionError(f"the other one does not end:\n{said}")
 
 
 def is_served(path: Path) -> None:
