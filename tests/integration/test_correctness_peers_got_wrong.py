@@ -38,17 +38,15 @@ class Trace:
         self._process = subprocess.Popen(
             [
                 require("strace"),
-                *("-f", "-q", "-p", str(pid), "-o", os.fspath(file)),
+                *("-f", "-p", str(pid), "-o", os.fspath(file)),
                 *("-e", "trace=pwritev2,pwritev,pwrite64,fdatasync,fsync,sync_file_range"),
             ],
             stderr=subprocess.PIPE,
         )
-
-        def attached() -> bool:
-            with open(f"/proc/{pid}/status") as status:
-                return "TracerPid:\t0\n" not in status.read()
-
-        eventually(attached, "strace to attach")
+        assert self._process.stderr is not None
+        # It takes one thread after the other, and says so when it has all of them.
+        said = self._process.stderr.readline()
+        assert b" attached" in said, said
 
     def calls(self) -> list[str]:
         """Those that have ended so far."""
