@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -90,8 +90,9 @@ def _switches(pid: int) -> int:
     """How often its threads have gone to sleep."""
     total = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
-        text = (task / "status").read_text()
-        total += int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+            text = (task / "status").read_text()
+            total += int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
     return total
 
 

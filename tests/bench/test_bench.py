@@ -39,10 +39,13 @@ def test_others_are_seen_at_work() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
-        known, unknown = Weather(other.pid), Weather()
+        # The one that knows it looks for a shorter time: what the rest of the machine does is not held against it.
+        unknown = Weather()
+        known = Weather(other.pid)
         assert other.stdout
         other.stdout.readline()
-        assert unknown.others() - known.others() > 0.2
+        without = known.others()
+        assert unknown.others() - without > 0.2
         other.communicate(b"\n")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.daemons import ALL_PATHS, BOTH_PATHS, CAPACITY, Disks, eventually
+from tests.daemons import ALL_PATHS, BOTH_PATHS, CAPACITY, Disks, eventually, wait_until_taken
 from tests.requirements import require
 from vhostblk.client.bench.options import PATTERNS, BenchOptions, parse_pattern
 from vhostblk.client.bench.result import BenchResult
@@ -207,7 +207,7 @@ def test_back_end_that_dies_ends_the_run_with_one_line(daemon: DaemonProcess, wa
     words = command(daemon.sockets[0], "--duration", "60", "--ramp", "0", "--wait", wait)
     client = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for_requests(daemon)
+        wait_until_taken(daemon, 1000)
         os.kill(daemon.pid, signal.SIGKILL)
         began = time.monotonic()
         out, err = client.communicate(timeout=20)
@@ -224,7 +224,7 @@ def test_back_end_that_hangs_ends_the_run_with_one_line(daemon: DaemonProcess) -
     words = command(daemon.sockets[0], "--duration", "60", "--ramp", "0", "--timeout", "1")
     client = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        wait_for_requests(daemon)
+        wait_until_taken(daemon, 1000)
         os.kill(daemon.pid, signal.SIGSTOP)
         out, err = client.communicate(timeout=30)
     finally:
@@ -234,18 +234,6 @@ def test_back_end_that_hangs_ends_the_run_with_one_line(daemon: DaemonProcess) -
     assert (client.returncode, out) == (1, "")
     assert len(err.splitlines()) == 1
     assert "no request has finished for 1 s" in err
-
-
-def wait_for_requests(daemon: DaemonProcess) -> None:
-    """Until the daemon's threads have worked for the client for a while."""
-    stat = Path(f"/proc/{daemon.pid}/schedstat")
-    tasks = stat.parent / "task"
-
-    def spent() -> int:
-        return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks.iterdir())
-
-    before = spent()
-    eventually(lambda: spent() > before + 200_000_000, "requests", 20)
 
 
 def test_json_and_comparison_on_the_command_line(daemon: DaemonProcess) -> None:
