@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from tests.locks import held_by_qemu, qemu_io
+from tests.locks import held_by_qemu, qemu_io, wait_until_unlocked
 from vhostblk.client.client import Client
 from vhostblk.testing.daemon_process import VHOSTBLK
 from vhostblk.testing.plugin import DaemonStarter
@@ -49,6 +49,7 @@ def test_killed_daemon_holds_no_lock(
     sock = socket_directory / "s"
     process = daemon("serve", image, "--socket", sock, sockets=[sock])
     process.kill()
+    wait_until_unlocked(image)
     assert qemu_io(image) == ""
 
 
