@@ -22,6 +22,7 @@ from vhostblk.block.keyval import parse_options
 from vhostblk.client.client import Client
 from vhostblk.daemon import Daemon, DaemonConfig
 from vhostblk.export.options import parse_export
+from vhostblk.export.statistics import QueueStatistics
 from vhostblk.export.stats_reader import page_names, pid_in, read_page
 from vhostblk.testing.plugin import DaemonStarter
 from vhostblk.virtio.blk import RequestType
@@ -48,8 +49,12 @@ def pages_of(pid: int) -> list[str]:
 
 def requests_of(pid: int) -> int:
     """Of all exports of a process."""
+    return sum(queue.requests for queue in queues_of(pid))
+
+
+def queues_of(pid: int) -> list[QueueStatistics]:
     pages = [read_page(name) for name in pages_of(pid)]
-    return sum(queue.requests for page in pages for queue in page.queues.values())
+    return [queue for page in pages for queue in page.queues.values()]
 
 
 def null_export(name: str, socket: Path, *, queues: int = 2) -> list[str]:
@@ -76,6 +81,7 @@ def test_figures_of_a_client_that_is_at_work(
             client.write(n * 512, bytes(512), queue=n % 2)
         client.wait([client.submit(RequestType.IN, 0, room=4096) for _ in range(20)])
         eventually(lambda: requests_of(daemon.pid) == 50, "50 requests")
+        eventually(lambda: not any(queue.in_flight for queue in queues_of(daemon.pid)), "their end")
         export = export_json(*chosen)
         table = stats(*chosen)
     assert (export["data_path"], export["sessions"], export["connected"]) == (data_path, 1, 1)
