@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -281,10 +282,11 @@ def is_over(client: Client) -> bool:
 
 
 def _are_broken(client: Client) -> bool:
-    try:
-        return all(os.eventfd_read(queue.err_fd) for queue in client.queues)
-    except BlockingIOError:
-        return False
+    # Not read, because it may be so of one a moment before the other.
+    poll = select.poll()
+    for queue in client.queues:
+        poll.register(queue.err_fd, select.POLLIN)
+    return len(poll.poll(0)) == len(client.queues)
 
 
 @pytest.mark.parametrize("kind", [RequestType.IN, RequestType.OUT, RequestType.WRITE_ZEROES])
