@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemons import finish
+from tests.daemons import finish, wait_until_taken
 from tests.hanging_file import HangingFile
 from tests.stuck_disks import (
     AGAIN,
@@ -273,7 +273,7 @@ def test_disk_that_goes_on_in_time_makes_it_a_good_end(
         client.write(0, bytes(512))
         hanging.hang()
         pending = ask(client, "writes", 4)
-        in_time(lambda: hanging.waiting > 0, "they are on their way")
+        wait_until_taken(daemon, 5)
         os.kill(daemon.pid, signal.SIGTERM)
         in_time(lambda: "stopping" in daemon.output, "it has begun to end")
         hanging.go_on()
