@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemons import eventually
+from tests.daemons import terminate
 from tests.qcow2_images import check, create, qemu_io
 from tests.requirements import require
 from vhostblk.client.client import Client
@@ -233,8 +233,7 @@ def test_background_daemon_is_in_its_sandbox_before_it_is_said_to_be_ready(
     try:
         assert "Seccomp:\t2" in Path(f"/proc/{pid}/status").read_text().splitlines()
     finally:
-        os.kill(pid, signal.SIGTERM)
-        eventually(lambda: not Path(f"/proc/{pid}").exists(), "it ends")
+        terminate(pid)
     assert not sock.exists()
 
 
