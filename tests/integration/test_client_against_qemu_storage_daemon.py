@@ -9,6 +9,7 @@ everything hostile.
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import time
@@ -185,7 +186,8 @@ def test_strict_client_refuses_what_a_driver_must_not_ask(daemon: StorageDaemon)
 def test_death_of_the_back_end_ends_a_wait_at_once(daemon: StorageDaemon) -> None:
     with Client.connect(daemon.socket, timeout=60) as client:
         client.write(0, b"x" * 512)
-        daemon.process.send_signal(signal.SIGSTOP)  # the request stays in flight
+        daemon.process.send_signal(signal.SIGSTOP)
+        os.waitpid(daemon.process.pid, os.WUNTRACED)  # all its threads: the request stays in flight
         pending = client.submit(RequestType.IN, 0, room=512)
         with pytest.raises(TimeoutError):
             client.wait([pending], 0.05)

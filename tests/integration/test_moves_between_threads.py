@@ -219,7 +219,8 @@ def test_busy_export_moves_a_thousand_times_without_lost_or_duplicated_completio
 async def _move_under_load(one: Served, wanted: int) -> None:
     choice, moves, busy = random.Random(7), 0, 0
     before = None
-    while moves < wanted:
+    # At least so often while it was busy: on a machine that is, too, nobody may have been served between two moves.
+    while moves < wanted or busy <= wanted / 4:
         bench = await asyncio.create_subprocess_exec(
             *(*VHOSTBLK, "bench", str(one.socket), "--verify", "--queues", str(_QUEUES)),
             *("--depth", "16", "--size", "4M", "--requests", "30000", "--block-size", "512-16k"),
@@ -239,7 +240,6 @@ async def _move_under_load(one: Served, wanted: int) -> None:
         assert bench.returncode == 0, f"{moves} moves\n{error.decode()}"
         if before is None:
             before = Resources.of()
-    assert busy > wanted / 4  # it was moved while it was busy
     assert before is not None
     for thread in ("vhostblk-io", "python", "python3", "pytest"):
         before.threads[thread] += 64
