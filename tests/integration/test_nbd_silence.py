@@ -242,8 +242,10 @@ def test_time_out_makes_the_end_of_a_daemon_an_orderly_one_that_says_what_is_los
     folder: Path, server: StoppableServer, data_path: str
 ) -> None:
     words = ("--shutdown-timeout", "60")
-    with Daemon(folder, server, data_path, *words, nbd=",request-timeout=0.5") as daemon:
-        client = Client.connect(daemon.stuck, queues=2)
+    with (
+        Daemon(folder, server, data_path, *words, nbd=",request-timeout=0.5") as daemon,
+        Client.connect(daemon.stuck, queues=2) as client,
+    ):
         in_time(lambda: not fails(lambda: client.write(0, bytes(512))), "a fast answer")
         server.stop()
         pending = ask(client, 40)
@@ -255,7 +257,6 @@ def test_time_out_makes_the_end_of_a_daemon_an_orderly_one_that_says_what_is_los
         client.poll()
         assert all(request.status == Status.IOERR for request in pending)
         client.abandon()
-        client.close()
 
 
 # ---------------------------------------------------------------- tools
@@ -304,8 +305,8 @@ class Tool:
 
     def ends_by(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
-        self.process.communicate(timeout=DEADLINE)
-        assert self.process.returncode == -number
+        said, _ = self.process.communicate(timeout=DEADLINE)
+        assert self.process.returncode == -number, said
 
 
 def has_clients(server: StoppableServer) -> bool:
@@ -340,7 +341,7 @@ def test_img_whose_server_is_stopped_ends_by_a_signal(
     # There is always something under way.
     words = ("bench", "-f", "raw", "-c", "1000000000", "-d", "4")
     with Tool(IMG, *words, f"nbd+unix:///?socket={server.socket}") as tool:
-        in_time(lambda: "Read" in server.log.read_text(), "it is at work")
+        in_time(lambda: " Read id=" in server.log.read_text(), "it is at work")
         server.stop()
         tool.ends_by(number)
 
