@@ -67,6 +67,17 @@ def null_export(name: str, socket: Path, *, queues: int = 2) -> list[str]:
     ]
 
 
+def test_disk_of_serve_is_called_what_its_command_line_says(
+    daemon: DaemonStarter, tmp_path: Path, socket_directory: Path
+) -> None:
+    for name in ("vm1-root", "vm2-root"):
+        image, socket = tmp_path / name, socket_directory / name
+        image.write_bytes(bytes(4096))
+        process = daemon("serve", image, "--socket", socket, "--name", name, sockets=[socket])
+        assert f"INFO: export {name}: node 'disk'" in process.output
+    assert stats("--export", "vm2-root").startswith(f"export vm2-root (process {process.pid}, ")
+
+
 @pytest.mark.parametrize("data_path", ["native", "python"])
 def test_figures_of_a_client_that_is_at_work(
     storage_daemon: DaemonStarter, socket_directory: Path, data_path: str

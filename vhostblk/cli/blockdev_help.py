@@ -1,12 +1,13 @@
-"""`--blockdev help`, `--blockdev driver=X,help`, `--export help`: drivers, and options, as they are declared."""
+"""`--blockdev help`, `--export help`, `--object help`, and of one driver or kind: what there is, as it is declared."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from vhostblk.block.keyval import parse_keyval
 from vhostblk.block.options import NodeOptions, describe_options
 from vhostblk.block.registry import DriverRegistry
+from vhostblk.errors import ConfigError
 from vhostblk.export.options import describe_export
 
 _HELP = ("help", "?")
@@ -21,12 +22,9 @@ def blockdev_help(text: str, drivers: DriverRegistry) -> str | None:
     Raises:
         ConfigError: it asks about a driver that does not exist.
     """
-    words = text.split(",")
-    rest = [word for word in words if word not in _HELP]
-    if len(rest) == len(words):
+    if (asked := _asked(text, "driver")) is None:
         return None
-    name = parse_keyval(",".join(rest), "driver").get("driver")
-    if name is None:
+    if (name := asked.get("driver")) is None:
         return "\n".join(["Block drivers (--blockdev driver=NAME,help):", *drivers.names()])
     driver = drivers.find(name)
     lines = [f"{name} options:"]
@@ -40,9 +38,37 @@ def blockdev_help(text: str, drivers: DriverRegistry) -> str | None:
 
 def export_help(text: str) -> str | None:
     """What to print for this value of `--export`; None if it does not ask for help."""
-    if not any(word in _HELP for word in text.split(",")):
+    if _asked(text, "type") is None:
         return None
     return "\n".join(["vhost-user-blk options:", *_lines(describe_export())])
+
+
+def object_help(text: str, kinds: Mapping[str, Mapping[str, type]]) -> str | None:
+    """What to print for this value of `--object`; None if it does not ask for help.
+
+    Args:
+        kinds: which there are, with the declarations of their options by what stands before the names.
+
+    Raises:
+        ConfigError: it asks about a kind that does not exist.
+    """
+    if (asked := _asked(text, "qom-type")) is None:
+        return None
+    if (kind := asked.get("qom-type")) is None:
+        return "\n".join(["Objects (--object KIND,help):", *sorted(kinds)])
+    if kind not in kinds:
+        raise ConfigError(f"--object: type '{kind}' is not supported (allowed: {', '.join(kinds)})")
+    lines = [f"{kind} options:"]
+    for prefix, declared in kinds[kind].items():
+        lines += [f"  {prefix}{line.lstrip()}" for line in _lines(describe_options(declared))]
+    return "\n".join(lines)
+
+
+def _asked(text: str, implied_key: str) -> dict[str, str] | None:
+    """What else a value says that asks for help; None if it does not."""
+    words = text.split(",")
+    rest = [word for word in words if word not in _HELP]
+    return parse_keyval(",".join(rest), implied_key) if len(rest) < len(words) else None
 
 
 def _lines(options: Iterable[tuple[str, str, str]]) -> list[str]:

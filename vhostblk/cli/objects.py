@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from vhostblk.block.crypto.secret import SecretConfig, Secrets
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from vhostblk.block.graph import BlockGraph
 
 Object: TypeAlias = ThrottleLimits | SecretConfig
-_KINDS = ("secret", "throttle-group")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,15 @@ class _SecretOptions:
     iv: str | None = option(STRING, None, about="for that, in base64")
 
 
+#: The kinds, with their options: declarations, by what stands before the names.
+OBJECTS: Mapping[str, Mapping[str, type]] = MappingProxyType(
+    {
+        "secret": {"": _SecretOptions},
+        "throttle-group": {"": _ThrottleGroupOptions, "limits.": ThrottleLimits},
+    }
+)
+
+
 def parse_object(text: str) -> tuple[str, Object]:
     """The id and the rest of `--object`, for tools.
 
@@ -49,9 +58,9 @@ def parse_object(text: str) -> tuple[str, Object]:
     kind = options.pop("qom-type", None)
     if kind is None:
         raise ConfigError("Parameter 'qom-type' is missing")
-    if kind not in _KINDS:
+    if kind not in OBJECTS:
         raise ConfigError(
-            f"type '{kind}' is not supported (allowed: {', '.join(_KINDS)})",
+            f"type '{kind}' is not supported (allowed: {', '.join(OBJECTS)})",
             qemu_text=f"Parameter 'qom-type' does not accept value '{kind}'",
         )
     if kind == "secret":

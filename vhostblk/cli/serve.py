@@ -10,6 +10,7 @@ from typing import Any
 
 from vhostblk.block.crypto.secret import SecretConfig
 from vhostblk.block.foreign_formats import foreign_format
+from vhostblk.block.options import to_identifier
 from vhostblk.block.registry import PROBE_SIZE
 from vhostblk.block.seconds import seconds
 from vhostblk.cli.objects import parse_object
@@ -84,6 +85,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "(neither: the socket that systemd passes)",
     )
     _add_access_options(parser)
+    parser.add_argument(
+        "--name",
+        type=_name,
+        default="disk",
+        metavar="NAME",
+        help="what the log and 'vhostblk stats' call this disk (default: %(default)s)",
+    )
     parser.add_argument("--read-only", action="store_true", help="the guest may not write")
     parser.add_argument(
         "--snapshot",
@@ -324,7 +332,7 @@ def run(args: argparse.Namespace) -> None:
         name = "key-secret" if args.format == "luks" else "encrypt.key-secret"
         blockdev[name] = args.key_secret
     export = ExportConfig(
-        id="disk",
+        id=args.name,
         node_name="disk",
         socket_path=args.socket,
         fd=fd,
@@ -384,6 +392,15 @@ def duration(text: str) -> float:
         return seconds(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _name(text: str) -> str:
+    try:
+        return to_identifier("name", text)
+    except ConfigError:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not made of letters, digits, '-', '.', '_', beginning with a letter"
+        ) from None
 
 
 def _serial(text: str) -> str:

@@ -18,8 +18,8 @@ from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.keyval import flatten, parse_options
 from vhostblk.block.options import IDENTIFIER, INTEGER, consume_all, option
 from vhostblk.block.registry import DriverRegistry
-from vhostblk.cli.blockdev_help import blockdev_help, export_help
-from vhostblk.cli.objects import secret, throttle_group
+from vhostblk.cli.blockdev_help import blockdev_help, export_help, object_help
+from vhostblk.cli.objects import OBJECTS, secret, throttle_group
 from vhostblk.cli.run import add_sandbox_option, run_daemon, sandbox_mode
 from vhostblk.cli.serve import (
     add_data_path_option,
@@ -53,7 +53,8 @@ node-name=disk0,writable=on,iothread=io0 \\
 """
 EXAMPLES += textwrap.fill(f"Block drivers: {', '.join(sorted(DRIVERS))}.", 112)
 EXAMPLES += """
-'--blockdev NAME,help' lists the options of one, '--export help' those of exports. See vhostblk-storage-daemon(1).
+'--blockdev NAME,help' lists the options of one, '--export help' those of exports,
+'--object help' the kinds of objects. See vhostblk-storage-daemon(1).
 """
 
 _KINDS: MappingProxyType[type, str] = MappingProxyType(
@@ -147,6 +148,10 @@ def run(args: argparse.Namespace) -> None:
         if (help_text := export_help(text)) is not None:
             print(help_text)
             return
+    for text in args.object:
+        if (help_text := object_help(text, _OBJECTS)) is not None:
+            print(help_text)
+            return
     for text in args.trace:
         if read_trace_option(text):
             return
@@ -214,12 +219,15 @@ class _IOThreadOptions:
     aio_max_batch: int = option(INTEGER, 0, about="accepted; QEMU's aio=native has a use for it")
 
 
+_OBJECTS = {"iothread": {"": _IOThreadOptions}, **OBJECTS}
+
+
 def _parse_object(text: str) -> IOThreadConfig | ThrottleGroupConfig | SecretConfig:
     options = flatten(_parse("--object", text, "qom-type"))
     kind = options.pop("qom-type", None)
-    if kind not in _KINDS.values():
+    if kind not in _OBJECTS:
         raise ConfigError(
-            f"--object: type '{kind}' is not supported (allowed: {', '.join(_KINDS.values())})"
+            f"--object: type '{kind}' is not supported (allowed: {', '.join(_OBJECTS)})"
         )
     try:
         if kind == "throttle-group":

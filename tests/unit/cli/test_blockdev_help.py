@@ -61,6 +61,32 @@ def test_export_help_is_printed_and_nothing_is_served(capsys: pytest.CaptureFixt
     assert "num-queues=<number (default: 64)>" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("help", ["iothread", "secret", "throttle-group"]),
+        ("?", ["iothread", "secret", "throttle-group"]),
+        ("iothread,help", ["  id=<string (required)>", "  poll-max-ns=<number (default: 32768)>"]),
+        ("qom-type=throttle-group,?", ["  id=<", "  limits.bps-total=<", "  limits.iops-size=<"]),
+        ("secret,id=a,help", ["  id=<", "  format=<raw|base64 (default: raw)>"]),
+    ],
+)
+def test_objects_are_explained_and_nothing_is_served(
+    capsys: pytest.CaptureFixture[str], text: str, shown: list[str]
+) -> None:
+    assert main(["storage-daemon", "--object", text]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for beginning in shown:
+        assert any(line.startswith(beginning) for line in lines), lines
+
+
+def test_help_about_an_object_that_there_is_not_is_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["storage-daemon", "--object", "tls-creds-x509,help"]) == 1
+    assert "'tls-creds-x509' is not supported (allowed: iothread, secret" in capsys.readouterr().err
+
+
 def test_list_of_trace_events_is_empty_and_nothing_is_served(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

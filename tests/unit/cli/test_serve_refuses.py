@@ -75,6 +75,8 @@ SERVE = [
         "--serial: 'xxxxxxxxxxxxxxxxxxxxx' has more than 20 bytes",
     ),
     (("disk.img", "--socket", "s", "--serial", "é" * 11), "has more than 20 bytes"),
+    (("disk.img", "--socket", "s", "--name", "a/b"), "--name: 'a/b' is not made of letters"),
+    (("disk.img", "--socket", "s", "--name", ""), "--name: '' is not made of letters"),
     (("disk.img", "--socket", "s", "--cache", "fast"), "--cache: invalid choice: 'fast'"),
     (("disk.img", "--socket", "s", "--discard", "on"), "--discard: invalid choice: 'on'"),
     (("disk.img", "--socket", "s", "--aio", "native"), "--aio: invalid choice: 'native'"),
