@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.native.variants import ASAN, TSAN, Variants
 from tests.requirements import require
 
 HERE = Path(__file__).parent
@@ -19,41 +19,20 @@ NAMES = sorted(
     for name in re.findall(r"^TEST\((\w+)\)", source.read_text(), re.MULTILINE)
 )
 
-VARIANTS = {
-    "asan": ("gcc", ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]),
-    # gcc's ThreadSanitizer does not know fences, clang's does.
-    "tsan": ("clang", ["-fsanitize=thread"]),
-    "without_liburing": ("gcc", ["-DVB_NO_URING", "-O2"]),
-}
+VARIANTS = {"asan": ASAN, "tsan": TSAN, "without_liburing": ("gcc", ("-DVB_NO_URING", "-O2"))}
 
 
 @pytest.fixture(scope="session")
-def harness(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The compiled variants, filled on demand."""
-    return {"": tmp_path_factory.mktemp("harness")}
-
-
-def build(harness: dict[str, Path], variant: str) -> Path:
-    compiler, flags = VARIANTS[variant]
-    require(compiler, group="compiler")
-    if variant not in harness:
-        output = harness[""] / variant
-        subprocess.run(
-            [HERE / "build.sh", output, "-Werror", *flags],
-            env={**os.environ, "CC": compiler},
-            check=True,
-            timeout=100,
-        )
-        harness[variant] = output
-    return harness[variant]
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Variants:
+    return Variants(HERE / "build.sh", tmp_path_factory.mktemp("harness"), VARIANTS)
 
 
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_engine(harness: dict[str, Path], variant: str, name: str, tmp_path: Path) -> None:
+def test_engine(harness: Variants, variant: str, name: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [build(harness, variant), name],
+        [harness[variant], name],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -65,9 +44,9 @@ def test_engine(harness: dict[str, Path], variant: str, name: str, tmp_path: Pat
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_c_test_is_run(harness: dict[str, Path]) -> None:
+def test_every_c_test_is_run(harness: Variants) -> None:
     listed = subprocess.run(
-        [build(harness, "without_liburing"), "--list"], capture_output=True, text=True, check=True
+        [harness["without_liburing"], "--list"], capture_output=True, text=True, check=True
     ).stdout.split()
 
     assert sorted(name for name in listed if not name.startswith("bench_")) == NAMES
