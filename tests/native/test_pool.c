@@ -229,6 +229,84 @@ TEST(file_that_hangs_has_as_many_threads_as_it_may_have_and_not_one_more)
 	aio_destroy(crowd.aio);
 }
 
+static void *disturb(void *opaque)
+{
+	uint32_t state = 7;
+
+	for (bool *over = opaque; !load_acquire(over);) {
+		struct timespec moment = {.tv_nsec = 1 + state % 2000000};
+
+		nanosleep(&moment, NULL);
+		state = state * 1103515245u + 12345u;
+		pthread_mutex_lock(&kernel.lock);
+		kernel.gone[state >> 16 & (FILES - 1)] ^= true;
+		pthread_cond_broadcast(&kernel.changed);
+		pthread_mutex_unlock(&kernel.lock);
+	}
+	release_all();
+	return NULL;
+}
+
+/* Files come and go, and operations are given up, at random moments: each comes back once, done or not. */
+TEST(operations_come_back_once_whatever_hangs_and_whatever_is_given_up)
+{
+	struct pollfd readable = {.events = POLLIN};
+	static bool in_flight[FILES * EACH];
+	struct aio_op *ops = &crowd.ops[0][0];
+	uint64_t end = now_ns() + DEADLINE / 10;
+	uint32_t count = 0, given_up = 0;
+	bool over = false;
+	pthread_t other;
+
+	CHECK_EQUAL(aio_create(VB_IO_THREADS, 16, 4, &crowd.aio), 0);
+	readable.fd = aio_fd(crowd.aio);
+	kernel.stands_in = true;
+	CHECK_EQUAL(pthread_create(&other, NULL, disturb, &over), 0);
+	while (now_ns() < end || count) {
+		uint32_t which = random_below(FILES * EACH);
+
+		if (!in_flight[which] && now_ns() < end) {
+			static char data[2048];
+			struct iovec *iov = &crowd.iov[0][0][0] + 2 * which;
+
+			iov[0] = iov[1] = (struct iovec){data, 2048};
+			ops[which] = (struct aio_op){.iov = iov,
+				.pieces = 2,
+				.kind = VB_IO_WRITE,
+				.flags = AIO_POOL | (random_below(2) ? AIO_BRIEF : 0),
+				.buffer = -1,
+				.file = -1,
+				.fd = (int)(which % FILES)};
+			in_flight[which] = true;
+			aio_start(crowd.aio, &ops[which]);
+			count++;
+		} else if (in_flight[which] && !random_below(10)) {
+			aio_cancel(crowd.aio, &ops[which]);
+			aio_sweep(crowd.aio);
+		}
+		if (now_ns() >= end)
+			store_release(&over, true);
+		if (random_below(3))
+			aio_flush(crowd.aio);
+		if (random_below(3) && now_ns() < end)
+			continue;
+		aio_flush(crowd.aio);
+		poll(&readable, 1, now_ns() < end ? 0 : 100);
+		for (struct aio_op *op = aio_reap(crowd.aio); op; op = op->next) {
+			CHECK(in_flight[op - ops]);
+			CHECK(op->result == 4096 || (op->result == -ECANCELED && op->unwanted));
+			given_up += op->result < 0;
+			in_flight[op - ops] = false;
+			count--;
+		}
+		CHECK(now_ns() < end + DEADLINE);
+	}
+	store_release(&over, true);
+	pthread_join(other, NULL);
+	CHECK(given_up);
+	aio_destroy(crowd.aio);
+}
+
 /* ---- lanes, compared with a model: lists of the operations of each file, in order */
 
 #define OPS 2000
