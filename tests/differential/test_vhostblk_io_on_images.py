@@ -142,6 +142,36 @@ def test_commands_on_an_overlay(folder: Path) -> None:
     both(folder, make, [*commands(SCRIPT), "image"], "image")
 
 
+COPIED = {
+    "the image itself": ["-C"],
+    "below a filter": [
+        *("--object", "throttle-group,id=tg", "--image-opts"),
+        "driver=copy-on-read,file.driver=throttle,file.throttle-group=tg,file.file.driver=qcow2,file.file.file.filename=image",
+    ],
+}
+
+
+@pytest.mark.parametrize("words", COPIED.values(), ids=COPIED)
+def test_reads_that_copy_what_they_lack_copy_whole_clusters(folder: Path, words: list[str]) -> None:
+    """What is asked for may be there although a part of its cluster is not: there are subclusters."""
+
+    def make() -> None:
+        qemu_img("create", "-q", "-f", "qcow2", "base", "256k")
+        qemu_io(folder / "base", "write -q 0 256k")
+        more = ("-o", "extended_l2=on,cluster_size=32k")
+        qemu_img("create", "-q", "-f", "qcow2", *more, "-b", "base", "-F", "qcow2", "image", "256k")
+        qemu_io(folder / "image", "write -q -P 1 4k 2k", "write -q -P 1 128k 16k")
+
+    image = [] if "--image-opts" in words else ["image"]
+    for script in (
+        "read -P 1 4k 2k",
+        "read 40k 1",
+        "read 60k 40k",
+        "read -P 1 129k 5",
+    ):
+        both(folder, make, [*words, *commands(script), *image], "image")
+
+
 def test_options_that_change_while_an_image_is_open(folder: Path) -> None:
     def make() -> None:
         qemu_img("create", "-q", "-f", "qcow2", "image", "1M")

@@ -144,9 +144,9 @@ async def _read(node: BlockNode, offset: int, iov: IoVec, flags: int) -> None:
         else:
             if node.tracker.serialising:
                 await node.tracker.wait(request)
-            if flags & _COPY_ON_READ:
-                await _copy_on_read(node, request, iov)
-            elif length:
+            if flags & _COPY_ON_READ and await _copy_on_read(node, request, iov):
+                return
+            if length:
                 await submit.read(node, offset, iov)
     finally:
         node.tracker.end(request)
@@ -161,9 +161,9 @@ async def _padded_read(
     head, tail = offset % align, -end % align
     request.widen(align)
     await node.tracker.wait(request)
-    if flags & _COPY_ON_READ:
-        await _copy_on_read(node, request, iov)
-    elif iov.length:
+    if flags & _COPY_ON_READ and await _copy_on_read(node, request, iov):
+        return
+    if iov.length:
         scratch = node.bounce.acquire(head + tail)
         try:
             padded = concat((IoVec([scratch[:head]]), iov, IoVec([scratch[head : head + tail]])))
@@ -191,16 +191,22 @@ async def prefetch(node: BlockNode, offset: int, length: int) -> None:
         node.leave()
 
 
-async def _copy_on_read(node: BlockNode, request: TrackedRequest, iov: IoVec | None) -> None:
-    """Serve a read from buffers of our own, and write what this layer lacks to it.
+async def _copy_on_read(node: BlockNode, request: TrackedRequest, iov: IoVec | None) -> bool:
+    """Serve a read from buffers of our own, and write what this layer lacks of its clusters to it.
 
     Never from the reader's memory, which the guest may change meanwhile (row B13.5). Marked serialising over whole
     clusters, so that a write and the population of its cluster exclude each other.
+
+    Returns:
+        False: this layer has all that is asked for already, and it is still to be read (row B20.2).
     """
     check_writable(node)
-    cluster = max(node.cluster_size, node.limits.request_alignment)
-    await serialise(node, request, 0, cluster)
+    info, align = node.info(), node.limits.request_alignment
+    await serialise(node, request, 0, max(info.cluster_size if info else 0, align))
     offset, end = request.offset, request.offset + request.length
+    first, last = align_down(offset, align), align_up(end, align)
+    if await is_allocated(node, first, last - first) == (True, last - first):
+        return False
     at = request.start
     stop = min(request.end, align_up(max(node.length, end), node.limits.request_alignment))
     step = max(MAX_BOUNCE, node.limits.request_alignment)
@@ -218,6 +224,7 @@ async def _copy_on_read(node: BlockNode, request: TrackedRequest, iov: IoVec | N
                 part = iov.slice(low - offset, high - low)
                 part.copy_from(buffer[low - at : high - at])
         at += count
+    return True
 
 
 async def _populate(node: BlockNode, offset: int, buffer: memoryview) -> None:
