@@ -26,6 +26,7 @@ from vhostblk.block.node import BlockNode
 from vhostblk.block.options import NodeOptions
 from vhostblk.block.permissions import Perm
 from vhostblk.block.quiesce import drained
+from vhostblk.block.reopen import reopen
 from vhostblk.block.roles import Role
 from vhostblk.block.throttle_group import ThrottleGroup
 from vhostblk.errors import BlockError, ConfigError
@@ -272,6 +273,30 @@ def test_members_of_a_group_take_turns() -> None:
         await graph.close_all()
 
     replay(scenario, {})
+
+
+def test_throttled_node_goes_over_to_another_group_with_all_who_wait() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        slow, fast = group(graph, iops_total=1), group(graph, "fast", bps_total=1 << 30)
+        user = await user_of(graph, {**THROTTLED, "node-name": "d"})
+        requests = [asyncio.create_task(user.pwritev(0, IoVec.of(b"x"))) for _ in range(20)]
+        await turns(3)
+        assert not all(request.done() for request in requests)
+        with pytest.raises(ConfigError, match="Throttle group 'none' does not exist"):
+            await reopen(graph, {graph.find("d"): {"throttle-group": "none"}})
+        await reopen(graph, {graph.find("d"): {"throttle-group": "fast"}})
+        assert all(request.done() for request in requests)
+        assert (len(slow._members), len(fast._members)) == (0, 1)
+        for _ in range(20):
+            await asyncio.wait_for(user.pwritev(0, IoVec.of(b"x")), 1)
+        # Held back again, not only as long as it is drained.
+        fast.configure(ThrottleLimits(iops_total=1))
+        late = [asyncio.create_task(user.pwritev(0, IoVec.of(b"x"))) for _ in range(2)]
+        await turns(5)
+        assert [request.done() for request in late] == [True, False]
+        await user.close()
+
+    run(scenario)
 
 
 # ---------------------------------------------------------------- blkdebug

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vhostblk.block.driver import OpenContext
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.iov import IoVec
 from vhostblk.block.options import STRING, option
+from vhostblk.block.reopen import Reopen
 from vhostblk.block.throttle_group import READ, WRITE, Member, ThrottleGroup
 
 
@@ -18,6 +20,7 @@ class ThrottleOptions:
     throttle_group: str = option(
         STRING,
         about="id of the throttle-group object",
+        mutable=True,
         missing="Please specify a throttle group",
         strong=True,
     )
@@ -29,6 +32,7 @@ class ThrottleNode(FilterNode):
     driver_name = "throttle"
     options_type = ThrottleOptions
     options: ThrottleOptions
+    _find_group: Callable[[str], ThrottleGroup]
     _group: ThrottleGroup
     _member: Member | None = None
 
@@ -38,11 +42,30 @@ class ThrottleNode(FilterNode):
         Raises:
             ConfigError: there is no such group.
         """
-        group = context.throttle_group(self.options.throttle_group)
+        self._find_group = context.throttle_group
+        group = self._find_group(self.options.throttle_group)
         await super().open(context)
+        self._join(group)
+
+    def _join(self, group: ThrottleGroup) -> None:
         self._group, self._member = group, group.join()
         if self.quiesced:
             self.driver_drain_begin()
+
+    async def reopen_prepare(self, reopen: Reopen) -> None:
+        """Look for the new group.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        self._find_group(reopen.options.throttle_group)
+
+    def reopen_commit(self, reopen: Reopen) -> None:
+        """Go over to the new group; nobody waits here for the old one's budget, as the node is drained."""
+        group = self._find_group(reopen.options.throttle_group)
+        if group is not self._group and self._member is not None:
+            self._group.leave(self._member)
+            self._join(group)
 
     async def close(self) -> None:
         """Leave the group."""
