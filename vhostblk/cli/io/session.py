@@ -258,4 +258,5 @@ def check_direct(node: BlockNode) -> None:
 async def _copy_on_read(graph: BlockGraph, node: BlockNode) -> BlockNode:
     if node.read_only:
         raise ConfigError("Can't use copy-on-read on read-only device")
-    return await graph.add({"driver": "copy-on-read", "file": node.node_name})
+    # In QEMU it is the image that copies: whether it discards is for its own options to say.
+    return await graph.add({"driver": "copy-on-read", "file": node.node_name, "discard": "unmap"})
