@@ -165,6 +165,8 @@ def commands(script: list[str]) -> list[str]:
         ["--image-opts", "driver=null-co,size=1M", "-c", "length", "-c", "info", "-c", "map"],
         ["-r", "-f", "raw", "-c", "write 0 1", "-c", "truncate 1", "-c", "discard 0 1", "IMAGE"],
         ["-f", "raw", "-m", "-c", "write -P 7 1 100k", "-c", "read -P 7 1 100k", "IMAGE"],
+        ["-C", "-f", "raw", "-c", "discard 0 4k", "-c", "read -P 0 0 4k", "IMAGE"],
+        ["-C", "-f", "raw", "-d", "ignore", "-c", "discard 0 4k", "-c", "read -P 1 0 4k", "IMAGE"],
         ["-c", "quit", "-c", "length"],
         ["-n", "-f", "raw", "-c", "quit", "IMAGE"],
     ],
@@ -178,31 +180,74 @@ def test_command_line_is_understood_and_refused_alike(tmp_path: Path, arguments:
     )
 
 
-BREAKPOINTS = [
-    *(
-        "break foo a",
-        "break pwritev a",
-        "aio_write -P 3 512 512",
-        "wait_break a",
-        "read -P 0 512 512",
-    ),
-    *("resume b", "resume a", "aio_flush", "read -P 3 512 512", "remove_break a"),
-    *("break write_aio a", "aio_write -P 4 0 512", "wait_break a", "remove_break c", "resume a"),
-    *("aio_flush", "read -P 4 0 512", "resume a"),
-    *("break write_aio a", "remove_break a", "write -P 4 0 512"),
-]
+BREAKPOINTS = {
+    "one after the other": """
+break foo a|break pwritev a|aio_write -P 3 512 512|wait_break a|read -P 0 512 512|resume b|resume a|aio_flush
+read -P 3 512 512|remove_break a|break write_aio a|aio_write -P 4 0 512|wait_break a|remove_break c|resume a|aio_flush
+read -P 4 0 512|resume a|break write_aio a|remove_break a|write -P 4 0 512""",
+    "two of one event": """
+break write_aio a|break write_aio b|aio_write -P 1 0 512|wait_break a|wait_break b|write -P 2 4k 512|resume a
+read -P 0 0 512|resume b|aio_flush|read -P 1 0 512""",
+    "two of one event and one tag": """
+break write_aio a|break write_aio a|aio_write -P 1 0 512|wait_break a|write -P 2 4k 512|resume a|read -P 0 0 512
+resume a|resume a|aio_flush""",
+    "one tag twice": """
+break write_aio a|aio_write -P 1 0 512|wait_break a|break write_aio a|aio_write -P 2 4k 512|sleep mark|resume a|resume a
+resume a|aio_flush|sleep mark|read -P 1 0 512|read -P 2 4k 512""",
+}
 
 
-def test_breakpoints(memory: Path) -> None:
+@pytest.mark.parametrize("script", BREAKPOINTS.values(), ids=BREAKPOINTS)
+def test_breakpoints(memory: Path, script: str) -> None:
+    image = scripts.Image(scripts.MIB, ())
+    said = [command for line in script.split("\n") for command in line.split("|") if command]
+    compare(memory, image.make, lambda path: ["-f", "raw", *commands(said), f"blkdebug::{path}"])
+
+
+_RULES = {
+    "of two states the first is next": [
+        *("set-state.0.event=write_aio", "set-state.0.new_state=2"),
+        *("set-state.1.event=write_aio", "set-state.1.new_state=3"),
+        *("inject-error.0.event=write_aio", "inject-error.0.state=2", "inject-error.0.errno=28"),
+        *("inject-error.1.event=write_aio", "inject-error.1.state=3", "inject-error.1.errno=95"),
+    ],
+    "no error is none for good": [
+        *("inject-error.0.event=none", "inject-error.0.errno=0", "inject-error.0.once=on"),
+        *("inject-error.1.event=none", "inject-error.1.errno=28"),
+    ],
+    "the file of rules comes first": [
+        *("config=FOLDER/rules", "inject-error.0.event=none", "inject-error.0.errno=5"),
+        *("set-state.0.event=write_aio", "set-state.0.new_state=3"),
+        *("inject-error.1.event=write_aio", "inject-error.1.state=2", "inject-error.1.errno=95"),
+    ],
+}
+_RULES_FILE = """
+[inject-error]
+event = "none"
+errno = "28"
+once = "on"
+iotype = "write"
+
+[set-state]
+event = "write_aio"
+new_state = "2"
+"""
+
+
+@pytest.mark.usefixtures("_failing_flushes")
+@pytest.mark.parametrize("rules", _RULES.values(), ids=_RULES)
+def test_several_rules_that_fit(memory: Path, rules: list[str]) -> None:
+    (memory / "rules").write_text(_RULES_FILE)
+    words = [f"file.{rule.replace('FOLDER', str(memory))}" for rule in rules]
+    node = ["driver=raw", "file.driver=blkdebug", "file.image.driver=file"]
     image = scripts.Image(scripts.MIB, ())
     compare(
         memory,
         image.make,
         lambda path: [
-            "-f",
-            "raw",
-            *commands(BREAKPOINTS),
-            f"blkdebug::{path}",
+            *("-t", "writeback", "--image-opts"),
+            ",".join([*node, f"file.image.filename={path}", *words]),
+            *commands(["write 0 512"] * 4),
         ],
     )
 

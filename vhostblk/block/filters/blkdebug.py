@@ -1,22 +1,22 @@
 """`blkdebug`: fails, delays and constrains requests on purpose (block layer row B43). Options and rules are QEMU's.
 
 Theory of operation: the pipeline and formats report named *events*. An event activates the `inject-error` rules that
-wait for it in the present state, replacing those that were active; `set-state` rules change the state once all rules
-of the event were looked at. A request that an active rule fits fails with its errno. A breakpoint suspends the next
-request that comes to its event, until `resume`.
+wait for it in the present state, replacing those that were active; the first `set-state` rule that fits changes the
+state, once all others were looked at. A request fails with the errno of the first active rule that fits it; errno 0
+lets it pass. A breakpoint suspends the next request that comes to its event, until `resume`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block.driver import OpenContext
 from vhostblk.block.edge import Edge
 from vhostblk.block.filters.blkdebug_config import read_config
+from vhostblk.block.filters.breakpoints import Breakpoints
 from vhostblk.block.filters.filter import FilterNode
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_ALIGNMENT, SECTOR_SIZE
@@ -39,8 +39,6 @@ from vhostblk.errors import BlockError, ConfigError
 
 if TYPE_CHECKING:
     from vhostblk.block.registry import DriverRegistry
-
-log = logging.getLogger(__name__)
 
 # What the pipeline and today's drivers report; formats add theirs.
 EVENTS = (
@@ -135,15 +133,12 @@ class BlkdebugNode(FilterNode):
         self._errors = list(options.inject_error)
         self._states = list(options.set_state)
         self._active: list[InjectError] = []
-        self._breakpoints: list[tuple[str, str]] = []  # (event, tag)
-        self._suspended: dict[str, list[asyncio.Future[None]]] = {}
+        self._breakpoints = Breakpoints()
         self._notice_rules()
 
     def _notice_rules(self) -> None:
         """Events cost time: they are told of only while one can mean something."""
-        self.has_debug_events = bool(
-            self._errors or self._states or self._breakpoints or self._suspended
-        )
+        self.has_debug_events = bool(self._errors or self._states or self._breakpoints)
 
     @classmethod
     def parse_filename(cls, filename: str, drivers: DriverRegistry) -> dict[str, Any]:
@@ -188,10 +183,10 @@ class BlkdebugNode(FilterNode):
             raise ConfigError(f"Cannot meet constraints with align {align}")
         if self.options.config is not None:
             sections = read_config(self.options.config)
-            for rule in sections.pop("inject-error", ()):
-                self._errors.append(consume_all(InjectError, rule))
-            for rule in sections.pop("set-state", ()):
-                self._states.append(consume_all(SetState, rule))
+            # Before the options', as in QEMU: of several rules that fit the first one decides.
+            errors, states = sections.pop("inject-error", ()), sections.pop("set-state", ())
+            self._errors[:0] = [consume_all(InjectError, rule) for rule in errors]
+            self._states[:0] = [consume_all(SetState, rule) for rule in states]
             for name in sections:
                 raise ConfigError(f"{self.options.config}: there is no group '{name}'")
         await super().open(context)
@@ -264,7 +259,7 @@ class BlkdebugNode(FilterNode):
 
     async def _check(self, kind: str, offset: int, length: int) -> None:
         rule = next((rule for rule in self._active if rule.fits(kind, offset, length)), None)
-        if rule is None:
+        if rule is None or not rule.errno:
             return
         if rule.once:
             self._active.remove(rule)
@@ -272,8 +267,7 @@ class BlkdebugNode(FilterNode):
             self._notice_rules()
         if not rule.immediately:
             await asyncio.sleep(0)
-        if rule.errno:
-            raise BlockError(rule.errno)
+        raise BlockError(rule.errno)
 
     # ------------------------------------------------------------------ events
 
@@ -281,14 +275,10 @@ class BlkdebugNode(FilterNode):
         """Apply the rules, stop at breakpoints."""
         assert event in EVENTS, event
         self._apply(event)
-        for breakpoint_ in [point for point in self._breakpoints if point[0] == event]:
-            self._breakpoints.remove(breakpoint_)
-            waiter = asyncio.get_running_loop().create_future()
-            tag = breakpoint_[1]
-            self._suspended.setdefault(tag, []).append(waiter)
-            log.info("blkdebug: Suspended request '%s'", tag)
-            await waiter
-            log.info("blkdebug: Resuming request '%s'", tag)
+        try:
+            await self._breakpoints.reach(event)
+        finally:
+            self._notice_rules()
 
     def _apply(self, event: str) -> None:
         fresh = [
@@ -296,10 +286,11 @@ class BlkdebugNode(FilterNode):
         ]
         if fresh:
             self._active = fresh
-        state = self.state
+        # Of several that fit the first decides, as in QEMU.
         for change in self._states:
-            if change.event == event and change.state in (0, state):
+            if change.event == event and change.state in (0, self.state):
                 self.state = change.new_state
+                break
 
     def add_breakpoint(self, event: str, tag: str) -> None:
         """Suspend the next request that comes to an event.
@@ -309,7 +300,7 @@ class BlkdebugNode(FilterNode):
         """
         if event not in EVENTS:
             raise BlockError(errno.ENOENT, f"{self.node_name}: no event '{event}'")
-        self._breakpoints.append((event, tag))
+        self._breakpoints.add(event, tag)
         self._notice_rules()
 
     def remove_breakpoint(self, tag: str) -> None:
@@ -318,28 +309,20 @@ class BlkdebugNode(FilterNode):
         Raises:
             BlockError: ENOENT; there is none.
         """
-        left = [point for point in self._breakpoints if point[1] != tag]
-        if len(left) == len(self._breakpoints) and not self.is_suspended(tag):
+        if not self._breakpoints.remove(tag):
             raise BlockError(errno.ENOENT, f"{self.node_name}: no breakpoint '{tag}'")
-        self._breakpoints = left
-        if self.is_suspended(tag):
-            self.resume(tag)
         self._notice_rules()
 
     def resume(self, tag: str) -> None:
-        """Let go who is suspended with this tag.
+        """Let go who was suspended last with this tag.
 
         Raises:
             BlockError: ENOENT; nobody is.
         """
-        waiters = self._suspended.pop(tag, None)
-        if not waiters:
+        if not self._breakpoints.resume(tag):
             raise BlockError(errno.ENOENT, f"{self.node_name}: nothing is suspended as '{tag}'")
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
         self._notice_rules()
 
     def is_suspended(self, tag: str) -> bool:
         """Whether a request is suspended with this tag."""
-        return bool(self._suspended.get(tag))
+        return self._breakpoints.is_suspended(tag)

@@ -145,7 +145,7 @@ async def _run(
 ) -> int:
     session = Session(args.program, wanted, misalign=args.misalign)
     notices = Notices(session)
-    logger = logging.getLogger("vhostblk.block.filters.blkdebug")
+    logger = logging.getLogger("vhostblk.block.filters.breakpoints")
     logger.addHandler(notices)
     logger.propagate = False
     try:
