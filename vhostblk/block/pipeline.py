@@ -198,8 +198,11 @@ async def _copy_on_read(node: BlockNode, request: TrackedRequest, iov: IoVec | N
     clusters, so that a write and the population of its cluster exclude each other.
 
     Returns:
-        False: this layer has all that is asked for already, and it is still to be read (row B20.2).
+        False: this layer has all that is asked for already, and it is still to be read (row B20.2); or the image is
+            somebody else's for now, and nothing may be written to it.
     """
+    if node.inactive:
+        return False
     check_writable(node)
     info, align = node.info(), node.limits.request_alignment
     await serialise(node, request, 0, max(info.cluster_size if info else 0, align))

@@ -13,6 +13,7 @@ import pytest
 from tests.disks import read
 from tests.schedule import replay
 from tests.unit.block.fakes import ArrayNode, CowNode, NoOptions, turns
+from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.create import create_image
 from vhostblk.block.driver import OpenContext
@@ -94,6 +95,29 @@ def test_copy_on_read_filter_populates_what_is_read() -> None:
         assert top.allocated == {1, 2}
         await user.pwritev(4096, IoVec.of(b"new!"))
         assert await read(user, 4092, 12) == b"basenew!base"
+        await user.close()
+
+    run(scenario)
+
+
+def test_copy_on_read_goes_to_another_owner_and_copies_nothing_until_it_is_back() -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        base = await graph.add({"driver": "plain", "node-name": "base"})
+        assert isinstance(base, ArrayNode)
+        base.data[:] = b"base" * (1 << 18)
+        copying = {
+            "driver": "copy-on-read",
+            "file": {"driver": "layer", "node-name": "top", "backing": "base"},
+        }
+        user = await user_of(graph, copying)
+        top = graph.find("top")
+        assert isinstance(top, Layer)
+        await inactivate(graph)
+        assert await read(user, 5000, 4000) == b"base" * 1000
+        assert not top.allocated
+        await activate(graph)
+        assert await read(user, 5000, 4000) == b"base" * 1000
+        assert top.allocated == {1, 2}
         await user.close()
 
     run(scenario)

@@ -109,6 +109,8 @@ class CopyOnReadNode(FilterNode):
 
     def child_perm(self, edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What is visible does not change (row C9); a read-only child does not even allow that (row B20.1)."""
+        if self.inactive:  # nothing is copied
+            return super().child_perm(edge, perm, shared)
         return perm | Perm.WRITE_UNCHANGED, shared | Perm.WRITE_UNCHANGED
 
 
