@@ -132,6 +132,9 @@ def _enqueue(
             for name, value in for_children.items()
             if name.startswith(prefix)
         }
+        if key in for_children and inner:
+            # Another child, or other options for the one there is: not both (row B05.2).
+            raise ConfigError(f"Cannot change the option '{prefix}{next(iter(inner))}'")
         if key in for_children:
             entry.children[key] = _find(graph, for_children[key], key)
         elif edge.node.inherits_from is node:

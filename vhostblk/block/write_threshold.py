@@ -37,7 +37,8 @@ class WriteThreshold:
 
     async def _check(self, request: TrackedRequest) -> None:
         end = request.offset + request.length
-        if request.kind is RequestType.WRITE and end > self.offset:
+        # Another hook may have kept this request waiting while the mark was passed, or taken away.
+        if self.offset and request.kind is RequestType.WRITE and end > self.offset:
             offset, self.offset = self.offset, 0
             self.node.write_threshold = 0
             self.node.remove_before_write(self._check)

@@ -225,6 +225,18 @@ def test_option_that_may_not_change_is_named_and_nothing_has_changed(
     with_graph(scenario)
 
 
+def test_child_is_another_node_or_has_other_options_but_not_both(image: str) -> None:
+    async def scenario(graph: BlockGraph) -> None:
+        inline = {"driver": "file", "node-name": "f", "filename": image}
+        node = await graph.add({"driver": "raw", "file": inline})
+        before = picture(graph)
+        with pytest.raises(ConfigError, match=r"'file\.discard'"):
+            await reopen(graph, {node: {"file": "f", "file.discard": "ignore"}})
+        assert picture(graph) == before
+
+    with_graph(scenario)
+
+
 def test_saying_what_is_already_so_is_no_change(image: str) -> None:
     async def scenario(graph: BlockGraph) -> None:
         node = await graph.add({"driver": "file", "node-name": "f", "filename": image})

@@ -130,6 +130,32 @@ def test_write_threshold_tells_exactly_once() -> None:
     assert len(told) == 1
 
 
+def test_writes_that_pass_the_threshold_together_all_succeed_and_one_tells() -> None:
+    async def scenario() -> None:
+        node = ArrayNode()
+        told: list[tuple[int, int]] = []
+        threshold = WriteThreshold(node, lambda exceeded, offset: told.append((exceeded, offset)))
+        door = asyncio.Event()
+
+        async def keep_waiting(request: TrackedRequest) -> None:
+            await door.wait()
+
+        await node.add_before_write(keep_waiting)
+        await threshold.set(100)
+        ends = 4096, 8192
+        writes = [
+            asyncio.create_task(pipeline.pwritev(node.lane, end - 50, IoVec.of(b"x" * 50)))
+            for end in ends
+        ]
+        await asyncio.sleep(0)
+        door.set()
+        await asyncio.gather(*writes)
+        assert told == [(ends[0] - 100, 100)]
+        assert node.before_write == [keep_waiting]
+
+    asyncio.run(scenario())
+
+
 # ---------------------------------------------------------------- detect-zeroes
 
 
