@@ -15,9 +15,11 @@ from vhostblk.block import pipeline, submit
 from vhostblk.block.edge import Edge
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import MAX_BOUNCE, align_up
-from vhostblk.block.node import BlockNode
+from vhostblk.block.node import BlockNode, Req
 from vhostblk.block.tracking import RequestType
 from vhostblk.errors import BlockError
+
+_FUA = int(Req.FUA)
 
 
 async def copy_range(
@@ -26,14 +28,18 @@ async def copy_range(
     """Copy where the storage can do it by itself.
 
     Args:
-        flags: of the write.
+        flags: of the write; with FUA it is durable when this returns.
 
     Raises:
         BlockError: ENOTSUP: it cannot, read and write instead; else the errno of a driver.
     """
     if nodes_below(source.node) & nodes_below(target.node):
         raise BlockError(errno.ENOTSUP)
-    await copy_range_from(source.node, source_offset, target.node, offset, length, flags)
+    target.check_write(offset, 0)
+    await copy_range_from(source.node, source_offset, target.node, offset, length, flags & ~_FUA)
+    if flags & _FUA:
+        # Not by a driver: before all layers have noted the write, a flush would find nothing to do.
+        await pipeline.flush(target.node)
 
 
 def nodes_below(node: BlockNode) -> set[BlockNode]:

@@ -12,8 +12,10 @@ import pytest
 from tests.unit.block.fakes import ArrayNode, put_above, run_now
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.copy_range import Copier, copy_range, copy_range_from
+from vhostblk.block.drivers.file import FileNode
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
+from vhostblk.block.node import Req
 from vhostblk.block.permissions import Perm
 from vhostblk.block.tracking import TrackedRequest
 from vhostblk.errors import BlockError
@@ -70,6 +72,43 @@ def test_copy_between_raw_files_uses_the_syscall(
     assert copied[4608:104_448] == content[4608:104_448]
     assert not any(copied[:4608])
     assert not any(copied[104_448:])
+
+
+def test_durable_copy_is_flushed_also_if_everything_before_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(SIZE))
+    flushed: list[int] = []
+    real = FileNode.driver_flush_to_disk
+
+    async def flush_to_disk(node: FileNode) -> None:
+        flushed.append(node.write_generation())
+        await real(node)
+
+    monkeypatch.setattr(FileNode, "driver_flush_to_disk", flush_to_disk)
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        users = []
+        for name in "ab":
+            file = {"driver": "file", "filename": str(tmp_path / name)}
+            node = await graph.add({"driver": "raw", "file": file})
+            users.append(BlockBackend(node, name, writable=True, shared=Perm.ALL))
+        source, target = users
+        await target.flush()
+        flushed.clear()
+        await copy_range(source.root, 0, target.root, 0, 4096)
+        assert not flushed
+        await target.flush()
+        assert len(flushed) == 1
+        await copy_range(source.root, 0, target.root, 4096, 4096, int(Req.FUA))
+        assert len(flushed) == 2
+        for user in users:
+            await user.close()
+        await graph.close_all()
+
+    asyncio.run(scenario())
 
 
 def test_copy_between_drivers_falls_back_once_with_the_same_bytes() -> None:

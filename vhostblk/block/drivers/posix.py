@@ -25,7 +25,6 @@ from vhostblk.block.drivers import host_file
 from vhostblk.block.drivers.file_ranges import FileRanges
 from vhostblk.block.eager import DONE, Request
 from vhostblk.block.flags import Preallocation
-from vhostblk.block.flush import flush
 from vhostblk.block.host_io import HostIO, block_error, read_all, write_all
 from vhostblk.block.host_needs import HostNeeds
 from vhostblk.block.iov import IoVec
@@ -255,8 +254,6 @@ class PosixNode(FileRanges):
         finally:
             self._changed_ranges()
         self._size = max(self._size, offset + length)
-        if flags & _FUA:
-            await flush(self)
 
     async def driver_flush_to_disk(self) -> None:
         """fdatasync. Once it has failed it fails for ever, unless there is no page cache in between.
