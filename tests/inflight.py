@@ -101,7 +101,7 @@ class PackedDriver:
 
     def reap(self) -> list[Used]:
         """Take back what was used."""
-        reaped = []
+        reaped: list[Used] = []
         while True:
             _, length, name, flags = self._DESC.unpack_from(self._memory, 16 * self._used)
             wanted = (self._AVAIL | self._USED) if self._used_wrap else 0
@@ -206,7 +206,7 @@ class PythonDevice:
     @property
     def base(self) -> int:
         """Where it would be started again."""
-        return self._ring.next_avail
+        return self._ring.base
 
     @classmethod
     @contextmanager

@@ -124,7 +124,9 @@ class Batches:
     are_alike = True
 
     def __init__(self, *_arguments: object, **_options: object) -> None:
-        self.batches = [[(MessageType.REQUEST, 0, 0, n, 1, 0, 0, 0, 0, 0, 0)] * 3 for n in (1, 2)]
+        self.batches: list[list[Message]] = [
+            [(MessageType.REQUEST, 0, 0, n, 1, 0, 0, 0, 0, 0, 0)] * 3 for n in (1, 2)
+        ]
 
     def receive(self) -> list[Message]:
         return self.batches.pop(0) if self.batches else []
@@ -172,8 +174,11 @@ def test_requests_of_a_ring_are_submitted_when_it_has_no_more() -> None:
             ring.driver.add([header, ring.data(1024 * n + 64, 512)], [ring.data(1024 * n + 16, 1)])
         ring.driver.publish()
         driver = ring.driver
-        rings = (BASE + at for at in (driver.desc_offset, driver.avail_offset, driver.used_offset))
-        await path.start_queue(VringSnapshot(0, 32, 0, *rings, None, None, None, True), 0)
+        offsets = (driver.desc_offset, driver.avail_offset, driver.used_offset)
+        desc, avail, used = (BASE + at for at in offsets)
+        await path.start_queue(
+            VringSnapshot(0, 32, 0, desc, avail, used, None, None, None, True), 0
+        )
         async with asyncio.timeout(10):
             while len(driver.reap()) < REQUESTS:
                 assert storage.submitted in ([], [REQUESTS])

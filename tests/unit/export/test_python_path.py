@@ -46,11 +46,10 @@ def test_queue_without_a_kick_is_not_looked_at_more_often_for_being_enabled_ofte
         path = PythonDataPath(device, NoEvents(), page)
         ring = RingPair()
         path._memory = ring.memory  # type: ignore[assignment]
-        rings = (
-            BASE + at
-            for at in (ring.driver.desc_offset, ring.driver.avail_offset, ring.driver.used_offset)
-        )
-        await path.start_queue(VringSnapshot(0, 8, 0, *rings, None, None, None, True), 0)
+        driver = ring.driver
+        offsets = (driver.desc_offset, driver.avail_offset, driver.used_offset)
+        desc, avail, used = (BASE + at for at in offsets)
+        await path.start_queue(VringSnapshot(0, 8, 0, desc, avail, used, None, None, None, True), 0)
         queue = path._queues[0]
         looks = 0
         enough = asyncio.Event()

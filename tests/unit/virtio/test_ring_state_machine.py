@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.rings import RingPair
+from tests.rings import PackedRingPair, RingPair
 from tests.schedule import HUNT
 from vhostblk.virtio.chain import DescriptorChain
 from vhostblk.virtio.driver import Used
@@ -30,7 +30,7 @@ class Ring(RuleBasedStateMachine):
     pushes; a side that was promised a notification gets one, and one that was not does not.
     """
 
-    pair: RingPair
+    pair: RingPair | PackedRingPair
     packed = False
 
     @initialize(
@@ -39,13 +39,12 @@ class Ring(RuleBasedStateMachine):
         start=st.sampled_from([0, 1, 65528, 65535]),
     )
     def start(self, size: int, event_idx: bool, start: int) -> None:
-        self.pair = RingPair(
+        self.pair = (PackedRingPair if self.packed else RingPair)(
             size - self.packed * (size > 2),
             event_idx=event_idx,
             indirect=True,
             indirect_entries=8,
             start=start,
-            packed=self.packed,
         )
         self.round = 2 * self.pair.driver.size if self.packed else 1 << 16
         # Head, what is readable, how much is writable, slots.
