@@ -10,8 +10,11 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.graph import BlockGraph
 from vhostblk.block.iov import IoVec
 from vhostblk.block.node import BlockNode
+from vhostblk.errors import BlockError, ConfigError
 
 Scenario = Callable[[BlockBackend], Awaitable[None]]
+REFUSALS: tuple[type[BlockError | ConfigError], ...] = (BlockError, ConfigError)
+"""What says no with an errno."""
 
 
 def with_disk(add: Callable[[BlockGraph], Awaitable[BlockNode]], scenario: Scenario) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from vhostblk.errors import VhostBlkError
 
@@ -59,7 +60,7 @@ class DaemonProcess:
         self._said: int | None = None
         self._text = ""
 
-    def __enter__(self) -> DaemonProcess:
+    def __enter__(self) -> Self:
         self.start()
         return self
 

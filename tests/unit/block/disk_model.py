@@ -111,7 +111,8 @@ class DiskModel:
         for segment in self._range(self._segments, offset, offset + length):
             segment.active.add(write)
             segment.durable.add(write)
-        for other in (*self._reads, *self._flushes):
+        going_on: list[Read | Flush] = [*self._reads, *self._flushes]
+        for other in going_on:
             segments = other.seen if isinstance(other, Read) else other.promised
             for segment in self._range(segments, offset, offset + length):
                 segment.active.add(write)

@@ -6,7 +6,7 @@ import asyncio
 import errno
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from vhostblk.block.edge import Edge
 from vhostblk.block.flags import Preallocation, StatusFlag
@@ -62,7 +62,7 @@ class ArrayNode(BlockNode):
     """
 
     driver_name = "array"
-    options_type = NoOptions
+    options_type: ClassVar[type[Any]] = NoOptions
 
     def __init__(
         self,

@@ -299,7 +299,7 @@ class Disk:
                 await reader.preadv(0, IoVec.of(content))
             finally:
                 await reader.close()
-            self.model.check(content)
+            self.model.check(bytes(content))
 
     def nodes(self) -> list[BlockNode]:
         """From the top down to the leaf."""

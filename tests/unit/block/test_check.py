@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from typing import Any
 
 import pytest
 
@@ -43,4 +44,5 @@ def test_messages_of_a_check_are_bounded() -> None:
 @pytest.mark.parametrize("field", ["corruptions", "leaks", "check_errors"])
 def test_anything_that_is_left_is_not_clean(field: str) -> None:
     assert CheckResult(corruptions_fixed=3, leaks_fixed=2).is_clean
-    assert not CheckResult(**{field: 1}).is_clean
+    left: dict[str, Any] = {field: 1}
+    assert not CheckResult(**left).is_clean

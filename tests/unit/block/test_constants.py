@@ -25,7 +25,7 @@ def test_request_flags() -> None:
         "PREFETCH": 0x200,
         "NO_WAIT": 0x400,
     }
-    assert Req.MASK == 0x7FF
+    assert Req.MASK.value == 0x7FF
 
 
 def test_open_flags() -> None:
@@ -50,7 +50,7 @@ def test_open_flags() -> None:
         "IO_URING": 0x40000,
         "CBW_DISCARD_SOURCE": 0x80000,
     }
-    assert OpenFlag.CACHE_MASK == 0x0220
+    assert OpenFlag.CACHE_MASK.value == 0x0220
 
 
 def test_permissions_roles_requests_and_checks() -> None:
@@ -60,7 +60,7 @@ def test_permissions_roles_requests_and_checks() -> None:
         "WRITE_UNCHANGED": 4,
         "RESIZE": 8,
     }
-    assert Perm.ALL == 0x0F
+    assert Perm.ALL.value == 0x0F
     assert {role.name: role.value for role in Role} == {
         "DATA": 1,
         "METADATA": 2,
@@ -68,7 +68,7 @@ def test_permissions_roles_requests_and_checks() -> None:
         "COW": 8,
         "PRIMARY": 16,
     }
-    assert Role.IMAGE == 19
+    assert Role.IMAGE.value == 19
     assert {"READ", "WRITE", "DISCARD", "TRUNCATE"} <= set(RequestType.__members__)
     assert (CheckMode.FIX_LEAKS, CheckMode.FIX_ERRORS) == (1, 2)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -105,7 +105,10 @@ UNMAP = {"discard": "unmap"}
 
 
 def with_disk(
-    scenario: Callable[[Disk], Awaitable[None]], target: str = "plain", **options: Any
+    scenario: Callable[[Disk], Awaitable[None]],
+    options: Mapping[str, object] | None = None,
+    *,
+    target: str = "plain",
 ) -> None:
     async def run() -> None:
         graph = BlockGraph({**DRIVERS, "plain": Plain, "overlay": Overlay})
@@ -113,7 +116,7 @@ def with_disk(
         below = {"backing": "disk"} if target == "overlay" else {}
         await graph.add({"driver": target, "node-name": "target", **UNMAP, **below})
         cbw = {"driver": "copy-before-write", "node-name": "cbw", "file": "disk"}
-        await graph.add({**cbw, **UNMAP, "target": "target", **options})
+        await graph.add({**cbw, **UNMAP, "target": "target", **(options or {})})
         await graph.add({"driver": "snapshot-access", "node-name": "old", "file": "cbw", **UNMAP})
         disk = Disk(graph)
         try:
@@ -190,7 +193,7 @@ def test_snapshot_under_random_writes_is_exact(seed: int, target: str) -> None:
             await disk.check()
         assert difference(disk.file.data, disk.before) is not None
 
-    with_disk(scenario, target)
+    with_disk(scenario, target=target)
 
 
 def test_old_bytes_are_in_the_target_before_the_write_goes_on() -> None:
@@ -239,7 +242,7 @@ def test_zeroes_are_not_copied_as_data_and_clusters_are_as_large_as_asked() -> N
         assert disk.target.asked.of("zero") == [(0, 4 * CLUSTER)]
         assert len(disk.target.asked.of("write")) == 1
 
-    with_disk(scenario, **{"min-cluster-size": 4 * CLUSTER})
+    with_disk(scenario, {"min-cluster-size": 4 * CLUSTER})
 
 
 def test_what_is_cut_off_is_kept_and_what_has_grown_is_not_looked_for() -> None:
@@ -370,7 +373,7 @@ def test_reader_of_an_overlay_of_the_disk_never_sees_a_new_byte() -> None:
             assert difference(buffer, disk.before[:CLUSTER]) is None
             await client.close()
 
-        with_disk(scenario, "overlay")
+        with_disk(scenario, target="overlay")
 
 
 # ---------------------------------------------------------------- errors
@@ -419,7 +422,7 @@ def test_snapshot_is_lost_for_good_where_the_guest_comes_first(expect_log: Expec
         ):
             assert await outcome(request) == errno.EACCES
 
-    with_disk(scenario, **{"on-cbw-error": "break-snapshot"})
+    with_disk(scenario, {"on-cbw-error": "break-snapshot"})
 
 
 @pytest.mark.parametrize("mode", ["break-guest-write", "break-snapshot"])
@@ -444,7 +447,7 @@ def test_copy_that_takes_too_long_counts_as_failed(mode: str, expect_log: Expect
             await disk.guest.pwritev(0, IoVec.of(b"new"))
             await disk.check()
 
-    with_disk(scenario, **{"on-cbw-error": mode, "cbw-timeout": 1})
+    with_disk(scenario, {"on-cbw-error": mode, "cbw-timeout": 1})
 
 
 def test_cancelled_copy_leaves_its_clusters_to_the_next_who_wants_them() -> None:
@@ -569,7 +572,7 @@ def test_disk_is_not_handed_over_while_its_snapshot_would_be_lost_elsewhere(
         await activate(disk.graph)
         await disk.guest.pwritev(CLUSTER, IoVec.of(b"ours again"))
 
-    with_disk(scenario, **{"on-cbw-error": "break-snapshot"})
+    with_disk(scenario, {"on-cbw-error": "break-snapshot"})
 
 
 # ---------------------------------------------------------------- coming and going
@@ -628,7 +631,7 @@ def test_extents_are_not_for_writing_while_the_snapshot_is_read_from_the_disk() 
         async def may_write() -> bool:
             return bool((await disk.guest.extents(0, 512))[0].flags & ExtentFlag.WRITE)
 
-        disk.file.host_extent = whole  # type: ignore[method-assign, assignment]
+        disk.file.host_extent = whole  # type: ignore[method-assign]
         go_on = asyncio.Event()
         disk.file.pause = go_on.wait  # type: ignore[assignment]
         reading = asyncio.create_task(disk.check(0, 512))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import random
-from collections.abc import Awaitable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -57,7 +57,7 @@ def granules(bitmap: DirtyBitmap) -> set[int]:
     }
 
 
-def why(work: Awaitable[Any] | Any) -> tuple[int, str]:
+def why(work: Coroutine[Any, Any, object] | Callable[[], object]) -> tuple[int, str]:
     with pytest.raises(ConfigError) as caught:
         _ = work() if callable(work) else run_now(work)
     return caught.value.errno, str(caught.value)

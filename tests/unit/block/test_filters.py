@@ -513,11 +513,12 @@ def test_breakpoints_are_removed_and_unknown_ones_refused() -> None:
         await turns(3)
         debug.remove_breakpoint("B")
         await task
-        for wrong in (
+        wrongs: list[Callable[[], None]] = [
             lambda: debug.resume("B"),
             lambda: debug.remove_breakpoint("B"),
             lambda: debug.add_breakpoint("nothing", "C"),
-        ):
+        ]
+        for wrong in wrongs:
             with pytest.raises(BlockError) as caught:
                 wrong()
             assert caught.value.errno == errno.ENOENT
@@ -530,7 +531,7 @@ def test_raw_reports_its_events_to_the_image_below(expect_log: ExpectedLog) -> N
     expect_log.expect("flush at close failed")
 
     async def scenario(graph: BlockGraph) -> None:
-        options = {"driver": "raw", "file": blkdebug()}
+        options: dict[str, Any] = {"driver": "raw", "file": blkdebug()}
         options["file"]["inject-error"] = [
             {"event": "read_aio", "iotype": "read", "errno": errno.EPERM},
             {"event": "flush_to_disk", "errno": errno.EACCES, "iotype": "flush"},

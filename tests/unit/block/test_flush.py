@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
 
@@ -293,13 +295,13 @@ def test_failure_of_a_flush_below_is_one_of_the_flush_above() -> None:
 def test_durable_write_whose_flush_fails_has_failed(kind: str) -> None:
     node = ArrayNode(limits=BlockLimits(request_alignment=512, min_mem_alignment=1))
     failing_flush(node)
-    request = {
+    requests: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
         "write": lambda: pipeline.pwritev(node.lane, 0, IoVec.of(bytes(512)), FUA),
         "unaligned": lambda: pipeline.pwritev(node.lane, 7, IoVec.of(b"x"), FUA),
         "zeroes": lambda: clear.pwrite_zeroes(node, 0, 512, FUA),
-    }[kind]
+    }
     with pytest.raises(BlockError) as error:
-        run_now(request())
+        run_now(requests[kind]())
     assert error.value.errno == errno.EDQUOT
 
 

@@ -45,21 +45,20 @@ def image(tmp_path: Path) -> Path:
 def test_the_same_disk_in_keyval_dotted_and_nested_form(image: Path) -> None:
     async def scenario(graph: BlockGraph) -> None:
         escaped = str(image).replace(",", ",,")
-        for number, options in enumerate(
-            (
-                f"driver=raw,node-name=n0,file.driver=file,file.filename={escaped},offset=512",
-                f"raw,node-name=n1,offset=0x200,file.driver=file,file.filename={escaped}",
-                '{"driver": "raw", "node-name": "n2", "offset": 512,'
-                f' "file": {{"driver": "file", "filename": "{image}"}}}}',
-                {
-                    "driver": "raw",
-                    "node-name": "n3",
-                    "offset": 512,
-                    "file.driver": "file",
-                    "file": {"filename": str(image)},
-                },
-            )
-        ):
+        forms: list[str | dict[str, Any]] = [
+            f"driver=raw,node-name=n0,file.driver=file,file.filename={escaped},offset=512",
+            f"raw,node-name=n1,offset=0x200,file.driver=file,file.filename={escaped}",
+            '{"driver": "raw", "node-name": "n2", "offset": 512,'
+            f' "file": {{"driver": "file", "filename": "{image}"}}}}',
+            {
+                "driver": "raw",
+                "node-name": "n3",
+                "offset": 512,
+                "file.driver": "file",
+                "file": {"filename": str(image)},
+            },
+        ]
+        for number, options in enumerate(forms):
             node = await graph.add(options)
             assert graph.find(f"n{number}") is node
             assert node.length == 65536 - 512

@@ -243,7 +243,7 @@ class GraphMachine(RuleBasedStateMachine):
                     assert edge.parent.children[edge.name] is edge
                 else:
                     assert edge.parent in self.users
-                    assert edge.parent.node is node  # type: ignore[attr-defined]
+                    assert edge.parent.node is node
             assert node not in parents_first([node])[1:]
             blocked = any(edge.role & Role.COW for edge in node.parents)
             assert bool(node.op_blockers) == blocked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def outcome(call: Callable[[], Any]) -> object:
 def test_lean_dataclass_does_what_a_dataclass_does(
     frozen: bool, use: Callable[[type[Any], type[Any]], Any]
 ) -> None:
-    usual, lean = (outcome(lambda classes=classes: use(*classes)) for classes in both(frozen))
+    usual, lean = (outcome(partial(use, *classes)) for classes in both(frozen))
     assert lean == usual
 
 

@@ -45,10 +45,10 @@ def test_names_have_the_values_of_row_b02() -> None:
         "PREFETCH": 0x200,
         "NO_WAIT": 0x400,
     }
-    assert Req.MASK == 0x7FF
+    assert Req.MASK.value == 0x7FF
     assert [bit.value for bit in Perm] == [1, 2, 4, 8]
-    assert Perm.ALL == 0x0F
-    assert Role.IMAGE == 19
+    assert Perm.ALL.value == 0x0F
+    assert Role.IMAGE.value == 19
 
 
 def test_extent_flags_have_the_values_of_the_engines_header() -> None:

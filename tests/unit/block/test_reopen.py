@@ -340,9 +340,9 @@ def test_who_comes_while_the_old_fd_is_closed_keeps_what_it_was_given(image: str
         came: list[BlockBackend] = []
         done = node.reopen_done
 
-        async def come(entry: Reopen) -> None:
+        async def come(reopen: Reopen) -> None:
             came.append(BlockBackend(node, "guest", writable=True))
-            await done(entry)
+            await done(reopen)
 
         node.reopen_done = come  # type: ignore[method-assign]
         await reopen(graph, {node: {"read-only": False}})
@@ -365,10 +365,10 @@ def test_reopen_that_is_cancelled_when_all_is_decided_is_made(image: str) -> Non
         closing, closed = asyncio.Event(), asyncio.Event()
         done = node.reopen_done
 
-        async def slow(entry: Reopen) -> None:
+        async def slow(reopen: Reopen) -> None:
             closing.set()
             await closed.wait()
-            await done(entry)
+            await done(reopen)
 
         node.reopen_done = slow  # type: ignore[method-assign]
         task = asyncio.create_task(reopen(graph, {top: {"read-only": False}}))

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -41,7 +42,7 @@ class SaysNode(ArrayNode):
     """Answers what the test wants."""
 
     says = BlockStatus(DATA, 4096)
-    child_keys = ("backing",)
+    child_keys: ClassVar[tuple[str, ...]] = ("backing",)
 
     async def driver_block_status(self, offset: int, length: int, precise: bool) -> BlockStatus:
         assert not offset % self.limits.request_alignment
@@ -279,11 +280,11 @@ class ManyNode(CowNode):
 
     def __init__(self, backing: BlockNode | None, size: int) -> None:
         super().__init__(backing, size, CLUSTER, limits=EASY)
-        self.asked: list[int] = []
+        self.places: list[int] = []
 
     async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
-        self.asked.append(offset)
-        runs = []
+        self.places.append(offset)
+        runs: list[tuple[int, int, int]] = []
         at = offset
         while at < offset + length and len(runs) < self.most:
             found = await self.driver_block_status(at, offset + length - at, True)
@@ -314,9 +315,9 @@ def test_many_statuses_of_three_layers_are_those_of_one_after_the_other(
     length = min(length, top.length - offset)
     for base in (nodes[1], nodes[2], None):
         for node in nodes:
-            node.asked.clear()
+            node.places.clear()
         found = run_now(statuses_above(top, base, offset, length))
-        asked = [list(node.asked) for node in nodes]
+        asked = [list(node.places) for node in nodes]
         position = offset
         for flags, count in found:
             alone = run_now(status_above(top, base, position, offset + length - position))
@@ -336,7 +337,7 @@ def test_each_layer_is_asked_once_for_all_that_it_shows() -> None:
     nodes = chain_of_many([(8, {0, 2, 4, 6, 7}), (8, {1, 5}), (8, {1, 3, 6})], 100)
     found = run_now(statuses_above(nodes[0], None, 0, 8 * CLUSTER))
     assert sum(count for _, count in found) == 8 * CLUSTER
-    assert [node.asked for node in nodes] == [[0], [CLUSTER], [3 * CLUSTER]]
+    assert [node.places for node in nodes] == [[0], [CLUSTER], [3 * CLUSTER]]
 
 
 def test_zero_init_is_never_promised_above_a_backing_node() -> None:

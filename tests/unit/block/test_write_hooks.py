@@ -236,7 +236,7 @@ def read(node: ArrayNode, offset: int, length: int, flags: int = int(Req.COPY_ON
 def two_layers(size: int = 8192, **rest: object) -> tuple[CowNode, ArrayNode]:
     base = ArrayNode(size)
     base.data[:] = bytes(range(1, 256)) * (size // 255) + b"z" * (size % 255)
-    return CowNode(base, size, 512, **rest), base  # type: ignore[arg-type]
+    return CowNode(base, size, 512, **rest), base
 
 
 def test_what_was_read_once_is_there_when_the_base_has_gone() -> None:

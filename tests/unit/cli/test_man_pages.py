@@ -18,9 +18,10 @@ import pytest
 from vhostblk import __version__
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.options import NodeOptions, describe_options
-from vhostblk.cli import bench, check, main, serve, stats, storage_daemon
+from vhostblk.cli import bench, check, serve, stats, storage_daemon
 from vhostblk.cli.img.table import SYNOPSES, find_command
 from vhostblk.cli.io import program as io
+from vhostblk.cli.program import add_common_options
 from vhostblk.export.options import _Options
 from vhostblk.testing.requirements import require
 
@@ -110,7 +111,7 @@ def declared(module: Any) -> argparse.ArgumentParser:
 
 def common() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
-    main.add_common_options(parser)
+    add_common_options(parser)
     return parser
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_no_threads_are_imported_by_who_starts_none(tmp_path: Path) -> None:
 
 def test_name_of_every_late_module_is_right() -> None:
     for name in quick_start.LATE:
-        assert quick_start.PathFinder.find_spec(name.rpartition(".")[2], _path(name)) is not None
+        assert PathFinder.find_spec(name.rpartition(".")[2], _path(name)) is not None
 
 
 def _path(name: str) -> list[str] | None:

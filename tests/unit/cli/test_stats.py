@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,7 @@ def test_watch_shows_only_what_came_in_the_interval(
         for _ in range(intervals.pop(0)):
             serve(page, 0, "read", 512)
 
-    monkeypatch.setattr(stats.time, "sleep", interval)
+    monkeypatch.setattr(time, "sleep", interval)
     lines = shown(capsys, "--json", "--watch", "0.5", "--count", "3", *OURS).splitlines()
     assert intervals == []
     found = [json.loads(line) for line in lines]
@@ -165,7 +166,7 @@ def test_export_that_came_while_we_watched_is_shown_with_all_it_did(
         serve(pages[0], 0, "read", 512)
         serve(pages[0], 0, "read", 512)
 
-    monkeypatch.setattr(stats.time, "sleep", interval)
+    monkeypatch.setattr(time, "sleep", interval)
     out = shown(capsys, "--json", "--watch", "0.5", "--count", "1", *OURS)
     (export,) = json.loads(out)["exports"]
     assert (export["data_path"], export["total"]["requests"]) == ("python", 2)
@@ -178,7 +179,7 @@ def test_interrupted_watch_is_no_failure(
     def interrupt(_seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stats.time, "sleep", interrupt)
+    monkeypatch.setattr(time, "sleep", interrupt)
     assert shown(capsys, "--watch", *OURS) == ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from vhostblk.client.conformance.registry import ALL_CHECKS
 from vhostblk.client.conformance.rig import Rig
 from vhostblk.client.conformance.runner import (
     Outcome,
+    Result,
     reason_to_skip,
     run_checks,
     select,
@@ -45,12 +47,12 @@ class AliveRig(Rig):
             raise SessionError("nobody there")
 
 
-def rig(offer: Offer | None = None, **options: bool) -> AliveRig:
+def rig(offer: Offer | None = None, **options: Any) -> AliveRig:
     offer = offer or Offer(0, config=BlkConfig(capacity=1 << 20))
     return AliveRig("/nowhere", offer, **options)
 
 
-def make(name: str = "area.name", **columns: object) -> Check:
+def make(name: str = "area.name", **columns: Any) -> Check:
     return check(name, "title", "spec", **columns)(lambda rig: None)
 
 
@@ -155,7 +157,7 @@ RO = Feature.VIRTIO_BLK_F_RO
     ],
 )
 def test_checks_that_cannot_be_run_say_why(
-    columns: dict[str, object], offer: Offer, options: dict[str, bool], reason: str | None
+    columns: dict[str, Any], offer: Offer, options: dict[str, bool], reason: str | None
 ) -> None:
     assert reason_to_skip(make(**columns), rig(offer, **options)) == reason
 
@@ -163,7 +165,7 @@ def test_checks_that_cannot_be_run_say_why(
 # ---------------------------------------------------------------- judgement
 
 
-def run_one(verdict: object, here: AliveRig | None = None, **columns: object):  # type: ignore[no-untyped-def]
+def run_one(verdict: object, here: AliveRig | None = None, **columns: object) -> Result:
     def body(rig: Rig) -> str | None:
         if isinstance(verdict, BaseException):
             raise verdict
@@ -248,7 +250,7 @@ def test_fields_are_those_whose_features_are_offered() -> None:
 
 
 def test_an_offer_names_what_is_known_and_numbers_what_is_not() -> None:
-    offer = Offer(1 << 62 | Feature.VIRTIO_BLK_F_FLUSH, ProtocolFeature.MQ | 1 << 40)  # type: ignore[arg-type]
+    offer = Offer(1 << 62 | Feature.VIRTIO_BLK_F_FLUSH, ProtocolFeature.MQ | 1 << 40)
     report = offer.to_json()
     assert report["features"] == ["FLUSH", "bit 62"]
     assert report["protocol_features"] == ["MQ", "bit 40"]

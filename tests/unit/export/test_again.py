@@ -11,7 +11,8 @@ from vhostblk.export.again import Again
 
 def test_one_run_more_is_for_all_who_asked_meanwhile_and_who_is_cancelled_waits_too() -> None:
     async def scenario() -> None:
-        runs, go = [], asyncio.Event()
+        runs: list[int] = []
+        go = asyncio.Event()
 
         async def action() -> None:
             runs.append(len(runs))

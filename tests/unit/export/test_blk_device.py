@@ -44,7 +44,12 @@ def make(
     """A device on a disk, with the features of today's drivers."""
     node = node or ArrayNode(64 * KIB)
     backend = BlockBackend(node, "the test", writable=writable, write_cache=write_cache)
-    words = {"serial": "s", "num_queues": 4, "max_segments": 32, "logical_block_size": None}
+    words: dict[str, Any] = {
+        "serial": "s",
+        "num_queues": 4,
+        "max_segments": 32,
+        "logical_block_size": None,
+    }
     log = logging.LoggerAdapter(logging.getLogger("vhostblk.test"), {})
     device = BlkDevice(backend, errors=ErrorLog(log), **(words | options))
     device.set_features(ALL & device.offered_features)

@@ -108,8 +108,7 @@ def test_error_is_told_before_the_pause_and_the_status_is_set_before_both(
         assert events == [error, QueuesPaused("e"), error]
         assert export.io_status is IoStatus.NOSPACE
         node.fail = None
-        assert export.resume() == 2
-        assert export.io_status is IoStatus.OK
+        assert (export.resume(), export.io_status) == (2, IoStatus.OK)
         assert [(await task)[0] for task in tasks] == [0, 0]
         assert events[3:] == [QueuesResumed("e")]
         assert [event.NAME for event in events[1:]] == [

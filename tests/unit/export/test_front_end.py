@@ -12,6 +12,7 @@ from contextlib import suppress
 import pytest
 
 from tests.unit.block.fakes import ArrayNode
+from tests.unit.export.test_python_path import NoEvents
 from vhostblk.block.backend import BlockBackend
 from vhostblk.errors import PeerError
 from vhostblk.export import front_end
@@ -38,7 +39,7 @@ class Path(PythonDataPath):
     """Fails when it is given memory."""
 
     def __init__(self, device: BlkDevice, failure: Exception) -> None:
-        super().__init__(device, self, StatsPage.private("test", 1))
+        super().__init__(device, NoEvents(), StatsPage.private("test", 1))
         self.write_through: list[bool] = []
         self._failure = failure
 

@@ -125,6 +125,7 @@ def test_nothing_is_durable_with_no_flush_and_everything_again_after_a_revocatio
 
     async def scenario(export: Export) -> None:
         path = export._path
+        assert isinstance(path, NativeDataPath)
         await path.set_write_through(True)
         assert said == [True]
         assert await path._fault(path._threads.attached[0], 0, 512, True)
@@ -166,7 +167,7 @@ def test_read_that_fails_is_tried_once_and_decided_about_once(
     expect_log.expect("in failed: Input/output error")
     tried: list[int] = []
 
-    async def fail(offset: int, iov: IoVec) -> None:
+    async def fail(offset: int, iov: IoVec, has_waited: bool = False) -> None:
         tried.append(offset)
         raise BlockError(errno.EIO)
 

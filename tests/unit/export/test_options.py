@@ -164,5 +164,6 @@ def test_options_of_the_caller_are_left_alone() -> None:
     ],
 )
 def test_configuration_made_in_python_is_checked_too(field: str, value: int) -> None:
+    options: dict[str, Any] = {field: value}
     with pytest.raises(ConfigError, match=f"={value}: "):
-        ExportConfig(id="e", node_name="d", **{field: value})
+        ExportConfig(id="e", node_name="d", **options)

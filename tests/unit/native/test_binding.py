@@ -164,7 +164,7 @@ def test_views_and_segments_are_those_of_the_vector(page: mmap.mmap) -> None:
     assert page[8192:8197] == b"hello"
     assert native.iov_views(0, 0, 0) == []
     (whole,) = native.iov_views(at + 8192, 1, 5)
-    assert whole == b"hello"
+    assert bytes(whole) == b"hello"
     page[0:48] = b"".join(n.to_bytes(8, sys.byteorder) for n in (512, 1024, 1, 0, 512, 0))
     assert native.segments(at, 2) == [(512, 1024, True), (0, 512, False)]
     assert native.segments(0, 0) == []

@@ -7,6 +7,7 @@ import os
 import select
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def reap(io: HostIO, count: int) -> dict[int, int]:
     return done
 
 
-def run(io: HostIO, op: IOOp, fd: int, offset: int = 0, *buffers: object, **options: int) -> int:
+def run(io: HostIO, op: IOOp, fd: int, offset: int = 0, *buffers: object, **options: Any) -> int:
     assert io.submit([IORequest(1, op, fd, offset, buffers, **options)]) == 1
     return reap(io, 1)[1]
 

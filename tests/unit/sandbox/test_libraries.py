@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 
@@ -41,6 +42,6 @@ def test_missing_c_library_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> types.ModuleType:
         raise RuntimeError("Unable to find libseccomp")
 
-    monkeypatch.setattr(libraries.importlib, "import_module", fail)
+    monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(ConfigError, match=r"^--sandbox: pyseccomp: Unable to find libseccomp$"):
         libraries.seccomp()

@@ -413,6 +413,7 @@ def test_message_that_drips_has_no_longer_than_others(sockets: Sockets) -> None:
         connection.message_timeout = 0.02
         loop = asyncio.get_running_loop()
         sent = 0
+        dripping: asyncio.Handle
 
         def drip() -> None:
             nonlocal sent, dripping

@@ -34,8 +34,13 @@ def by_the_library(spec: CipherSpec, key: bytes, sector: int, data: bytes) -> by
     elif spec.ivgen == "essiv":
         salt = Cipher(algorithms.AES(hashlib.sha256(key).digest()), modes.ECB()).encryptor()
         iv = salt.update(iv)
-    mode = {"xts": modes.XTS, "cbc": modes.CBC, "ctr": modes.CTR, "ecb": lambda iv: modes.ECB()}
-    return Cipher(algorithms.AES(key), mode[spec.mode](iv)).encryptor().update(data)
+    mode: dict[str, modes.XTS | modes.CBC | modes.CTR | modes.ECB] = {
+        "xts": modes.XTS(iv),
+        "cbc": modes.CBC(iv),
+        "ctr": modes.CTR(iv),
+        "ecb": modes.ECB(),
+    }
+    return Cipher(algorithms.AES(key), mode[spec.mode]).encryptor().update(data)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)

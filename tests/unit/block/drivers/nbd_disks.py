@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from tests.disks import opened, read
 from tests.nbd_server import Server
@@ -49,9 +48,9 @@ def run(
     server: Server,
     path: Path,
     scenario: Scenario,
+    options: Mapping[str, object] | None = None,
     *,
     clock: type[Clock] | None = None,
-    **options: Any,
 ) -> None:
     """Serve, open the disk, use it, close all."""
 
@@ -59,8 +58,8 @@ def run(
         deadline = SECONDS if clock is None else None  # it has its own
         async with asyncio.timeout(deadline), server.serving(path):
             server_options = {"type": "unix", "path": str(path)}
-            flat = {"driver": "nbd", "discard": "unmap", "server": server_options, **options}
-            async with opened(lambda graph: graph.add(flat)) as backend:
+            flat = {"driver": "nbd", "discard": "unmap", "server": server_options}
+            async with opened(lambda graph: graph.add(flat | dict(options or {}))) as backend:
                 await scenario(backend)
 
     with asyncio.Runner(loop_factory=clock) as runner:

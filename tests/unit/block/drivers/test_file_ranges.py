@@ -19,7 +19,6 @@ from vhostblk.block.drivers.file import FileNode
 from vhostblk.block.flags import StatusFlag
 from vhostblk.block.iov import IoVec
 from vhostblk.block.limits import align_down
-from vhostblk.block.node import Req
 from vhostblk.block.status import BlockStatus, block_status, block_statuses
 
 BLOCK = 4096
@@ -89,7 +88,7 @@ def test_data_are_looked_for_once(image: Path, monkeypatch: pytest.MonkeyPatch) 
 CHANGES: dict[str, Callable[[BlockBackend], Awaitable[Any]]] = {
     "discard": lambda disk: disk.pdiscard(16 * BLOCK, BLOCK),
     "zeroes": lambda disk: disk.pwrite_zeroes(16 * BLOCK, BLOCK),
-    "unmapped": lambda disk: disk.pwrite_zeroes(16 * BLOCK, BLOCK, Req.MAY_UNMAP),
+    "unmapped": lambda disk: disk.pwrite_zeroes(16 * BLOCK, BLOCK, may_unmap=True),
 }
 
 
@@ -153,7 +152,7 @@ def test_after_any_changes_the_answer_is_the_file_systems(image: Path, seed: int
         if which == 0:
             await backend.pwritev(where[0], IoVec.of(b"w" * where[1]))
         elif which == 1:
-            await backend.pwrite_zeroes(*where, rnd.choice((0, Req.MAY_UNMAP)))
+            await backend.pwrite_zeroes(*where, rnd.choice((False, True)))
         elif which == 2:
             await backend.pdiscard(*where)
         elif which == 3:

@@ -240,7 +240,7 @@ def test_liar_fails_all_requests_for_good(lie: Any, path: Path) -> None:
             await read(backend, 0, 512)
         assert server.connections == 1
 
-    run(server, path, scenario, **{"reconnect-delay": 3600, "read-only": True})
+    run(server, path, scenario, {"reconnect-delay": 3600, "read-only": True})
 
 
 @pytest.mark.warns("replied to a request before it had all of it", "flush at close failed")
@@ -305,7 +305,7 @@ def test_requests_wait_for_a_server_that_comes_back(path: Path) -> None:
         )
         assert server.content[: 6 * 512] == b"z" * 5 * 512 + bytes(512)
 
-    run(server, path, scenario, **{"reconnect-delay": 3600})
+    run(server, path, scenario, {"reconnect-delay": 3600})
 
 
 @pytest.mark.parametrize("other", [{"size": 1 << 19}, {"flags": int(ABLE | ExportFlag.READ_ONLY)}])
@@ -327,7 +327,7 @@ def test_another_server_in_its_place_is_left_alone(other: dict[str, Any], path: 
         looked.set()
 
     first = Server()
-    run(first, path, scenario, **{"reconnect-delay": 3600, "read-only": True})
+    run(first, path, scenario, {"reconnect-delay": 3600, "read-only": True})
     assert looked.is_set()
 
 
@@ -339,7 +339,7 @@ def test_closing_does_not_wait_for_a_server_that_is_gone(path: Path) -> None:
         server.hang_up()
         await connections(server, 2)
 
-    run(server, path, scenario, **{"reconnect-delay": 3600, "read-only": True})
+    run(server, path, scenario, {"reconnect-delay": 3600, "read-only": True})
 
 
 def test_patience_ends(path: Path) -> None:
@@ -354,7 +354,7 @@ def test_patience_ends(path: Path) -> None:
                 await read(backend, 0, 512)
             assert caught.value.errno == errno.EIO
 
-    run(server, path, scenario, **{"reconnect-delay": 1, "read-only": True})
+    run(server, path, scenario, {"reconnect-delay": 1, "read-only": True})
 
 
 def test_server_that_answers_while_a_request_is_being_cancelled_writes_no_memory_later(
@@ -427,8 +427,8 @@ def test_read_only_export_opens_read_only(path: Path) -> None:
 
     with pytest.raises(ConfigError, match="NBD export is read-only"):
         run(server, path, scenario)
-    run(server, path, scenario, **{"auto-read-only": True})
-    run(server, path, scenario, **{"read-only": True})
+    run(server, path, scenario, {"auto-read-only": True})
+    run(server, path, scenario, {"read-only": True})
 
 
 def test_length_cannot_be_changed(path: Path) -> None:
@@ -534,7 +534,7 @@ def test_name_that_is_no_utf8_is_told_as_it_came(path: Path) -> None:
     async def scenario(backend: BlockBackend) -> None:
         assert await read(backend, 0, 4) == bytes(4)
 
-    run(Server(), path, scenario, export="a\udcff")
+    run(Server(), path, scenario, {"export": "a\udcff"})
 
 
 def test_no_file_descriptor_left_is_a_server_that_cannot_be_reached(
@@ -563,7 +563,7 @@ def test_exact_filename_opens_the_same(path: Path) -> None:
         with pytest.raises(ConfigError, match="Cannot generate a base directory for NBD nodes"):
             directory(node)
 
-    run(Server(), path, scenario, export="x")
+    run(Server(), path, scenario, {"export": "x"})
 
 
 @pytest.mark.parametrize("context", ["qemu:dirty-bitmap:b0"])
@@ -572,4 +572,4 @@ def test_context_that_the_server_lacks_is_refused(context: str, path: Path) -> N
         raise AssertionError
 
     with pytest.raises(ConfigError, match=f"requested x-dirty-bitmap {context} not found"):
-        run(Server(context=None), path, scenario, **{"x-dirty-bitmap": context})
+        run(Server(context=None), path, scenario, {"x-dirty-bitmap": context})

@@ -25,7 +25,7 @@ from vhostblk.block.backend import BlockBackend
 from vhostblk.block.iov import IoVec
 from vhostblk.errors import BlockError, ConfigError
 
-SHORT = {"request-timeout": 10, "clock": Clock}
+SHORT = {"request-timeout": 10}
 A_LITTLE, ENOUGH, TOO_LATE = 6.0, 11.0, 20.0
 GIVEN_UP = "the NBD server has not answered a request for 10 seconds"
 MANY = 40  # more than can be under way
@@ -85,7 +85,7 @@ def test_server_that_does_not_answer_in_time_fails_what_is_in_flight_and_what_wa
         await connections(server, 2)
         await reads_again(backend)
 
-    run(server, path, scenario, **SHORT)
+    run(server, path, scenario, SHORT, clock=Clock)
 
 
 @pytest.mark.warns(GIVEN_UP)
@@ -102,7 +102,7 @@ def test_requests_are_made_anew_where_a_delay_lets_them_wait(path: Path) -> None
         assert server.content[: (MANY + 1) * 512] == b"z" * MANY * 512 + bytes(512)
         assert server.connections == 2
 
-    run(server, path, scenario, **SHORT, **{"reconnect-delay": 3600})
+    run(server, path, scenario, SHORT | {"reconnect-delay": 3600}, clock=Clock)
 
 
 @pytest.mark.warns(GIVEN_UP)
@@ -123,7 +123,7 @@ def test_each_request_has_its_time_whatever_else_is_answered(path: Path) -> None
         assert await stuck == bytes(512)
         assert server.connections == 2
 
-    run(server, path, scenario, **SHORT, **{"reconnect-delay": 3600})
+    run(server, path, scenario, SHORT | {"reconnect-delay": 3600}, clock=Clock)
 
 
 def test_time_of_a_request_begins_when_it_is_made(path: Path) -> None:
@@ -143,7 +143,7 @@ def test_time_of_a_request_begins_when_it_is_made(path: Path) -> None:
         assert await later == bytes(512)
         assert server.connections == 1
 
-    run(server, path, scenario, **SHORT)
+    run(server, path, scenario, SHORT, clock=Clock)
 
 
 @pytest.mark.warns(GIVEN_UP)
@@ -161,7 +161,7 @@ def test_server_that_only_shakes_hands_does_not_renew_the_delay(path: Path) -> N
         skip(ENOUGH)  # it is 33 seconds since the first time-out
         await has_failed(many)
 
-    run(server, path, scenario, **SHORT, **{"reconnect-delay": 30})
+    run(server, path, scenario, SHORT | {"reconnect-delay": 30}, clock=Clock)
 
 
 @pytest.mark.warns(GIVEN_UP)
@@ -183,7 +183,7 @@ def test_reply_renews_the_delay(path: Path) -> None:
             await connections(server, 2 * turn + 1)
             skip(100)
 
-    run(server, path, scenario, **SHORT, **{"reconnect-delay": 30})
+    run(server, path, scenario, SHORT | {"reconnect-delay": 30}, clock=Clock)
 
 
 @pytest.mark.warns(GIVEN_UP)
@@ -203,7 +203,7 @@ def test_server_that_does_not_take_what_is_written_is_given_up_too(path: Path) -
         await both
         assert server.content[512 : 512 + len(content)] == content
 
-    run(server, path, scenario, **SHORT, **{"reconnect-delay": 3600})
+    run(server, path, scenario, SHORT | {"reconnect-delay": 3600}, clock=Clock)
 
 
 def test_who_looks_too_late_does_not_blame_the_server(path: Path) -> None:
@@ -221,7 +221,7 @@ def test_who_looks_too_late_does_not_blame_the_server(path: Path) -> None:
         assert await waits == bytes(512)
         assert server.connections == 1
 
-    run(server, path, scenario, **SHORT)
+    run(server, path, scenario, SHORT, clock=Clock)
 
 
 def test_without_a_time_out_requests_wait(path: Path) -> None:
@@ -247,4 +247,4 @@ def test_time_out_is_a_number_of_seconds(wrong: object, path: Path) -> None:
         raise AssertionError
 
     with pytest.raises(ConfigError, match="'request-timeout' expects seconds"):
-        run(Server(), path, never, **{"request-timeout": wrong})
+        run(Server(), path, never, {"request-timeout": wrong})

@@ -71,7 +71,7 @@ class Conversation:
             self._want, left = self._want[count:], left[count:]
 
 
-def data(start: int, content: bytes) -> bytes:
+def data(start: int, content: bytes | bytearray) -> bytes:
     return struct.pack(">Q", start) + content
 
 
@@ -135,7 +135,7 @@ def test_byte_at_a_time_is_the_same_as_all_at_once() -> None:
     request, buffer = conversation.read(1, 5, 2)
     for byte in simple(1, 0, b"hello"):
         conversation.hear(bytes([byte]))
-    assert (buffer, request.error, conversation.finished) == (b"hello", None, [1])
+    assert (bytes(buffer), request.error, conversation.finished) == (b"hello", None, [1])
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.edge import Edge
@@ -34,4 +34,4 @@ class BytesFile:
 
     @property
     def edge(self) -> Edge:
-        return cast(Any, self)
+        return cast(Edge, self)

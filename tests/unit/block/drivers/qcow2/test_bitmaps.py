@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.block.drivers.qcow2.files import BytesFile
-from tests.unit.block.drivers.qcow2.test_header import HEADER
+from tests.unit.block.drivers.qcow2.files import HEADER, BytesFile
 from vhostblk.block.drivers.qcow2.bitmaps import (
     ALL_ONES,
     BitmapDirectory,

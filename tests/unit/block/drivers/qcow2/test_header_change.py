@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tests.unit.block.drivers.qcow2.test_header import HEADER
+from tests.unit.block.drivers.qcow2.files import HEADER
 from vhostblk.block.drivers.qcow2.extensions import Extension
 from vhostblk.block.drivers.qcow2.header import Header
 from vhostblk.block.drivers.qcow2.header_change import ROOM, change, without_room

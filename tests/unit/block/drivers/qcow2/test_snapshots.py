@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.block.drivers.qcow2.files import BytesFile
-from tests.unit.block.drivers.qcow2.test_header import HEADER
+from tests.unit.block.drivers.qcow2.files import HEADER, BytesFile
 from vhostblk.block.drivers.qcow2.snapshots import (
     Losses,
     Snapshot,
@@ -119,7 +118,8 @@ def test_l1_table_that_cannot_be_is_refused_when_it_is_used(
 def test_extra_data_that_are_too_large_are_refused_or_get_smaller() -> None:
     data = dataclasses.replace(SNAPSHOT, unknown=b"u" * 1001).to_bytes() + SNAPSHOT.to_bytes()
     assert refused(data, 2) == "Too much extra metadata in snapshot table entry 0"
-    losses = Losses([].append)
+    said: list[str] = []
+    losses = Losses(said.append)
     table = load(data, 2, losses)
     assert (losses.extra, losses.snapshots) == (1, 0)
     assert table.snapshots == (dataclasses.replace(SNAPSHOT, unknown=b"u" * 1000), SNAPSHOT)
@@ -156,7 +156,7 @@ def test_snapshots_are_found_by_id_by_name_and_by_either() -> None:
     table = SnapshotTable(0, 0, tuple(Snapshot(0, 0, *pair) for pair in names))
 
     def which(found: Snapshot | None) -> str | None:
-        return found and found.id
+        return None if found is None else found.id
 
     assert which(table.find("1", None)) == "1"
     assert which(table.find(None, "a")) == "1"
