@@ -183,8 +183,8 @@ def test_ignored_errors_are_successes_for_the_guest_and_in_the_log(
         os.truncate(fs.image, 0)
         client.read(MIB, 512)
         client.flush()
-    assert "out (ignored) failed: No space left on device" in served.process.output
-    assert "in (ignored) failed: Input/output error" in served.process.output
+    assert "write (ignored) failed: No space left on device" in served.process.output
+    assert "read (ignored) failed: Input/output error" in served.process.output
     assert not served.pauses
 
 

@@ -174,7 +174,7 @@ def test_file_that_shrinks_fails_reads_behind_its_end(
         client.flush()
     with served.connect() as client:
         fails(lambda: client.read(SIZE - 4096, 4096))
-    served.check("in failed: ")
+    served.check("read failed: ")
 
 
 def test_file_that_is_cut_within_a_sector_fails_that_sector(tmp_path: Path, serve: Serve) -> None:
@@ -185,7 +185,7 @@ def test_file_that_is_cut_within_a_sector_fails_that_sector(tmp_path: Path, serv
         os.truncate(image, MIB + 100)
         fails(lambda: client.read(MIB, 512))
         assert client.read(MIB - 512, 512) == b"d" * 512
-    served.check("in failed: ")
+    served.check("read failed: ")
 
 
 # ---------------------------------------------------------------- full file systems
@@ -233,7 +233,7 @@ def test_full_file_system_fails_writes_and_recovers(small: Path, serve: Serve) -
         client.write(6 * MIB, b"r" * 65536)
         assert client.read(6 * MIB, 65536) == b"r" * 65536
         client.flush()
-    served.check("out failed: No space left on device (ENOSPC)")
+    served.check("write failed: No space left on device (ENOSPC)")
 
 
 def test_full_file_system_with_o_direct(tmp_path: Path, stack: ExitStack, serve: Serve) -> None:
@@ -257,7 +257,7 @@ def test_full_file_system_with_o_direct(tmp_path: Path, stack: ExitStack, serve:
         assert client.read(0, MIB) == b"w" * MIB
         client.flush()
     served.check(
-        "out failed: No space left on device (ENOSPC)",
+        "write failed: No space left on device (ENOSPC)",
         "write_zeroes failed: No space left on device (ENOSPC)",
     )
 
@@ -285,7 +285,7 @@ def test_file_system_that_turns_read_only_fails_writes(
         fails(lambda: client.discard((8192, 4096)))
         fails(client.flush)
         assert client.read(0, 8192) == b"w" * 4096 + b"d" * 4096
-    served.check(*(f"{name} failed: " for name in ("out", "write_zeroes", "discard", "flush")))
+    served.check(*(f"{name} failed: " for name in ("write", "write_zeroes", "discard", "flush")))
 
 
 # ---------------------------------------------------------------- devices
@@ -302,7 +302,7 @@ def test_device_whose_storage_is_gone_fails_reads(
         os.truncate(image, MIB)
         fails(lambda: client.read(SIZE - 4096, 4096))
         assert client.read(0, 4096) == b"d" * 4096
-    served.check("in failed: Input/output error (EIO)")
+    served.check("read failed: Input/output error (EIO)")
 
 
 def test_device_that_turns_read_only_fails_writes(
@@ -317,7 +317,7 @@ def test_device_that_turns_read_only_fails_writes(
         stack.callback(subprocess.run, ["blockdev", "--setrw", device.path], check=True)
         fails(lambda: client.write(0, b"x" * 4096))
         assert client.read(0, 4096) == b"w" * 4096
-    served.check("out failed: ")
+    served.check("write failed: ")
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_durable_write_to_a_full_device_fails(full_device: str, serve: Serve) ->
         fails(lambda: client.write(MIB, b"w" * 2 * MIB))
         with served.connect("good") as good:
             good.write(0, b"g" * 512)
-    served.check("out failed: ")
+    served.check("write failed: ")
 
 
 # ---------------------------------------------------------------- one certain call

@@ -61,7 +61,7 @@ def test_write_to_a_read_only_disk_is_logged_alike(serve: Serve, path: str) -> N
             with pytest.raises(BlockError):
                 client.write(0, bytes(512))
     assert process.stop() == 0
-    kind = "export disk: out failed: Invalid argument (EINVAL)"
+    kind = "export disk: write failed: Invalid argument (EINVAL)"
     first, last = (line for line in process.output.splitlines() if kind in line)
     assert first.endswith(" (logged once, counted from now on)")
     assert last.endswith(": 3 times in all")

@@ -139,7 +139,7 @@ def test_guest_is_told_of_a_disk_that_is_ejected_and_of_one_that_is_inserted(
     images: dict[str, Path], socket_directory: Path, data_path: str, expect_log: ExpectedLog
 ) -> None:
     expect_log.expect(r"flush failed: No medium found \(ENOMEDIUM\)")
-    expect_log.allow("in failed: ")
+    expect_log.allow("read failed: ")
 
     async def scenario(daemon: Daemon, events: list[ExportEvent]) -> None:
         loop = asyncio.get_running_loop()

@@ -32,6 +32,7 @@ from vhostblk.export.again import Again
 from vhostblk.export.error_log import ErrorLog
 from vhostblk.export.error_policy import Action, ErrorPolicy
 from vhostblk.export.parking import Parking
+from vhostblk.export.statistics import OPERATION_OF
 from vhostblk.virtio.blk import ID_BYTES, SECTOR, BlkConfig, RequestType, Status
 from vhostblk.virtio.blk_request import BlkRequest
 from vhostblk.virtio.chain import copy_to
@@ -342,8 +343,7 @@ class BlkDevice:
             offset, length: bytes on the disk.
             is_ignored: the guest is told that it succeeded.
         """
-        known = kind in self._HANDLERS
-        name = RequestType(kind).name.lower() if known else "a request without a header"
+        name = OPERATION_OF.get(kind, "a request without a header")
         if is_ignored:
             name += " (ignored)"
         self._errors.record_io_error(name, error, offset, length)

@@ -14,15 +14,13 @@ from vhostblk.errors import GuestError, PeerError
 from vhostblk.export import event_fd
 from vhostblk.export.eager import run_eagerly
 from vhostblk.export.inflight import QueueInflight
-from vhostblk.export.statistics import QueueCounters
-from vhostblk.export.stats_layout import OPERATIONS
+from vhostblk.export.statistics import OPERATION_OF, QueueCounters
 from vhostblk.vhost.dirty_log import DirtyLog
 from vhostblk.vhost.inflight_packed import InflightPacked
 from vhostblk.vhost.inflight_split import InflightSplit
 from vhostblk.vhost.mem_table import MemTable
 from vhostblk.vhost.vring import VringFd, VringSnapshot
 from vhostblk.virtio import blk_request
-from vhostblk.virtio.blk import RequestType
 from vhostblk.virtio.blk_request import BlkRequest
 from vhostblk.virtio.chain import Broken
 from vhostblk.virtio.features import Feature
@@ -35,16 +33,6 @@ if TYPE_CHECKING:
 
 # How long a ring without a kick fd rests between two looks, seconds.
 POLL_INTERVAL = 0.0005
-
-_OPERATION: dict[int, str] = {
-    RequestType.IN: "read",
-    RequestType.OUT: "write",
-    RequestType.FLUSH: "flush",
-    RequestType.DISCARD: "discard",
-    RequestType.WRITE_ZEROES: "write_zeroes",
-    RequestType.GET_ID: "get_id",
-}
-assert set(_OPERATION.values()) < set(OPERATIONS)
 
 
 class PythonQueue:
@@ -317,7 +305,7 @@ class PythonQueue:
         ring.push(request.head, vouched_for)
         length = request.length or sum(segment.length for segment in request.segments)
         self._counters.finished(
-            _OPERATION.get(request.type, "other"),
+            OPERATION_OF.get(request.type, "other"),
             length,
             status != 0,
             time.monotonic_ns() - began,

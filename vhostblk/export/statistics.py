@@ -9,8 +9,9 @@ Knows nothing of shared memory, nor of the engine.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from vhostblk.export.ages import Ages
 from vhostblk.export.stats_layout import (
@@ -22,6 +23,20 @@ from vhostblk.export.stats_layout import (
     latency_bound,
     latency_bucket,
 )
+from vhostblk.virtio.blk import RequestType
+
+#: What a request is called, here and in the log; all others are "other".
+OPERATION_OF: Mapping[int, str] = MappingProxyType(
+    {
+        RequestType.IN: "read",
+        RequestType.OUT: "write",
+        RequestType.FLUSH: "flush",
+        RequestType.DISCARD: "discard",
+        RequestType.WRITE_ZEROES: "write_zeroes",
+        RequestType.GET_ID: "get_id",
+    }
+)
+assert set(OPERATION_OF.values()) < set(OPERATIONS)
 
 # Words of an operation and of a queue.
 _REQUESTS, _BYTES, _ERRORS, _LATENCY, _LATENCY_MAX = range(len(OPERATION_FIELDS))

@@ -386,7 +386,7 @@ def test_the_field_has_an_effect_only_with_its_feature() -> None:
 
 def test_request_that_breaks_the_rules_is_one_line(expect_log: ExpectedLog) -> None:
     expect_log.expect(
-        r"out failed: Invalid argument \(EINVAL\) at offset 4096, 512 bytes",
+        r"write failed: Invalid argument \(EINVAL\) at offset 4096, 512 bytes",
         r"a request without a header failed: Invalid argument \(EINVAL\)",
     )
     device = make()
@@ -505,7 +505,7 @@ def test_ignored_error_is_a_success_for_the_guest(expect_log: ExpectedLog) -> No
 
 
 def test_request_behind_the_end_of_a_disk_that_shrank_is_reported(expect_log: ExpectedLog) -> None:
-    expect_log.expect("in failed: ")
+    expect_log.expect("read failed: ")
 
     async def everything() -> None:
         node = FailingNode()
@@ -539,7 +539,7 @@ def test_error_of_somebody_else_is_not_tried_before_the_policy_has_seen_it(
             assert not node.asked.calls
 
     if error == errno.EIO:
-        expect_log.expect("out failed: ")
+        expect_log.expect("write failed: ")
     asyncio.run(everything())
 
 

@@ -164,7 +164,7 @@ def test_request_that_nobody_can_map_is_answered_all_the_same(
 def test_read_that_fails_is_tried_once_and_decided_about_once(
     image: Path, expect_log: ExpectedLog
 ) -> None:
-    expect_log.expect("in failed: Input/output error")
+    expect_log.expect("read failed: Input/output error")
     tried: list[int] = []
 
     async def fail(offset: int, iov: IoVec, has_waited: bool = False) -> None:
