@@ -25,10 +25,12 @@ async def is_sparse(file: Edge, header: Header) -> bool:
         return False
     enough = max(room * 10 // 9, room + 2)
     left, used = -(-file.node.length // size), 0
+    if left < enough:
+        return False
     codec, per_block = Codec(header.refcount_order), size * 8 >> header.refcount_order
     entries = header.refcount_table_clusters * size // 8
     for block in await read_table(file, header.refcount_table_offset, entries):
-        if left <= 0 or used >= enough:
+        if used >= enough or used + left < enough:
             break
         if block & OFFSET_MASK:
             counts = codec.decode(await read_bytes(file, block & OFFSET_MASK, size))[:left]
