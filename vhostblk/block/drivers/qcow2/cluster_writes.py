@@ -101,7 +101,7 @@ class ClusterWrites:
             raise error.in_table(table, (error.guest_offset - base) // self._size) from None
 
     async def statuses(self, offset: int, limit: int) -> list[tuple[int, int, int]]:
-        """Block status from `offset` on, as far as one slice knows: flags, bytes, place; not if there are subclusters.
+        """Block status from `offset` on, as far as one slice knows: flags, bytes, place.
 
         Raises:
             BlockError: the child's errno.

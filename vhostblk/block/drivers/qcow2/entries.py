@@ -9,6 +9,7 @@ import enum
 import errno
 from array import array
 from dataclasses import replace
+from types import MappingProxyType
 
 from vhostblk.block.drivers.qcow2.header import SUBCLUSTERS, Header
 from vhostblk.block.drivers.qcow2.tables import Table, count_alike
@@ -63,6 +64,17 @@ class Run:
     has_host: bool = False
     compressed: int = 0
     copied: bool = False
+
+
+STATUS_FLAGS = MappingProxyType(
+    {
+        Kind.UNALLOCATED: 0,
+        Kind.ZERO: _IS_ZERO,
+        Kind.NORMAL: _IS_DATA,
+        Kind.COMPRESSED: _IS_COMPRESSED,
+    }
+)
+"""What a kind is in block status."""
 
 
 class EntryError(ImageError):
@@ -285,7 +297,7 @@ class EntryReader:
     ) -> list[tuple[int, int, int]]:
         """Block status of runs from `offset` on, within what the table covers: flags, bytes, place in the file.
 
-        Not of images with subclusters or an external data file. It is by far the fastest way to see all of a table.
+        It is by far the fastest way to see all of a table.
 
         Args:
             table, base: as for `run_at`.
@@ -294,6 +306,8 @@ class EntryReader:
         Raises:
             EntryError: the first entry is wrong; the list ends before any other that is.
         """
+        if self._extended or self._has_data_file:
+            return self._statuses_of_parts(table, base, offset, limit)
         size, bits = self._cluster_size, self._cluster_bits
         index = offset - base >> bits
         stop = min(-(-(limit - base) // size), len(table))
@@ -336,6 +350,43 @@ class EntryReader:
         if (over := base + (stop << bits) - limit) > 0:
             flags, count, place = found[-1]
             found[-1] = flags, count - over, place
+        return found
+
+    def _statuses_of_parts(
+        self, table: Table, base: int, offset: int, limit: int
+    ) -> list[tuple[int, int, int]]:
+        """The same, where an entry takes more than a look: of subclusters, of an external data file."""
+        size, bits = self._cluster_size, self._cluster_bits
+        each = 2 if self._extended else 1
+        clusters = len(table) // each
+        limit = min(limit, base + (clusters << bits))
+        stop = -(-(limit - base) // size)
+        found: list[tuple[int, int, int]] = []
+        last = next_place = -1
+        while offset < limit:
+            try:
+                run = self.part_at(table, base, offset)
+            except EntryError:
+                if found:
+                    break
+                raise
+            number = run.end - base >> bits
+            if run.end - run.start == size and number < stop:
+                before = table[each * number - each]
+                if table[each * number] == before + (size if run.has_host else 0):
+                    run = self._grown(run, table, base, stop)
+            count = min(run.end, limit) - offset
+            flags = STATUS_FLAGS[run.kind]
+            place = 0
+            if run.has_host and run.kind is not Kind.COMPRESSED:
+                flags |= _HAS_PLACE
+                place = run.host + offset - run.start
+            offset += count
+            if flags == last and place == next_place and run.kind is not Kind.COMPRESSED:
+                flags, before, place = found.pop()
+                count += before
+            found.append((flags, count, place))
+            last, next_place = flags, place + count if flags & _HAS_PLACE else 0
         return found
 
     def compressed_place(self, entry: int) -> tuple[int, int]:

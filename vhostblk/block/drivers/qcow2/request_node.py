@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Coroutine
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vhostblk.block.drivers.qcow2 import unwritten
@@ -21,7 +20,7 @@ from vhostblk.block.drivers.qcow2.clusters import Clusters
 from vhostblk.block.drivers.qcow2.compressed import ClusterCodec
 from vhostblk.block.drivers.qcow2.compressing import CompressedWrites
 from vhostblk.block.drivers.qcow2.data_file import RawDataFile
-from vhostblk.block.drivers.qcow2.entries import Kind, Run
+from vhostblk.block.drivers.qcow2.entries import STATUS_FLAGS, Kind, Run
 from vhostblk.block.drivers.qcow2.extents import Qcow2Extents
 from vhostblk.block.drivers.qcow2.first_writes import FirstWrites
 from vhostblk.block.edge import Edge
@@ -47,10 +46,6 @@ _READ_EVENTS = {
 _DATA, _OFFSET_VALID = int(StatusFlag.DATA), int(StatusFlag.OFFSET_VALID)
 _RECURSE = int(StatusFlag.RECURSE)
 _IN_FILE = _DATA | _OFFSET_VALID
-_COMPRESSED = int(StatusFlag.DATA | StatusFlag.COMPRESSED)
-_FLAGS = MappingProxyType(
-    {Kind.NORMAL: _DATA, Kind.ZERO: int(StatusFlag.ZERO), Kind.UNALLOCATED: 0}
-)
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 _WRITE_COMPRESSED = int(Req.WRITE_COMPRESSED)
 
@@ -274,10 +269,8 @@ class RequestNode(CheckNode, Qcow2Extents):
         """The run at `offset`, and where it is."""
         run = await self._run(offset, offset + length)
         count = min(run.end, offset + length) - offset
-        if run.kind is Kind.COMPRESSED:
-            return BlockStatus(_COMPRESSED, count)
-        flags = _FLAGS[run.kind]
-        if not run.has_host or self.is_encrypted:
+        flags = STATUS_FLAGS[run.kind]
+        if not run.has_host or run.kind is Kind.COMPRESSED or self.is_encrypted:
             return BlockStatus(flags, count)
         if precise and run.kind is Kind.NORMAL and await self._has_unwritten():
             flags |= _RECURSE
@@ -286,13 +279,13 @@ class RequestNode(CheckNode, Qcow2Extents):
 
     async def driver_block_statuses(self, offset: int, length: int) -> StatusRuns:
         """All that one slice of a table says."""
-        if self._header.has_subclusters or self._header.has_data_file or self.is_encrypted:
-            return StatusRuns([])
-        recurse = await self._has_unwritten()
+        recurse = not self.is_encrypted and await self._has_unwritten()
         try:
             found = await self._clusters.statuses(offset, offset + length)
         except ImageError as error:
             raise await self._corrupt(error) from None
+        if self.is_encrypted:
+            found = [(flags & ~_OFFSET_VALID, count, 0) for flags, count, _ in found]
         if recurse:
             found = [
                 (flags | _RECURSE if flags & _IN_FILE == _IN_FILE else flags, count, place)

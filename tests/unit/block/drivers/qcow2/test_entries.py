@@ -162,6 +162,75 @@ def test_statuses_of_a_table_are_its_longest_runs(
     assert at == limit
 
 
+def check_statuses(
+    header: Header, table: array[int], clusters: int, offset: int, limit: int
+) -> None:
+    reader, at = EntryReader(header), offset
+    before = (-1, 0)
+    for flags, count, place in reader.statuses(table, BASE, offset, limit):
+        assert count > 0
+        assert (flags, place) != before or flags & int(StatusFlag.COMPRESSED)
+        while count:
+            run = reader.run_at(table, BASE, at, BASE + clusters * CLUSTER)
+            has_place = run.has_host and run.kind is not Kind.COMPRESSED
+            assert bool(flags & _ZERO) == (run.kind is Kind.ZERO)
+            assert bool(flags & _DATA) == (run.kind in (Kind.NORMAL, Kind.COMPRESSED))
+            assert bool(flags & _PLACE) == has_place
+            assert place == (run.host + at - run.start if has_place else 0)
+            step = min(run.end - at, count)
+            at, count, place = at + step, count - step, place + step if has_place else 0
+        before = flags, place
+    assert at == limit
+
+
+def any_range(data: st.DataObject, clusters: int) -> tuple[int, int]:
+    first = data.draw(st.integers(0, clusters * CLUSTER // 512 - 1))
+    last = data.draw(st.integers(first + 1, clusters * CLUSTER // 512))
+    return BASE + first * 512, BASE + last * 512
+
+
+@given(st.lists(st.tuples(extended_entries(), LENGTHS, st.booleans()), min_size=1), st.data())
+def test_statuses_of_subclusters_are_those_of_their_runs(
+    runs: list[tuple[tuple[int, int], int, bool]], data: st.DataObject
+) -> None:
+    words = []
+    for (entry, bitmap), count, grows in runs:
+        step = CLUSTER if grows and entry and not entry & COMPRESSED else 0
+        for number in range(count):
+            words += [entry + number * step, bitmap]
+    clusters = len(words) // 2
+    check_statuses(EXTENDED, array("Q", words), clusters, *any_range(data, clusters))
+
+
+@given(st.lists(st.tuples(st.sampled_from("usz"), LENGTHS), min_size=1, max_size=8), st.data())
+def test_statuses_of_an_external_data_file_are_those_of_its_runs(
+    runs: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    kinds = [kind for kind, count in runs for _ in range(count)]
+    entries = {"u": lambda place: 0, "s": lambda place: COPIED | place, "z": lambda place: 1}
+    table = array("Q", [entries[kind](BASE + n * CLUSTER) for n, kind in enumerate(kinds)])
+    check_statuses(EXTERNAL, table, len(kinds), *any_range(data, len(kinds)))
+
+
+def test_first_cluster_of_an_external_data_file_is_at_place_0() -> None:
+    table = array("Q", [COPIED, COPIED | CLUSTER, 0])
+    found = EntryReader(EXTERNAL).statuses(table, 0, 0, 3 * CLUSTER)
+    assert found == [(_DATA | _PLACE, 2 * CLUSTER, 0), (0, CLUSTER, 0)]
+
+
+@pytest.mark.parametrize("header", [EXTENDED, EXTERNAL])
+def test_statuses_of_parts_end_before_one_that_is_wrong(header: Header) -> None:
+    bitmap = [0xFFFFFFFF] if header is EXTENDED else []
+    table = array("Q")
+    for number in range(8):
+        table.extend([COPIED | number * CLUSTER | (512 if number == 6 else 0), *bitmap])
+    reader = EntryReader(header)
+    found = reader.statuses(table, 0, CLUSTER, 8 * CLUSTER)
+    assert found == [(_DATA | _PLACE, 5 * CLUSTER, CLUSTER)]
+    with pytest.raises(ImageError, match="unaligned"):
+        reader.statuses(table, 0, 6 * CLUSTER, 8 * CLUSTER)
+
+
 def test_statuses_end_before_an_entry_that_is_wrong() -> None:
     table = array("Q", [COPIED | at * CLUSTER for at in range(1, 300)])
     table[200] |= 512
