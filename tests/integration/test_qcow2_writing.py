@@ -199,6 +199,33 @@ def test_reference_count_table_grows(tmp_path: Path) -> None:
     assert contents(image, tmp_path)[MIB : 7 * MIB] == data
 
 
+@pytest.mark.parametrize("start", [0, 2 * 65536, 2 * 65536 + 2048])
+@pytest.mark.parametrize("command", ["write -zu", "write -z", "discard"])
+def test_last_cluster_is_cleared_as_a_whole_where_the_disk_has_a_part_of_it(
+    tmp_path: Path, command: str, start: int
+) -> None:
+    size = 2 * 65536 + 52 * 1024
+    options = "cluster_size=64k,extended_l2=on"
+    images = []
+    for name in ("theirs", "ours"):
+        image = create(tmp_path / name, size, "-o", options)
+        qemu_io(image, f"write -P 1 0 {size}")
+        images.append(image)
+    theirs, ours = images
+    qemu_io(theirs, "reopen -o discard=unmap", f"{command} {start} {size - start}")
+
+    async def scenario(backend: BlockBackend) -> None:
+        if command == "discard":
+            await backend.pdiscard(start, size - start)
+        else:
+            await backend.pwrite_zeroes(start, size - start, may_unmap=command == "write -zu")
+
+    with_image(ours, scenario, discard="unmap")
+    shown = [qemu_img("map", "--output=json", image) for image in (theirs, ours)]
+    assert shown[0] == shown[1]
+    assert check(ours) == ""
+
+
 def test_what_is_discarded_goes_back_to_the_host_and_is_used_again(tmp_path: Path) -> None:
     image = create(tmp_path / "i.qcow2", 64 * MIB)
 

@@ -70,7 +70,9 @@ def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
     for name, edge in node.children.items():
         child_exact, child_options = _identity(edge.node)
         if edge is primary:
-            exact = child_exact if edge.node.is_protocol or edge.node.is_filter else ""
+            # A format by itself is not found out again above another format; a filter says what it is.
+            is_seen = node.is_filter or edge.node.is_protocol or edge.node.is_filter
+            exact = child_exact if is_seen else ""
         elif node.implied.get(name) == (child_exact or format_json(child_options)):
             continue
         else:

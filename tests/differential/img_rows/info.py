@@ -58,6 +58,9 @@ ROWS = (
         info ./disk.qcow2
         info null-co://
         info --image-opts driver=blkdebug,image.filename=disk.raw
+        info --image-opts driver=blkdebug,image.driver=qcow2,image.file.filename=disk.qcow2
+        info --image-opts driver=blkdebug,image.driver=raw,image.offset=512,image.file.filename=disk.raw
+        info --image-opts driver=raw,file.driver=qcow2,file.file.filename=disk.qcow2
         info --image-opts driver=blkdebug,image.filename=disk.raw,align=4096,cache.direct=off,node-name=a,force-share=on
         info --image-opts driver=blkdebug,image.filename=disk.raw,max-transfer=64k,discard=unmap
         info 'json:{"driver":"blkdebug","image.driver":"file","image.filename":"disk.raw","opt-discard":4096}'

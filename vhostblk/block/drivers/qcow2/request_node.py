@@ -215,6 +215,7 @@ class RequestNode(CheckNode, Qcow2Extents):
         if self._header.version < 3:
             # No cluster of version 2 can say that it is zeroes; one that is given up is, if nothing is below.
             keep, discard = False, True
+        length = self._with_last_cluster(offset, length)
         await self._change(
             self._clusters.clear(offset, length, keep=keep, discard=discard, unwritten=unwritten)
         )
@@ -236,7 +237,14 @@ class RequestNode(CheckNode, Qcow2Extents):
         if self._raw_data is not None:
             await self._change(self._raw_data.pdiscard(offset, length))
             return
+        length = self._with_last_cluster(offset, length)
         await self._change(self._clusters.clear(offset, length, keep=False, discard=True))
+
+    def _with_last_cluster(self, offset: int, length: int) -> int:
+        """Of a range that is to be cleared; the disk has perhaps a part of its last cluster only, and that is all."""
+        end, size = offset + length, self.cluster_size
+        is_whole = end >= self.length and align_down(end, size) >= offset
+        return align_up(end, size) - offset if is_whole else length
 
     def _is_whole(self, offset: int, length: int, unit: int) -> bool:
         """Units only, except for the end of the disk."""
