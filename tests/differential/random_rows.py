@@ -13,7 +13,7 @@ from random import Random
 
 from tests.differential.img_matrix import Row
 
-__all__ = ["OUTPUT", "random_row"]
+__all__ = ["KIB", "MIB", "OUTPUT", "Image", "Maker", "random_row"]
 
 KIB, MIB = 1 << 10, 1 << 20
 #: What `convert` makes.
@@ -23,18 +23,18 @@ _SPARSE = ("0", "512", "1k", "8k", "12k", "64k", "1M", "2M")
 
 
 @dataclass
-class _Image:
+class Image:
     name: str
     format: str
     size: int
     cluster: int = 64 * KIB
     options: dict[str, str] = field(default_factory=dict)
-    backing: _Image | None = None
+    backing: Image | None = None
     has_snapshot: bool = False
     has_bitmaps: bool = False
 
 
-class _Maker:
+class Maker:
     """Keeps the commands that make what it was asked for."""
 
     def __init__(self, random: Random) -> None:
@@ -47,7 +47,11 @@ class _Maker:
     def say(self, *words: object) -> None:
         self.commands.append(shlex.join(map(str, words)))
 
-    def chain(self, name: str) -> _Image:
+    @staticmethod
+    def joined(options: dict[str, str]) -> str:
+        return ",".join(f"{name}={value}" for name, value in options.items())
+
+    def chain(self, name: str) -> Image:
         image = self.raw(f"{name}0") if self.chance(0.3) else self.qcow2(f"{name}0")
         for layer in range(1, self.random.choice((1, 1, 1, 2, 3))):
             image = self.qcow2(f"{name}{layer}", image)
@@ -58,13 +62,13 @@ class _Maker:
         unit = self.random.choice((cluster, 4096, 512))
         return max(self.random.randrange(most) // unit * unit, 512)
 
-    def raw(self, name: str) -> _Image:
-        image = _Image(name, "raw", self.size(64 * KIB))
+    def raw(self, name: str) -> Image:
+        image = Image(name, "raw", self.size(64 * KIB))
         self.say("truncate", "-s", image.size, name)
         self.write(image)
         return image
 
-    def qcow2(self, name: str, backing: _Image | None = None, size: int = 0) -> _Image:
+    def qcow2(self, name: str, backing: Image | None = None, size: int = 0) -> Image:
         random = self.random
         bits = random.choice(_CLUSTER_BITS)
         options = {"cluster_size": str(1 << bits)}
@@ -76,7 +80,7 @@ class _Maker:
             options["preallocation"] = "metadata"
         if backing is not None and self.chance(0.4):
             size = backing.size
-        image = _Image(name, "qcow2", size or self.size(1 << bits), 1 << bits, options, backing)
+        image = Image(name, "qcow2", size or self.size(1 << bits), 1 << bits, options, backing)
         below = () if backing is None else ("-b", backing.name, "-F", backing.format)
         self.say(
             "qemu-img",
@@ -85,7 +89,7 @@ class _Maker:
             "-f",
             "qcow2",
             "-o",
-            _joined(options),
+            self.joined(options),
             *below,
             name,
             image.size,
@@ -102,7 +106,7 @@ class _Maker:
             self.write(image)
         return image
 
-    def compress(self, image: _Image) -> None:
+    def compress(self, image: Image) -> None:
         """Some clusters; before any other write, because QEMU compresses none that has a place."""
         clusters = -(-image.size // image.cluster)
         found = self.random.sample(range(clusters), min(clusters, self.random.choice((0, 0, 1, 9))))
@@ -114,20 +118,20 @@ class _Maker:
             ],
         )
 
-    def write(self, image: _Image) -> None:
+    def write(self, image: Image) -> None:
         """Some writes of other kinds."""
         self._io(image, [self._one(image) for _ in range(self.random.choice((0, 1, 3, 12)))])
 
-    def _io(self, image: _Image, commands: list[str]) -> None:
+    def _io(self, image: Image, commands: list[str]) -> None:
         if commands:
             words = [word for command in commands for word in ("-c", command)]
             self.say("qemu-io", "-d", "unmap", "-f", image.format, *words, image.name)
 
-    def _whole(self, image: _Image, cluster: int) -> str:
+    def _whole(self, image: Image, cluster: int) -> str:
         start = cluster * image.cluster
         return f"{start} {min(image.cluster, image.size - start)}"
 
-    def _one(self, image: _Image) -> str:
+    def _one(self, image: Image) -> str:
         random = self.random
         unit = random.choice((512, 4096, image.cluster, image.cluster))
         offset = random.randrange(image.size) // unit * unit
@@ -136,7 +140,7 @@ class _Maker:
         how = random.choice((write, write, write, "write -q -z", "write -q -zu", "discard -q"))
         return f"{how} {offset} {length}"
 
-    def damage(self, image: _Image) -> None:
+    def damage(self, image: Image) -> None:
         """Entries of the first L2 table, and counts, as a new image has them."""
         random = self.random
         if (
@@ -162,7 +166,7 @@ class _Maker:
 
 def random_row(random: Random) -> Row:
     """A command line, and what makes the images that it is about."""
-    maker = _Maker(random)
+    maker = Maker(random)
     kind = random.choice(
         ("convert", "convert", "convert", "convert", "map", "check", "compare", "measure")
     )
@@ -188,7 +192,7 @@ def random_row(random: Random) -> Row:
     return Row(shlex.join(map(str, (kind, *words))), given=maker.commands)
 
 
-def _convert(maker: _Maker, image: _Image) -> list[object]:
+def _convert(maker: Maker, image: Image) -> list[object]:
     random = maker.random
     words: list[object] = []
     if maker.chance(0.35):
@@ -211,7 +215,7 @@ def _convert(maker: _Maker, image: _Image) -> list[object]:
         options = {"cluster_size": str(1 << bits)}
         if bits >= 14 and maker.chance(0.5):
             options["extended_l2"] = "on"
-        words += ["-o", _joined(options)]
+        words += ["-o", maker.joined(options)]
         if maker.chance(0.2):
             words.append("-c")
         if image.has_bitmaps and maker.chance(0.5):
@@ -219,7 +223,3 @@ def _convert(maker: _Maker, image: _Image) -> list[object]:
         if image.backing is not None and maker.chance(0.5):
             words += ["-B", image.backing.name, "-F", image.backing.format]
     return [*words, "-O", target, "-f", image.format, image.name, OUTPUT]
-
-
-def _joined(options: dict[str, str]) -> str:
-    return ",".join(f"{name}={value}" for name, value in options.items())

@@ -37,7 +37,7 @@ _COUNTED_ELSEWHERE = (
 
 
 def full_options(node: BlockNode) -> dict[str, Any]:
-    """All it takes to open the same again, nested as in JSON (row B41.2); not what the image itself says."""
+    """All it takes to open the same again, nested as in JSON (row B41.2), less what the image says is below."""
     return _identity(node)[1]
 
 
@@ -74,7 +74,8 @@ def _identity(node: BlockNode) -> tuple[str, dict[str, Any]]:
             is_seen = node.is_filter or edge.node.is_protocol or edge.node.is_filter
             exact = child_exact if is_seen else ""
         elif node.implied.get(name) == (child_exact or format_json(child_options)):
-            continue
+            if edge.role & Role.COW:
+                continue
         else:
             is_plain = False
         options[name] = child_options

@@ -122,6 +122,7 @@ class BlockNode(Driver, Quiescent):
         self.set_options(options)
         # Where it comes from (row B07.13).
         self.given: dict[str, Any] = {}  # its own options as the user wrote them, flat
+        self.is_spelled = False  # as image tools write options, and its name has them like that
         # Whose options it was written in, and what it was there; still above it (row B06.10).
         self.inherits_from: BlockNode | None = None
         self.inherits_as = Role(0)
@@ -225,7 +226,7 @@ class BlockNode(Driver, Quiescent):
 
     def naming_options(self) -> dict[str, Any]:
         """Its own options that are part of its name: those that decide about what it shows (row B41.2)."""
-        return strong_options(self.options)
+        return strong_options(self.options, self.given if self.is_spelled else {})
 
     def write_generation(self) -> int:
         """Grows with every write that may have reached this node, by the pipeline or past it (row B16.12)."""

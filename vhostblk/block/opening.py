@@ -81,7 +81,7 @@ async def open_node(
     node = driver(graph.names.node_name(common.node_name), common, options)
     node.read_only = read_only
     node.inactive = not common.active
-    node.given = given
+    node.given, node.is_spelled = given, by_name
     node.probed = probed
     node.for_check = bool(flags & OpenFlag.CHECK)
     node.without_backing = bool(flags & OpenFlag.NO_BACKING)

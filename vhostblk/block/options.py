@@ -338,13 +338,18 @@ def _no_such_option(level: str, driver: str, name: str) -> str:
     return f"Block format '{driver}' does not support the option '{name}'"
 
 
-def strong_options(options: Any) -> dict[str, Any]:
-    """The options of a set that decide about content and are not as by default; names are QEMU's."""
-    return {
-        option_name(field): value
-        for field in dataclasses.fields(options)
-        if field.metadata["strong"] and (value := getattr(options, field.name)) != field.default
-    }
+def strong_options(options: Any, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a set that decide about content and are not as by default; names are QEMU's.
+
+    Args:
+        written: what has these values, and is there in any case.
+    """
+    found = {}
+    for field in dataclasses.fields(options):
+        name, value = option_name(field), getattr(options, field.name)
+        if field.metadata["strong"] and (name in written or value != field.default):
+            found[name] = written.get(name, value)
+    return found
 
 
 def immutable_options(options_type: type[Any], given: Mapping[str, Any]) -> dict[str, Any]:

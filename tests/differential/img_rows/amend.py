@@ -66,6 +66,11 @@ ROWS = (
         amend -o backing_file=x disk.qcow2
         amend -o backing_fmt=x disk.qcow2
         amend -o backing_file=mid.qcow2,backing_fmt=qcow2 top.qcow2
+        amend -o backing_file=mid.qcow2 top.qcow2
+        amend -o backing_fmt=qcow2 top.qcow2
+        amend -o backing_file= disk.qcow2
+        amend -o backing_fmt= disk.qcow2
+        amend -o backing_file=,backing_fmt= disk.qcow2
         amend -o backing_file=base.qcow2 top.qcow2
         amend -o data_file=x disk.qcow2
         amend -o data_file=external.data external.qcow2

@@ -17,7 +17,7 @@ from vhostblk.block.node import (
     OpenContext,
     Req,
 )
-from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option, strong_options
+from vhostblk.block.options import BOOLEAN, INTEGER, SIZE, option
 from vhostblk.block.status import BlockStatus
 from vhostblk.errors import ConfigError
 
@@ -65,7 +65,7 @@ class NullNode(BlockNode):
 
     def exact_filename(self) -> str:
         """There is a name for the default only."""
-        return "" if strong_options(self.options) else "null-co://"
+        return "" if self.naming_options() else "null-co://"
 
     async def open(self, context: OpenContext) -> None:
         """Nothing can fail."""

@@ -68,14 +68,12 @@ class Qcow2AmendOptions(OtherEncryption):
         is_raw = bool(header.autoclear & AutoClear.RAW_DATA_FILE)
         if self.data_file_raw and not is_raw:
             raise ConfigError("data-file-raw cannot be set on existing images")
-        for said, there in (
-            (self.backing_file, header.backing_name),
-            (self.backing_fmt, header.backing_format),
-        ):
-            if said is not None and said != there:
-                what = "Cannot amend the backing file"
-                hint = "You can use 'qemu-img rebase' instead."
-                raise ConfigError(f"{what} (rebase does that)", qemu_text=f"{what}\n{hint}")
+        said = self.backing_file, self.backing_fmt
+        # As in QEMU, whoever says one of them says both.
+        if said not in ((None, None), (header.backing_name or None, header.backing_format or None)):
+            what = "Cannot amend the backing file"
+            hint = "You can use 'qemu-img rebase' instead."
+            raise ConfigError(f"{what} (rebase does that)", qemu_text=f"{what}\n{hint}")
         if version >= 3:
             return
         if self.lazy_refcounts:
