@@ -132,8 +132,8 @@ class Clusters(ClusterWrites):
                             old += self.gives_up(entry)
                         self._metadata.change(slice_, cluster, *new)
                 await to_the_end(self.let_go(start, limit, old))
-                if discard and self._is_external:
-                    # The place stays theirs, the room need not.
+                if not keep and self._is_external:
+                    # Nobody else can have the place; the room need not stay theirs.
                     with suppress(BlockError):
                         await self._data.pdiscard(at, stop - at)
             at = stop
@@ -163,8 +163,6 @@ class Clusters(ClusterWrites):
         if not is_allocated and not self._has_backing() and self._leaves_unallocated(discard):
             return entry, bits
         keep = keep and not entry & COMPRESSED and bool(entry & COPIED or (bits and not discard))
-        if self._is_external and entry & COPIED and not discard:
-            keep = True
         if not self._extended:
             if self._metadata.header.version < 3:
                 return 0, 0
