@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.differential.img_images import IMAGES
 from tests.differential.img_matrix import Row, Templates, compare
+from tests.differential.random_changes import random_change
 from tests.differential.random_rows import OUTPUT, random_row
 from tests.differential.tools import MEMORY
 from tests.qcow2_images import qemu_img
@@ -45,6 +46,23 @@ def test_images_are_the_same(seed: int, expect_log: ExpectedLog) -> None:
         compare(row, Templates(IMAGES, folder / "templates"), folder)
         if _is_new(row) and (folder / "ours" / OUTPUT).exists():
             assert _layers(folder / "ours") == _layers(folder / "theirs"), str(row)
+
+
+@settings(
+    max_examples=EXAMPLES or 25,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(seed=st.integers(0, (1 << 32) - 1))
+def test_images_are_changed_and_named_in_the_same_way(seed: int, expect_log: ExpectedLog) -> None:
+    require("qemu-img", "qemu-io")
+    expect_log.allow("")
+    row = random_change(Random(seed))
+    with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as name:
+        folder = Path(name)
+        compare(row, Templates(IMAGES, folder / "templates"), folder)
 
 
 def _is_new(row: Row) -> bool:
