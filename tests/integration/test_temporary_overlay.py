@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from vhostblk.block.activation import activate, inactivate
 from vhostblk.block.backend import BlockBackend
 from vhostblk.block.chain import layers
 from vhostblk.block.create import create_image
@@ -123,6 +124,33 @@ def test_overlay_is_the_node_that_was_asked_for(tmp_path: Path, temporary: Path)
 
     asyncio.run(scenario())
     assert list(temporary.iterdir()) == []
+
+
+def test_overlay_of_an_image_that_is_somebody_elses_waits_with_it(
+    tmp_path: Path, temporary: Path
+) -> None:
+    content = raw_image(tmp_path / "image")
+
+    async def scenario() -> None:
+        graph = BlockGraph()
+        file = {"file.driver": "file", "file.filename": str(tmp_path / "image")}
+        node = await graph.add({"driver": "raw", "snapshot": "on", "active": "off", **file})
+        assert all(layer.inactive for layer in layers(node))
+        backend = BlockBackend(node, "the guest", writable=True)
+        with pytest.raises(BlockError) as caught:
+            await backend.pwritev(0, IoVec.of(b"x" * 512))
+        assert caught.value.errno == errno.EPERM
+        await activate(graph)
+        await backend.pwritev(0, IoVec.of(b"x" * 512))
+        await inactivate(graph)
+        await activate(graph)
+        found = bytearray(1024)
+        await backend.preadv(0, IoVec.of(found))
+        assert found == b"x" * 512 + content[512:1024]
+        await backend.close()
+        await graph.close_all()
+
+    asyncio.run(scenario())
 
 
 def test_overlay_that_cannot_be_made_fails_the_whole_open_and_names_its_file(

@@ -44,6 +44,8 @@ async def open_top(graph: BlockGraph, flat: dict[str, Any], open_image: Open) ->
     if not to_boolean("snapshot", flat.pop("snapshot", False)):
         return await open_image(flat)
     options = {name: flat.pop(name) for name in _MOVED if name in flat}
+    # What the overlay shows is the image's, so it waits with it until that is ours (row B40).
+    options |= {name: flat[name] for name in ("active",) if name in flat}
     flat.update({"read-only": True, "auto-read-only": False})
     image = await open_image(flat)
     try:
