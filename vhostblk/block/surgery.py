@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vhostblk.block import opening
-from vhostblk.block.backing import name_for, record
+from vhostblk.block.backing import check_supports_backing, name_for, record
 from vhostblk.block.chain import overlays_of
 from vhostblk.block.edge import Edge
 from vhostblk.block.keyval import flatten
@@ -36,10 +36,13 @@ async def append(graph: BlockGraph, new: BlockNode, top: BlockNode) -> None:
         new: an open node without parents, and without the child that `top` becomes.
 
     Raises:
-        ConfigError: a permission is not to be had, or an edge is frozen.
+        ConfigError: `new` has no backing files, a permission is not to be had, or an edge is frozen.
     """
-    role = Role.FILTERED | Role.PRIMARY if new.is_filter else Role.COW
-    name = "file" if new.is_filter else "backing"
+    if new.is_filter:
+        role, name = Role.FILTERED | Role.PRIMARY, new.child_keys[0]
+    else:
+        check_supports_backing(new)
+        role, name = Role.COW, "backing"
     if new.parents or name in new.children:
         raise ConfigError(f"Node '{new.node_name}' is in use already", errno.EBUSY)
     async with graph.changing(top, new):

@@ -295,6 +295,29 @@ def test_refused_append_leaves_the_graph_as_it_was() -> None:
     with_graph(scenario)
 
 
+@pytest.mark.parametrize(
+    ("new", "reason"),
+    [
+        ("raw,node-name=n,file=other", "'n' does not support backing files"),
+        ("null-co,node-name=n,size=64k", "'n' does not support backing files"),
+        ("blkdebug,node-name=n,image=other", "Node 'n' is in use already"),
+    ],
+)
+def test_what_cannot_be_an_overlay_is_not_put_above_a_disk(new: str, reason: str) -> None:
+    """Its users would see another disk."""
+
+    async def scenario(graph: BlockGraph) -> None:
+        base = await graph.add("memory,node-name=base,size=64k")
+        await graph.add("memory,node-name=other,size=64k")
+        node = await graph.add(new)
+        before = picture(graph)
+        with pytest.raises(ConfigError, match=reason):
+            await surgery.append(graph, node, base)
+        assert picture(graph) == before
+
+    with_graph(scenario)
+
+
 def test_replaced_node_gives_all_its_users_to_the_new_one_or_none() -> None:
     async def scenario(graph: BlockGraph) -> None:
         old = await graph.add("memory,node-name=old,size=64k")
