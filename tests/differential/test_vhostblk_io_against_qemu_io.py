@@ -143,6 +143,10 @@ def commands(script: list[str]) -> list[str]:
     return [word for command in script for word in ("-c", command)]
 
 
+def _json(more: str) -> str:
+    return f'json:{{"driver":"raw","file":{{"driver":"file","filename":"IMAGE"}},{more}}}'
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -167,6 +171,13 @@ def commands(script: list[str]) -> list[str]:
         ["-f", "raw", "-m", "-c", "write -P 7 1 100k", "-c", "read -P 7 1 100k", "IMAGE"],
         ["-C", "-f", "raw", "-c", "discard 0 4k", "-c", "read -P 0 0 4k", "IMAGE"],
         ["-C", "-f", "raw", "-d", "ignore", "-c", "discard 0 4k", "-c", "read -P 1 0 4k", "IMAGE"],
+        # What the name says comes before what options of the command line mean.
+        [_json('"read-only":true')],
+        [_json('"read-only":"maybe"')],
+        [_json('"cache.direct":"x"')],
+        [_json('"discard":"ignore"'), "-c", "discard 0 4k", "-c", "read -P 1 0 4k"],
+        ["-d", "ignore", _json('"discard":"unmap"'), "-c", "discard 0 4k", "-c", "read -P 0 0 4k"],
+        ["-r", _json('"read-only":false'), "-c", "write 0 512"],
         ["-c", "quit", "-c", "length"],
         ["-n", "-f", "raw", "-c", "quit", "IMAGE"],
     ],

@@ -22,6 +22,7 @@ from vhostblk.block.crypto.secret import Secrets
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.edge import Edge
 from vhostblk.block.execution import ControlLoop
+from vhostblk.block.filename import is_json, parse_json
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.host_io import HostIO, create_host_io
 from vhostblk.block.host_needs import HostNeeds, all_needs
@@ -112,6 +113,7 @@ class BlockGraph:
         filename: str | None,
         options: Mapping[str, Any] | None = None,
         *,
+        defaults: Mapping[str, Any] | None = None,
         flags: OpenFlag = opening.NO_FLAGS,
     ) -> BlockNode:
         """Open what a name stands for: a path, `protocol:rest` or `json:{...}`.
@@ -120,6 +122,7 @@ class BlockGraph:
             filename: None: the options say which file.
             options: as for `add`; without `driver` the format is guessed from the content, and inline children need
                 none: their file name says it.
+            defaults: what holds unless the options, or those in the name, say otherwise.
             flags: CHECK: open it only for `check.check`: a damaged image will do; NO_BACKING: without the backing file
                 that the image names; NO_IO: open it, read-only, only for `image_info.query_image_info`: without its
                 data file.
@@ -128,6 +131,10 @@ class BlockGraph:
             ConfigError: as `add`.
         """
         flat = flatten(options or {})
+        if filename is not None and is_json(filename):
+            # Now: some of them are not for the image, but for what may be put above it.
+            flat, filename = {**parse_json(filename), **flat}, None
+        flat = {**flatten(defaults or {}), **flat}
         async with self.changing():
             return self.adopt(
                 await temporary_overlay.open_top(

@@ -171,6 +171,8 @@ ROWS = (
         resize --image-opts -f qcow2 driver=qcow2,file.filename=disk.qcow2 2M
         resize --image-opts disk.qcow2 2M
         resize 'json:{"driver":"qcow2","file":{"driver":"file","filename":"disk.qcow2"}}' 2M
+        resize 'json:{"driver":"qcow2","read-only":true,"file":{"driver":"file","filename":"disk.qcow2"}}' 2M
+        resize 'json:{"driver":"qcow2","cache":{"direct":"x"},"file":{"driver":"file","filename":"disk.qcow2"}}' 2M
         resize -p disk.qcow2 2M
         resize -x disk.qcow2 2M
         resize --object nothing,id=x disk.qcow2 2M

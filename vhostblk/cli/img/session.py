@@ -114,7 +114,7 @@ class Session:
             name: of a file, or a list of options.
             image_opts: which of the two.
             driver: the image's format; found out if absent.
-            more: further options of the node, dotted.
+            more: further options of the node, dotted, unless the user says otherwise.
             flags: CHECK, NO_BACKING: see `BlockGraph.open_image`.
             shared: what other users of the same node may do.
 
@@ -135,9 +135,11 @@ class Session:
             if given.get("force-share", "on") != "on":
                 raise ImgError("--force-share/-U conflicts with image options")
             given["force-share"] = True
-        options = {"read-only": not writable, **cache.options, **(more or {}), **given}
+        defaults = {"read-only": not writable, **cache.options, **(more or {})}
         try:
-            node = await self.graph.open_image(None if image_opts else name, options, flags=flags)
+            node = await self.graph.open_image(
+                None if image_opts else name, given, defaults=defaults, flags=flags
+            )
             if writable and node.read_only:
                 raise ConfigError("Block node is read-only")
             backend = BlockBackend(

@@ -45,27 +45,27 @@ class Modes:
     copy_on_read: bool = False
     snapshot: bool = False
 
-    def options(self, given: Mapping[str, str]) -> dict[str, Any]:
-        """The options to open a node with.
-
-        Args:
-            given: the image's own.
-
-        Raises:
-            RefusedError: they contradict `force_share`.
-        """
-        options = {
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of the node, as far as the image's own do not say otherwise."""
+        return {
             "read-only": self.read_only,
             **self.cache.options,
             "discard": self.discard,
             **({"snapshot": True} if self.snapshot else {}),
-            **given,
         }
-        if self.force_share:
-            if given.get("force-share", "on") != "on":
-                raise RefusedError("-U conflicts with image options")
-            options["force-share"] = True
-        return options
+
+    def added_to(self, given: Mapping[str, str]) -> dict[str, Any]:
+        """The image's own options, with what they may not contradict.
+
+        Raises:
+            RefusedError: they do.
+        """
+        if not self.force_share:
+            return dict(given)
+        if given.get("force-share", "on") != "on":
+            raise RefusedError("-U conflicts with image options")
+        return {**given, "force-share": True}
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Session:
         """
         if self.image is not None:
             raise RefusedError("file open already, try 'help close'")
-        options = modes.options(given)
+        options = modes.added_to(given)
         graph = BlockGraph(aio=None if modes.aio == "native" else modes.aio)
         if self._objects is not None:
             graph.throttle_groups, graph.secrets = (
@@ -193,7 +193,7 @@ class Session:
         try:
             if modes.force_share and not modes.read_only:
                 raise ConfigError("force-share=on can only be used with read-only images")
-            node = await graph.open_image(filename, options)
+            node = await graph.open_image(filename, options, defaults=modes.options)
             if modes.aio == "native":
                 check_direct((node.backing if modes.snapshot else None) or node)
             if node.read_only and not modes.read_only:
