@@ -26,6 +26,8 @@ from vhostblk.export.stats_reader import page_names, pid_in, read_page
 from vhostblk.testing.daemon_process import TRACEBACK, VHOSTBLK, DaemonProcess
 from vhostblk.testing.resources import Resources
 from vhostblk.vhost.vring import VringFd
+from vhostblk.virtio.driver import DriverQueue
+from vhostblk.virtio.packed_driver import PackedDriverQueue
 
 __all__ = [
     "ALL_PATHS",
@@ -35,10 +37,14 @@ __all__ = [
     "barrier",
     "eventually",
     "finish",
+    "packed_ring",
+    "split_ring",
     "stops_answering",
     "terminate",
     "wait_until_taken",
 ]
+
+_Socket = socket.socket  # `Disks.socket` is a path
 
 CAPACITY = 16 << 20
 QUEUES = 8
@@ -117,7 +123,7 @@ class Disks:
         """As `Client.connect`; a predecessor that has just left may still be being seen off."""
         return Client.connect(self.socket(export), **options)
 
-    def dial(self, export: str = "disk") -> socket.socket:
+    def dial(self, export: str = "disk") -> _Socket:
         """A connection on which nothing is said."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -273,6 +279,20 @@ def barrier(client: Client, index: int = 0) -> None:
     queue: ClientQueue = client.queues[index]
     for _ in range(2):
         client.control.ask(client.control.frontend.set_vring_fd(index, VringFd.ERR, queue.err_fd))
+
+
+def split_ring(client: Client, index: int = 0) -> DriverQueue:
+    """The driver's half of a queue, with all that only split rings have."""
+    driver = client.queues[index].driver
+    assert isinstance(driver, DriverQueue), "the ring is packed"
+    return driver
+
+
+def packed_ring(client: Client, index: int = 0) -> PackedDriverQueue:
+    """The same of a packed ring."""
+    driver = client.queues[index].driver
+    assert isinstance(driver, PackedDriverQueue), "the ring is split"
+    return driver
 
 
 def stops_answering(sock: socket.socket, seconds: float = 10.0) -> bool:

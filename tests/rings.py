@@ -1,19 +1,16 @@
-"""Both halves of one virtqueue over one buffer, for tests that play driver and device in turn.
-
-And the ways past `DriverRing` to what only one of the formats has.
-"""
+"""Both halves of one virtqueue over one buffer, for tests that play driver and device in turn."""
 
 from __future__ import annotations
 
 from typing import Generic, TypeVar
 
-from vhostblk.virtio.driver import Buffer, DriverQueue, DriverRing
+from vhostblk.virtio.driver import Buffer, DriverQueue
 from vhostblk.virtio.memory import FlatMemory
 from vhostblk.virtio.packed import PackedVirtqueue
 from vhostblk.virtio.packed_driver import PackedDriverQueue
 from vhostblk.virtio.split import SplitVirtqueue
 
-__all__ = ["BASE", "PackedRingPair", "RingPair", "packed_ring", "split_ring"]
+__all__ = ["BASE", "PackedRingPair", "RingPair"]
 
 BASE = 0x4000_0000
 """Guest physical address of the first byte, far from 0 so that an offset is never an address."""
@@ -114,15 +111,3 @@ class PackedRingPair(_Pair[PackedDriverQueue, PackedVirtqueue]):
 
     def _go_to(self, start: int) -> None:
         self.driver.set_place(start)
-
-
-def split_ring(ring: DriverRing) -> DriverQueue:
-    """The driver's half of a ring that was negotiated to be split."""
-    assert isinstance(ring, DriverQueue), "the ring is packed"
-    return ring
-
-
-def packed_ring(ring: DriverRing) -> PackedDriverQueue:
-    """The driver's half of a ring that was negotiated to be packed."""
-    assert isinstance(ring, PackedDriverQueue), "the ring is split"
-    return ring

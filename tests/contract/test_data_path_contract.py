@@ -18,14 +18,14 @@ from functools import partial
 
 import pytest
 
-from tests.daemons import ALL_PATHS, CAPACITY, SERIAL, Disks, eventually
+from tests.daemons import ALL_PATHS, CAPACITY, SERIAL, Disks, eventually, split_ring
 from vhostblk.client.client import FEATURES, Client, segments
 from vhostblk.client.queue import Framing, whole
 from vhostblk.client.shared_memory import SharedMemory
 from vhostblk.client.workload import Workload
 from vhostblk.errors import BlockError, PeerError
 from vhostblk.virtio.blk import CONFIG_SIZE, SECTOR, BlkConfig, RequestType, Status
-from vhostblk.virtio.driver import Buffer, DriverQueue
+from vhostblk.virtio.driver import Buffer
 from vhostblk.virtio.features import Feature
 from vhostblk.virtio.split import DESC_F_INDIRECT, DESC_F_NEXT
 
@@ -125,7 +125,7 @@ def test_direct_descriptors_may_come_before_an_indirect_one(disks: Disks) -> Non
     # VIRTIO 1.2 §2.7.5.3.2: a chain may end in a descriptor with INDIRECT, after others with NEXT.
     with disks.connect() as client:
         client.write(0, DATA[:SECTOR])
-        memory, driver = client.memory, client.queues[0].driver
+        memory, driver = client.memory, split_ring(client)
         room = memory.allocate(4096)
         memory.write(room.gpa, (0).to_bytes(16, "little"))
         memory.write(room.gpa + 16, bytes(SECTOR) + b"\xff")
@@ -134,7 +134,7 @@ def test_direct_descriptors_may_come_before_an_indirect_one(disks: Disks) -> Non
         view.release()
         driver.write_descriptor(8, room.gpa, 16, DESC_F_NEXT, 9)
         driver.write_descriptor(9, table, 32, DESC_F_INDIRECT)
-        used = client.queues[0].driver.used_idx
+        used = driver.used_idx
         driver.write_avail(driver.avail_idx, 8)
         driver.write_avail_idx(driver.avail_idx + 1)
         client.queues[0].kick()
@@ -154,7 +154,7 @@ def _descriptors(table: memoryview, writable: Sequence[Buffer]) -> None:
 
 
 def _used_idx(client: Client) -> int:
-    driver: DriverQueue = client.queues[0].driver
+    driver = client.queues[0].driver
     used = Buffer(driver.gpa + driver.used_offset + 2, 2)
     return int.from_bytes(client.memory.read(used), "little")
 

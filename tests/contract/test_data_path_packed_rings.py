@@ -16,7 +16,7 @@ import pytest
 from tests.contract import test_data_path_contract as requests
 from tests.contract import test_data_path_rings as rings
 from tests.contract.test_data_path_rings import calls, go_round, quiet, submit, submit_reads
-from tests.daemons import ALL_PATHS, SERIAL, Disks, barrier, eventually, finish
+from tests.daemons import ALL_PATHS, SERIAL, Disks, barrier, eventually, finish, packed_ring
 from vhostblk.client.client import FEATURES, Client
 from vhostblk.client.control import PROTOCOL_FEATURES
 from vhostblk.errors import PeerError
@@ -102,7 +102,7 @@ def elsewhere(disks: Disks, **options: Any) -> Client:
 def move(client: Client, place: int) -> None:
     """Go on at another place of the ring."""
     client.stop_queue(0)
-    client.queues[0].driver.set_place(place)
+    packed_ring(client).set_place(place)
     client.start_queue(0)
 
 
@@ -158,7 +158,7 @@ def test_stopping_tells_both_places_of_a_ring(disks: Disks) -> None:
 
 def listen(client: Client, ahead: int) -> None:
     """Ask to be told when the chain that many slots ahead is used."""
-    driver = client.queues[0].driver
+    driver = packed_ring(client)
     place = (driver.base >> 16 & 0x7FFF) + (0 if driver.base >> 31 else driver.size) + ahead
     driver.write_event(EVENT_DESC, event_word(place % (2 * driver.size), driver.size))
 
@@ -199,7 +199,7 @@ def test_event_is_told_once_of_a_batch_that_passes_it(disks: Disks) -> None:
 def test_flags_enable_and_disable_notifications(disks: Disks, features: int) -> None:
     with disks.connect(features=features) as client:
         quiet(client)
-        driver = client.queues[0].driver
+        driver = packed_ring(client)
         for _ in range(2):
             driver.write_event(EVENT_DISABLE, 0xFFFF)
             finish_silently(client, 8)
@@ -242,7 +242,7 @@ class Hostile:
 
     def __init__(self, client: Client) -> None:
         self.client = client
-        self.driver = client.queues[0].driver
+        self.driver = packed_ring(client)
         room = client.memory.allocate(16384)
         self.header = (room.gpa, HEADER.size)
         self.data = (room.gpa + 4096, SECTOR)
@@ -307,7 +307,7 @@ def test_a_driver_that_breaks_a_packed_ring_costs_itself_one_queue(disks: Disks,
         client.wait_broken(0)
         assert client.get_id(queue=1) == SERIAL
         client.stop_queue(0)
-        client.queues[0].driver.set_place(0)
+        packed_ring(client).set_place(0)
         client.start_queue(0)
         assert client.get_id() == SERIAL
 

@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from tests.daemons import ALL_PATHS, SERIAL, Disks, barrier, eventually, finish
+from tests.daemons import ALL_PATHS, SERIAL, Disks, barrier, eventually, finish, split_ring
 from vhostblk.block.host_io import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, fallocate
 from vhostblk.client.client import FEATURES, Client
 from vhostblk.client.queue import Pending, whole
@@ -99,12 +99,12 @@ def test_rings_of_every_size_go_round_and_their_counters_wrap(
         features &= ~Feature.VIRTIO_F_INDIRECT_DESC  # of 32768 tables there is no room for
     with disks.connect(features=features, queue_size=size) as client:
         client.stop_queue(0)
-        client.queues[0].driver.set_indices(65530)
+        split_ring(client).set_indices(65530)
         client.start_queue(0)
         depth = max(1, min(size // 2, 500))
         go_round(client, depth, max(3, 40 // depth))
-        assert client.queues[0].driver.used_idx < 65530
-        assert client.stop_queue(0) == client.queues[0].driver.avail_idx
+        assert split_ring(client).used_idx < 65530
+        assert client.stop_queue(0) == split_ring(client).avail_idx
 
 
 def test_a_ring_can_be_full_of_the_smallest_requests(disks: Disks) -> None:
@@ -122,7 +122,7 @@ def test_a_ring_can_be_full_of_the_smallest_requests(disks: Disks) -> None:
 def test_the_first_completion_after_a_start_is_always_told(disks: Disks) -> None:
     with disks.connect() as client:
         calls(client)
-        client.queues[0].driver.write_used_event(1000)
+        split_ring(client).write_used_event(1000)
         finish(client, submit(client))
         assert calls(client) == 1
 
@@ -130,7 +130,7 @@ def test_the_first_completion_after_a_start_is_always_told(disks: Disks) -> None
 def test_event_idx_is_told_of_exactly_the_element_it_asked_for(disks: Disks) -> None:
     with disks.connect() as client:
         quiet(client)
-        driver = client.queues[0].driver
+        driver = split_ring(client)
         for ahead in (0, 1, 4):
             driver.write_used_event(driver.used_idx + ahead)
             for _ in range(ahead):
@@ -145,7 +145,7 @@ def test_event_idx_is_told_of_exactly_the_element_it_asked_for(disks: Disks) -> 
 def test_event_idx_is_told_once_of_a_batch_that_passes_it(disks: Disks) -> None:
     with disks.connect() as client:
         quiet(client)
-        driver = client.queues[0].driver
+        driver = split_ring(client)
         driver.write_used_event(driver.used_idx + 5)
         finish(client, submit(client, 16))
         assert calls(client) == 1
@@ -154,10 +154,10 @@ def test_event_idx_is_told_once_of_a_batch_that_passes_it(disks: Disks) -> None:
 def test_event_idx_is_exact_when_the_counters_wrap(disks: Disks) -> None:
     with disks.connect() as client:
         client.stop_queue(0)
-        client.queues[0].driver.set_indices(65533)
+        split_ring(client).set_indices(65533)
         client.start_queue(0)
         quiet(client)
-        driver = client.queues[0].driver
+        driver = split_ring(client)
         driver.write_used_event(1)
         for expected in (0, 0, 0, 1, 0):
             finish(client, submit(client))
@@ -167,7 +167,7 @@ def test_event_idx_is_exact_when_the_counters_wrap(disks: Disks) -> None:
 def test_without_event_idx_the_flag_decides(disks: Disks) -> None:
     with disks.connect(features=WITHOUT_EVENT_IDX) as client:
         quiet(client)
-        driver = client.queues[0].driver
+        driver = split_ring(client)
         for _ in range(2):
             driver.write_avail_flags(1)
             finish(client, submit(client, 8))
@@ -180,8 +180,8 @@ def test_without_event_idx_the_flag_decides(disks: Disks) -> None:
 def test_without_event_idx_used_event_means_nothing(disks: Disks) -> None:
     with disks.connect(features=WITHOUT_EVENT_IDX) as client:
         quiet(client)
-        client.queues[0].driver.write_used_event(12345)
-        client.queues[0].driver.write_avail_flags(0)
+        split_ring(client).write_used_event(12345)
+        split_ring(client).write_avail_flags(0)
         finish(client, submit(client))
         assert calls(client) == 1
 
@@ -191,7 +191,7 @@ def test_an_idle_device_asks_to_be_kicked_for_the_very_next_request(
     disks: Disks, event_idx: bool
 ) -> None:
     with disks.connect(features=FEATURES if event_idx else WITHOUT_EVENT_IDX) as client:
-        driver = client.queues[0].driver
+        driver = split_ring(client)
         for count in (1, 3, 100):
             finish(client, submit(client, count))
             if event_idx:
@@ -402,13 +402,13 @@ def test_stopping_a_stopped_ring_gives_the_base_it_has(disks: Disks) -> None:
 def test_a_running_ring_cannot_be_given_another_shape(disks: Disks) -> None:
     with disks.connect() as client:
         frontend = client.control.frontend
-        for build in (
-            lambda: frontend.set_vring_num(0, 64),
-            lambda: frontend.set_vring_base(0, 3),
-            lambda: frontend.set_vring_addr(0, desc=0, avail=0, used=0),
+        for message in (
+            frontend.set_vring_num(0, 64),
+            frontend.set_vring_base(0, 3),
+            frontend.set_vring_addr(0, desc=0, avail=0, used=0),
         ):
             with pytest.raises(PeerError):
-                client.control.ask(build())
+                client.control.ask(message)
         assert client.get_id() == SERIAL
 
 

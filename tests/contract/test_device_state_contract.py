@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.daemons import ALL_PATHS, CAPACITY, Disks, eventually, finish
+from tests.daemons import ALL_PATHS, CAPACITY, Disks, eventually, finish, split_ring
 from vhostblk.client.client import Client
 from vhostblk.client.control import PROTOCOL_FEATURES
 from vhostblk.errors import PeerError
@@ -33,7 +33,7 @@ def test_status_tells_of_a_broken_queue_until_it_is_stopped(disks: Disks) -> Non
     with connect(disks) as client:
         client.control.ask(client.control.frontend.set_status(DRIVER_OK))
         assert client.control.status() == DRIVER_OK
-        driver = client.queues[0].driver
+        driver = split_ring(client)
         driver.write_avail_idx(driver.size + 1000)  # further ahead than the ring is long
         client.queues[0].kick()
         client.wait_broken()

@@ -14,7 +14,16 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.daemons import ALL_PATHS, BOTH_PATHS, CAPACITY, Disks, barrier, eventually, finish
+from tests.daemons import (
+    ALL_PATHS,
+    BOTH_PATHS,
+    CAPACITY,
+    Disks,
+    barrier,
+    eventually,
+    finish,
+    split_ring,
+)
 from vhostblk.client.client import Client
 from vhostblk.client.inflight import InflightFile
 from vhostblk.client.queue import Pending
@@ -53,7 +62,7 @@ def submitted(
 ) -> tuple[list[Pending], list[int]]:
     """Writes that a ring has, and their heads."""
     pending = []
-    driver = client.queues[0].driver
+    driver = split_ring(client)
     before = driver.avail_idx
     for i in range(count):
         offset = first + 512 * i
@@ -264,7 +273,7 @@ def test_any_bytes_in_a_region_are_refused_or_bounded_work(disks: Disks) -> None
                     fields = (flag, rnd.randrange(140), rnd.getrandbits(64))
                     SPLIT_ENTRY.pack_into(view, entry(head), *fields)
             # What is replayed are descriptors that make no sense, too.
-            client.queues[0].driver.write_avail_idx(rnd.randrange(SIZE))
+            split_ring(client).write_avail_idx(rnd.randrange(SIZE))
             try:
                 client.start_queue(0)
             except PeerError:

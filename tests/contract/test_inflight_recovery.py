@@ -27,7 +27,7 @@ from tests.inflight import (
 from tests.schedule import HUNT
 from vhostblk.errors import GuestError
 from vhostblk.vhost.inflight import VERSION_OFFSET, part_size
-from vhostblk.virtio.driver import Buffer, Used
+from vhostblk.virtio.driver import Buffer, DriverQueue, Used
 from vhostblk.virtio.split import IDX
 
 Start = Callable[[Rings, int], Device]
@@ -324,6 +324,7 @@ def outcome(start: Start, image: bytes, used: int, available: int) -> object:
     rings.part[:] = image
     guest = Guest(rings)
     guest.add(SIZE)
+    assert isinstance(rings.driver, DriverQueue)
     rings.driver.write_avail_idx(available)
     rings.memory[rings.driver.used_offset : rings.driver.used_offset + 4].cast("H")[IDX] = used
     try:
@@ -367,7 +368,7 @@ def test_any_region_of_a_packed_ring_is_refused_or_bounded_work(library: EngineL
             assert bytes(rings.part) == before
             continue
         taken += 1
-        heads = []
+        heads: list[int] = []
         try:
             while len(heads) <= SIZE and (head := device.pop()) is not None:
                 heads.append(head)

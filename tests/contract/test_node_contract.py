@@ -46,7 +46,7 @@ FILE = {"driver": "file", "filename": "{file}", "discard": "unmap"}
 DIRECT = {**FILE, "cache": {"direct": True}}
 # An NBD server in the test's own loop: `run` starts it.
 NBD = {"driver": "nbd", "path": "{file}.nbd", "discard": "unmap"}
-CASES = (
+CASES: tuple[Case, ...] = (
     Case("file", {**FILE}),
     Case("file-tmpfs", {**FILE}, folder="memory"),
     Case("file-direct", {**DIRECT}),

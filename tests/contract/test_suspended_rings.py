@@ -239,8 +239,8 @@ def test_rings_that_stop_at_any_time_lose_nothing_and_do_nothing_twice(
                     pending.append(client.submit(RequestType.FLUSH, queue=queue, notify=False))
                 if rnd.random() < 0.3:
                     pending.append(client.submit(RequestType.IN, 1 << 20, room=4096, queue=queue))
-            for queue in client.queues:
-                queue.notify()
+            for ring in client.queues:
+                ring.notify()
             stopped = rnd.sample([0, 1], rnd.randrange(1, 3))
             for index in stopped:
                 client.stop_queue(index, skip_drain=True)
