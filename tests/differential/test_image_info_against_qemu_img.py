@@ -86,7 +86,7 @@ def test_what_is_known_about_an_image_is_what_qemu_img_says(kind: str, tmp_path:
     for command in IMAGES[kind]:
         qemu_img(*(word.format(image=image, folder=tmp_path) for word in command))
     if kind == "qcow2":
-        qemu_io(image, "write 0 77k", "write -c 1M 64k")
+        qemu_io(Path(image), "write 0 77k", "write -c 1M 64k")
     info = asyncio.run(ours(image))
     assert image_info_text(info) == qemu_img("info", image)
     assert format_json(info.to_qmp(), pretty=True) + "\n" == qemu_img(

@@ -69,8 +69,10 @@ def both(folder: Path, make: Callable[[], None], words: Sequence[str], image: st
             path.unlink()
         make()
         shown.append((run(words), layout(image) if image else []))
-    texts = [(str(status), *out, *err, *map(str, where)) for (status, out, err), where in shown]
-    difference = "\n".join(difflib.unified_diff(*texts, "theirs", "ours", n=1, lineterm=""))
+    first, second = (
+        (str(status), *out, *err, *map(str, where)) for (status, out, err), where in shown
+    )
+    difference = "\n".join(difflib.unified_diff(first, second, "theirs", "ours", n=1, lineterm=""))
     assert not difference, difference
     return shown[1][0]
 

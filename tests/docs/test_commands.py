@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,13 @@ _COMMAND = re.compile(
 )
 
 
+PARSERS: dict[str, Callable[[], ArgumentParser]] = {
+    "vhostblk": main.build_parser,
+    "vhostblk-io": build_io_parser,
+    "vhostblk-storage-daemon": main.build_storage_daemon_parser,
+}
+
+
 def command_lines(path: Path) -> list[list[str]]:
     text = path.read_text()
     if path.suffix == ".1":
@@ -50,12 +59,7 @@ def test_command_lines_are_understood(path: Path) -> None:
         if any(word in ("--monitor",) or "typo=" in word for word in words):
             continue  # shown because it is refused
         program, *arguments = words
-        parser = {
-            "vhostblk": main.build_parser,
-            "vhostblk-io": build_io_parser,
-            "vhostblk-storage-daemon": main.build_storage_daemon_parser,
-        }[program]()
-        args = parser.parse_args(arguments)
+        args = PARSERS[program]().parse_args(arguments)
         for text in getattr(args, "blockdev", ()):
             assert parse_options(text, "driver")["driver"] in DRIVERS
         exports = getattr(args, "export", ())

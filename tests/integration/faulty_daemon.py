@@ -103,10 +103,10 @@ def base_one_too_far() -> None:
 
 
 def disabled_rings_served() -> None:
-    async def enable(path: PythonDataPath, index: int, enabled: bool) -> None:
+    async def enable(real: object, path: PythonDataPath, index: int, enabled: bool) -> None:
         path._queues[index].enable(True)
 
-    PythonDataPath.enable_queue = enable  # type: ignore[method-assign]
+    _wrap(PythonDataPath, "enable_queue", enable)
 
 
 def cache_mode_ignored() -> None:
@@ -114,7 +114,7 @@ def cache_mode_ignored() -> None:
 
 
 def config_offset_ignored() -> None:
-    BlkConfig.read = lambda config, offset, length: config.to_bytes()[:length]  # type: ignore[method-assign]
+    _wrap(BlkConfig, "read", lambda real, config, offset, length: config.to_bytes()[:length])
 
 
 def dies_of_a_ring_of_3() -> None:

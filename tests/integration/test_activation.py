@@ -97,7 +97,7 @@ def test_systemds_socket_is_used(
 ) -> None:
     fd = listening[0].fileno()
     process = daemon(
-        *["serve", image, "--data-path", path],
+        *("serve", image, "--data-path", path),
         command=[
             *[sys.executable, "-c", ACTIVATE, str(fd), f"LISTEN_FDS=1 LISTEN_PID=self{extra}"],
             *VHOSTBLK,
@@ -127,7 +127,7 @@ def test_what_systemd_means_for_somebody_else_is_left_alone(
 ) -> None:
     fds = [sock.fileno() for sock in listening]
     process = daemon(
-        *["serve", image],
+        *("serve", image),
         command=[
             *[sys.executable, "-c", ACTIVATE, f"{fds[0]} {fds[1]}", environment],
             *VHOSTBLK,
@@ -142,7 +142,7 @@ def test_socket_option_goes_before_systemds(
 ) -> None:
     fd, own = listening[0].fileno(), socket_directory / "own"
     daemon(
-        *["serve", image, "--socket", own],
+        *("serve", image, "--socket", own),
         sockets=[own],
         command=[
             *[sys.executable, "-c", ACTIVATE, str(fd), "LISTEN_FDS=1 LISTEN_PID=self"],

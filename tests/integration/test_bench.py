@@ -44,7 +44,6 @@ def run(path: Path, options: BenchOptions = QUICK, **changes: Any) -> BenchResul
 def test_every_request_is_counted_once(
     disks: Disks, sleep: bool, indirect: bool, packed: bool
 ) -> None:
-    options = {"requests": 2000, "queues": 2, "threads": 2, "segments": 2}
     result = run(
         disks.socket("disk"),
         sleep=sleep,
@@ -52,7 +51,10 @@ def test_every_request_is_counted_once(
         packed=packed,
         pattern=parse_pattern("randrw", 70),
         flush_every=100,
-        **options,
+        requests=2000,
+        queues=2,
+        threads=2,
+        segments=2,
     )
     operations = result.operations
     assert result.requests == 2000 == sum(op.requests for op in operations.values())

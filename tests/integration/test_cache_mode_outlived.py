@@ -38,9 +38,9 @@ class Place:
             os.truncate(file.fileno(), size)
 
     def start(self, cache: str = "writeback") -> None:
-        words = ["serve", self._image, "--socket", self.socket, "--cache", cache]
-        words += ["--data-path", self._data_path]
-        daemon = DaemonProcess([*VHOSTBLK, *words], sockets=[self.socket])
+        words = ("serve", self._image, "--socket", self.socket, "--cache", cache)
+        command: list[str | Path] = [*VHOSTBLK, *words, "--data-path", self._data_path]
+        daemon = DaemonProcess(command, sockets=[self.socket])
         daemon.start()
         self._daemons.append(daemon)
 

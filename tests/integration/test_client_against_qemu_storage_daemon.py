@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.daemons import split_ring
 from tests.left_behind import left_behind
 from tests.requirements import require
 from vhostblk.client.client import FEATURES, Client, segments
@@ -227,11 +228,11 @@ def test_raw_message_reaches_the_back_end(daemon: StorageDaemon) -> None:
 def test_raw_descriptors_reach_the_back_end(daemon: StorageDaemon) -> None:
     """A chain that is a loop breaks its device; nothing of it is ever completed."""
     with Client.connect(daemon.socket) as client:
-        queue = client.queues[0]
-        queue.driver.write_descriptor(0, queue.driver.gpa, 1, 1, 0)
-        queue.driver.write_avail(0, 0)
-        queue.driver.write_avail_idx(1)
-        queue.kick()
+        driver = split_ring(client)
+        driver.write_descriptor(0, driver.gpa, 1, 1, 0)
+        driver.write_avail(0, 0)
+        driver.write_avail_idx(1)
+        client.queues[0].kick()
         with pytest.raises(SessionError):
             client.wait_until(lambda: False)
         client.abandon()

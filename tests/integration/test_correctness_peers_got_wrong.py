@@ -68,7 +68,7 @@ def served(
     image, sock = folder / "image", disks.folder / f"own-{time.monotonic_ns()}.sock"
     image.write_bytes(bytes(1 << 20))
     kind = "python" if disks.kind == "python" else "native"
-    words = ["serve", image, "--socket", sock, "--aio", "threads", "--data-path", kind]
+    words = ("serve", image, "--socket", sock, "--aio", "threads", "--data-path", kind)
     process = start(*words, *options, sockets=[sock])
     traces: list[Trace] = []
 

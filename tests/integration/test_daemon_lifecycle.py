@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_signal_ends_an_idle_daemon_and_nothing_is_left(
 ) -> None:
     sock, pid_file = socket_directory / "s", socket_directory / "pid"
     process = daemon(
-        *["serve", image, "--socket", sock, "--pidfile", pid_file, "--data-path", path],
+        *("serve", image, "--socket", sock, "--pidfile", pid_file, "--data-path", path),
         sockets=[sock],
     )
     eventually(lambda: pid_file.read_text() == f"{process.pid}\n", "the pid file")
@@ -142,7 +143,7 @@ def test_stop_flushes_after_the_last_write(
     calls = ("pwritev2", "pwritev", "pwrite64", "fdatasync", "fsync")
     trace = Trace(tmp_path / "trace", *calls, io_uring=False)
     process = daemon(
-        *["serve", image, "--socket", sock, "--data-path", path],
+        *("serve", image, "--socket", sock, "--data-path", path),
         sockets=[sock],
         command=[*trace.command, *VHOSTBLK],
     )
@@ -425,7 +426,7 @@ def test_sigterm_while_it_starts_ends_it_well(image: Path, socket_directory: Pat
         process = DaemonProcess(words)
         process.start()
         # Later and later into the start: the sum of the pages it has mapped is a clock of sorts.
-        eventually(lambda process=process, step=step: pages(process.pid) >= step * 700, "a start")
+        eventually(partial(has_mapped, process.pid, step * 700), "a start")
         os.kill(process.pid, signal.SIGTERM)
         statuses.add(process.wait())
         assert "Traceback" not in process.output
@@ -433,5 +434,5 @@ def test_sigterm_while_it_starts_ends_it_well(image: Path, socket_directory: Pat
     assert statuses <= {0, -signal.SIGTERM}
 
 
-def pages(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+def has_mapped(pid: int, pages: int) -> bool:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) >= pages

@@ -38,7 +38,7 @@ def use(folder: Path, name: str) -> None:
 def test_two_daemons_on_two_loops_in_two_threads(socket_directory: Path) -> None:
     """Signals belong to the process: a daemon in a thread does without."""
     ready = {name: threading.Event() for name in ("a", "b")}
-    stops: dict[str, Callable[[], None]] = {}
+    stops: dict[str, Callable[[], object]] = {}
 
     def live(name: str) -> None:
         async def serve() -> None:

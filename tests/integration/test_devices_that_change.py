@@ -87,7 +87,7 @@ def wait_for_size(client: Client, size: int) -> None:
 
 def fails(client: Client, offset: int) -> None:
     for kind, data in ((RequestType.IN, {"room": 4096}), (RequestType.OUT, {"out": bytes(4096)})):
-        pending = client.submit(kind, offset, **data)  # type: ignore[arg-type]
+        pending = client.submit(kind, offset, **data)
         client.wait([pending])
         assert pending.status == Status.IOERR
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,7 +54,7 @@ class Served:
         self.process = process
         self.socket = socket
 
-    def connect(self, **options: int) -> Client:
+    def connect(self, **options: Any) -> Client:
         return Client.connect(self.socket, **options)
 
     @property

@@ -7,6 +7,7 @@ import random
 import signal
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,7 +41,7 @@ class Exports:
             words[-1] += f",addr.type=unix,addr.path={folder / name}"
         self.process: DaemonProcess = storage_daemon(*words, sockets=[folder / n for n in "abr"])
 
-    def connect(self, name: str, **options: int) -> Client:
+    def connect(self, name: str, **options: Any) -> Client:
         return Client.connect(self._folder / name, **options)
 
 

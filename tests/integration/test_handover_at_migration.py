@@ -24,8 +24,8 @@ ROUNDS = 4
 
 def make(image: Path, image_format: str) -> list[str]:
     """A fresh image, and the options to serve it."""
-    command = [require("qemu-img", group="qemu"), "create", "-qf", image_format, image, str(SIZE)]
-    subprocess.run(command, check=True)
+    command = [require("qemu-img", group="qemu"), "create", "-qf", image_format]
+    subprocess.run([*command, image, str(SIZE)], check=True)
     return ["serve", str(image), "--format", image_format, "--allow-inactive"]
 
 

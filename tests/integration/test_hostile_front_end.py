@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.daemons import BOTH_PATHS, SERIAL, Disks, eventually, stops_answering
+from tests.daemons import BOTH_PATHS, SERIAL, Disks, eventually, split_ring, stops_answering
 from vhostblk.client.client import Client
 from vhostblk.client.control import PROTOCOL_FEATURES
 from vhostblk.errors import PeerError, SessionError
@@ -55,7 +56,7 @@ def next_client_is_served(disks: Disks) -> None:
 
 
 @contextmanager
-def half_client(disks: Disks, **options: bool) -> Iterator[Client]:
+def half_client(disks: Disks, **options: Any) -> Iterator[Client]:
     """Negotiated, with memory and queues, but no ring is started."""
     with disks.connect(queues=2, strict=False, **options) as client:
         client.reset_device()
@@ -369,7 +370,8 @@ def test_vring_fd_of_the_wrong_kind_is_refused_or_endured(
             queue.driver.publish()
             queue.kick()
             if which is VringFd.ERR:
-                queue.driver.write_avail_idx(queue.driver.avail_idx + 1000)
+                driver = split_ring(client, index)
+                driver.write_avail_idx(driver.avail_idx + 1000)
                 queue.kick()
         for _ in range(10):
             other = client.submit(RequestType.GET_ID, room=20, queue=3)
@@ -511,7 +513,7 @@ def test_two_queues_may_lie_in_the_same_memory(disks: Disks) -> None:
         client.start_queue(1, 0)
         client.queues[1].driver = mine
         for _ in range(50):
-            client.queues[0].driver.write_avail_idx(random.randrange(4))
+            split_ring(client).write_avail_idx(random.randrange(4))
             client.queues[0].kick()
             client.queues[1].kick()
         assert client.control.is_alive()
@@ -537,7 +539,7 @@ def test_front_end_vanishes_with_hundreds_of_requests_in_flight(
         for i in range(800):
             kind = RequestType.IN if i % 2 else RequestType.OUT
             data = {"room": 4096} if i % 2 else {"out": bytes(4096)}
-            client.submit(kind, i * 4096, queue=i % 4, notify=False, **data)  # type: ignore[arg-type]
+            client.submit(kind, i * 4096, queue=i % 4, notify=False, **data)
         for queue in client.queues:
             queue.notify()
         if how == "while a ring stops":

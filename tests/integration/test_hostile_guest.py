@@ -13,7 +13,16 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.daemons import BOTH_PATHS, CAPACITY, SERIAL, Disks, barrier, eventually, finish
+from tests.daemons import (
+    BOTH_PATHS,
+    CAPACITY,
+    SERIAL,
+    Disks,
+    barrier,
+    eventually,
+    finish,
+    split_ring,
+)
 from vhostblk.client.client import FEATURES, Client
 from vhostblk.client.shared_memory import SharedMemory
 from vhostblk.vhost.vring import VringFd
@@ -35,7 +44,7 @@ class Hostile:
     def __init__(self, client: Client) -> None:
         self.client = client
         self.queue = client.queues[0]
-        self.driver = self.queue.driver
+        self.driver = split_ring(client)
         self.memory = client.memory
         self.room = self.memory.allocate(64 << 10)
         self.header = Buffer(self.room.gpa, HEADER.size)
@@ -393,7 +402,7 @@ def test_a_queue_may_be_broken_with_hundreds_in_flight_and_left(disks: Disks) ->
         for queue in (0, 1):
             for _ in range(300):
                 client.submit(RequestType.IN, room=512, queue=queue)
-        client.queues[0].driver.write_avail_idx(12345)
+        split_ring(client).write_avail_idx(12345)
         client.queues[0].kick()
         client.wait_broken(0)
         client.abandon()

@@ -12,6 +12,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -362,7 +363,7 @@ def test_flush_that_failed_fails_on_every_queue(full_device: str, serve: Serve) 
         # A flush that ended before the failure came to light may have succeeded; none may afterwards.
         assert any(p.status == 1 for p in pending)
         for queue in (3, 2, 1, 0):
-            fails(lambda queue=queue: client.flush(queue=queue))
+            fails(partial(client.flush, queue=queue))
     served.check("flush failed: ")
 
 

@@ -162,6 +162,7 @@ def served(
         try:
             if running.done():
                 running.result()
+            assert ready.is_set(), "it does not start"
             yield made[0]
         finally:
             if not running.done():
@@ -170,9 +171,14 @@ def served(
 
 
 def pool_wait(event: threading.Event) -> concurrent.futures.Future[None]:
-    """An event as a future."""
+    """An event as a future, which is done after a while anyway."""
     future: concurrent.futures.Future[None] = concurrent.futures.Future()
-    threading.Thread(target=lambda: future.set_result(event.wait(10) and None)).start()
+
+    def wait() -> None:
+        event.wait(10)
+        future.set_result(None)
+
+    threading.Thread(target=wait).start()
     return future
 
 
@@ -414,7 +420,7 @@ def test_broken_queue_is_not_started_anew_but_stops_as_ever(
     expect_log.expect("queue 0: broken by the guest")
     with gated.connect(queues=2) as client:
         client.read(0, 512)
-        driver = client.queues[0].driver
+        driver = daemons.split_ring(client)
         taken = driver.avail_idx
         driver.set_indices(taken + 1000)
         client.queues[0].kick()

@@ -43,7 +43,8 @@ def served_by_nobody(daemon: DaemonStarter, socket_directory: Path, disk: Path) 
     def start(*words: str) -> tuple[DaemonProcess, Path]:
         sock = socket_directory / "sock"
         process = daemon(
-            *["serve", disk, "--socket", sock, *words],
+            *("serve", disk, "--socket", sock),
+            *words,
             command=[*unprivileged(socket_directory), *VHOSTBLK],
             sockets=[sock],
         )
@@ -135,7 +136,7 @@ def test_what_nobody_may_not_do_is_told_in_one_line(
     folder.chmod(folder_mode)
     os.chown(folder, NOBODY, NOBODY)
     process = daemon(
-        *["serve", image, "--socket", sock],
+        *("serve", image, "--socket", sock),
         command=[*unprivileged(socket_directory), *VHOSTBLK],
     )
     assert process.expect_end(1) == f"vhostblk: {complaint.format(image=image, sock=sock)}\n"
@@ -146,7 +147,7 @@ def test_nobody_cannot_give_a_socket_away(
 ) -> None:
     sock = socket_directory / "sock"
     process = daemon(
-        *["serve", disk, "--socket", sock, "--socket-mode", "0660", "--socket-group", "0"],
+        *("serve", disk, "--socket", sock, "--socket-mode", "0660", "--socket-group", "0"),
         command=[*unprivileged(socket_directory), *VHOSTBLK],
     )
     said = process.expect_end(1)
@@ -169,8 +170,8 @@ def test_socket_has_the_mode_and_the_owner_that_were_asked_for(
     socket_directory.chmod(0o755)
     sock = socket_directory / "sock"
     process = daemon(
-        *["serve", disk, "--socket", sock, "--socket-mode", "660"],
-        *["--socket-owner", f"nobody:{THEIR_GROUP}"],
+        *("serve", disk, "--socket", sock, "--socket-mode", "660"),
+        *("--socket-owner", f"nobody:{THEIR_GROUP}"),
         sockets=[sock],
     )
     status = sock.stat()

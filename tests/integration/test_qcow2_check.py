@@ -501,7 +501,7 @@ def test_damaged_table_of_snapshots_is_found_and_repaired_as_by_qemu(
     qemu_io(path, "write -P 4 0 100k")
     image = Image(path)
     damage(image)
-    outputs = []
+    outputs: list[tuple[int, list[str]]] = []
     # Of what is left out QEMU makes something worse.
     for fix in ([], ["-r", "leaks"], ["-r", "all"], []) if is_repaired is not None else ([],):
         said = []
@@ -512,7 +512,7 @@ def test_damaged_table_of_snapshots_is_found_and_repaired_as_by_qemu(
             else:
                 image.path = copy
                 image.save()
-            words = [*program, "check", *fix, copy]
+            words = [*program, "check", *fix, str(copy)]
             run = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
             text = run.stdout + run.stderr
             lines = text.replace("vhostblk-img:", "qemu-img:").splitlines()
@@ -589,6 +589,7 @@ def state_after(before: bytes, log: Recording, end: int, rnd: random.Random) -> 
     file = bytearray(before)
     for at, entry in enumerate(log[:end]):
         if entry is not None and (at < safe or rnd.random() < 0.6):
+            assert not isinstance(entry, int), "no repair changes the file's length by itself"
             offset, data = entry
             file.extend(bytes(max(offset + len(data) - len(file), 0)))
             file[offset : offset + len(data)] = data

@@ -251,7 +251,7 @@ def test_vhostblk_io_compresses_as_qemu_io_does(tmp_path: Path, command: str) ->
             check=False,
             timeout=60,
         )
-        outcomes.append((done.returncode, done.stdout.split("\n")[0], done.stderr))
         assert check(image) == ""
-        outcomes[-1] += (compressed_clusters(image), contents(image, tmp_path))
+        said = (done.returncode, done.stdout.split("\n")[0], done.stderr)
+        outcomes.append((*said, compressed_clusters(image), contents(image, tmp_path)))
     assert outcomes[0] == outcomes[1]

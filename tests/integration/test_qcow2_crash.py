@@ -185,7 +185,7 @@ class Workload:
             await backend.preadv(offset, IoVec.of(buffer))
             self._model[offset:end] = buffer
         else:
-            await backend.pwrite_zeroes(offset, length, int(Req.MAY_UNMAP) if kind == "u" else 0)
+            await backend.pwrite_zeroes(offset, length, may_unmap=kind == "u")
             self._model[offset:end] = bytes(length)
 
     async def _change(self, kind: str) -> None:
@@ -350,7 +350,7 @@ def test_no_crash_corrupts_an_image_or_loses_what_was_flushed(
 @pytest.mark.parametrize("shape", ["small clusters", "subclusters", "version 2"])
 def test_no_crash_while_a_disk_grows_or_shrinks_corrupts_it(tmp_path: Path, shape: str) -> None:
     image = tmp_path / "i.qcow2"
-    words: list[object] = SHAPES.get(shape) or ["-o", "compat=0.10,cluster_size=4k"]
+    words = SHAPES.get(shape) or ["-o", "compat=0.10,cluster_size=4k"]
     if shape == "subclusters":
         (tmp_path / "base").write_bytes(random.Random(2).randbytes(MIB))
         words = [*words, "-b", "base", "-F", "raw"]

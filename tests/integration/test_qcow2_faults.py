@@ -146,8 +146,7 @@ class Guest:
             work = self._backend.pdiscard(offset, length)
         elif kind in "zu":
             work.close()
-            flags = int(Req.MAY_UNMAP) if kind == "u" else 0
-            work = self._backend.pwrite_zeroes(offset, length, flags)
+            work = self._backend.pwrite_zeroes(offset, length, may_unmap=kind == "u")
         task = asyncio.get_running_loop().create_task(work)
         if rnd.random() < 0.2:
             for _ in range(rnd.randrange(12)):
@@ -279,7 +278,7 @@ async def use(image: Path, rnd: random.Random, read_only: bool) -> None:
             elif kind == "f":
                 await backend.flush()
             else:
-                await backend.pwrite_zeroes(offset, length, int(Req.MAY_UNMAP) * (kind == "u"))
+                await backend.pwrite_zeroes(offset, length, may_unmap=kind == "u")
             await backend.extents(offset, length)
         except BlockError:
             pass

@@ -120,7 +120,7 @@ def test_create_revert_and_delete_keep_every_byte_of_disk_and_snapshots(
         scribble(image, SIZE, 5, times=15)
     model: dict[str, bytes] = {}
     rnd = random.Random(len(shape) * 7 + len(how))
-    last = []
+    last: list[bytes] = []
 
     async def scenario(graph: BlockGraph, node: BlockNode) -> None:
         backend = BlockBackend(node, "the guest", writable=True, resize=True)

@@ -92,8 +92,7 @@ class Guest:
             await backend.pwritev(offset, IoVec.of(data), flags)
             self.model[offset:end] = data
         elif kind in "zu":
-            flags = int(Req.MAY_UNMAP) if kind == "u" else 0
-            await backend.pwrite_zeroes(offset, length, flags)
+            await backend.pwrite_zeroes(offset, length, may_unmap=kind == "u")
             self.model[offset:end] = bytes(length)
         elif kind == "d":
             await backend.pdiscard(offset, length)

@@ -133,7 +133,8 @@ def test_disk_is_served_grows_and_is_served_again(
 ) -> None:
     pid_file = tmp_path / "pid"
     process = daemon(
-        *["serve", image, "--socket", sock, "--pidfile", pid_file, *words],
+        *("serve", image, "--socket", sock, "--pidfile", pid_file),
+        *words,
         sockets=[sock],
         environment=SANDBOXED,
     )
@@ -172,8 +173,8 @@ def test_chain_of_images_is_served(
     qemu_io(base, "write -P 1 0 64k")
     top = create(tmp_path / "top.qcow2", SIZE, "-b", base, "-F", "qcow2")
     process = daemon(
-        *["serve", top, "--format", "qcow2", "--socket", sock, "--data-path", path],
-        *["--sandbox", "kill"],
+        *("serve", top, "--format", "qcow2", "--socket", sock, "--data-path", path),
+        *("--sandbox", "kill"),
         sockets=[sock],
     )
     with Client.connect(sock) as client:
@@ -192,7 +193,7 @@ def test_image_changes_hands_between_daemons_in_sandboxes(
     """Which needs to open it once more."""
     socks = [sock.with_name("1"), sock.with_name("2")]
     for path in socks:
-        words = ["serve", image, "--socket", path, "--allow-inactive", "--sandbox", "kill"]
+        words = ("serve", image, "--socket", path, "--allow-inactive", "--sandbox", "kill")
         daemon(*words, sockets=[path])
     for number in (1, 2, 3, 4):
         with Client.connect(socks[number % 2]) as client:
@@ -207,8 +208,8 @@ def test_killed_daemons_place_is_taken_by_another(
 ) -> None:
     for _ in range(2):
         process = daemon(
-            *["serve", image, "--socket", sock, "--sandbox", "kill", "--socket-mode", "0600"],
-            *["--socket-owner", str(os.getuid())],
+            *("serve", image, "--socket", sock, "--sandbox", "kill", "--socket-mode", "0600"),
+            *("--socket-owner", str(os.getuid())),
             sockets=[sock],
         )
         with Client.connect(sock) as client:
@@ -254,7 +255,7 @@ def test_folder_that_is_not_there_is_told_of_as_ever(
 def test_environment_that_says_nonsense_is_told_of(
     daemon: DaemonStarter, image: Path, sock: Path
 ) -> None:
-    process = daemon(*["serve", image, "--socket", sock], environment={"VHOSTBLK_SANDBOX": "maybe"})
+    process = daemon("serve", image, "--socket", sock, environment={"VHOSTBLK_SANDBOX": "maybe"})
     assert process.expect_end(1) == (
         "vhostblk: VHOSTBLK_SANDBOX=maybe: must be off, on, kill or log\n"
     )

@@ -31,7 +31,7 @@ def test_disk_in_a_qcow2_image_is_served_with_all_that_it_is_backed_by(
 ) -> None:
     base, sock = overlay.parent / "bases" / "base.qcow2", socket_directory / "s"
     before = base.read_bytes()
-    words = ["serve", overlay, "--format", "qcow2", "--socket", sock, "--data-path", path]
+    words = ("serve", overlay, "--format", "qcow2", "--socket", sock, "--data-path", path)
     process = daemon(*words, "--cache", cache, sockets=[sock])
     with Client.connect(sock) as disk:
         assert disk.capacity == SIZE
@@ -53,7 +53,7 @@ def test_qcow2_image_that_is_served_read_only_is_not_changed_and_is_shared(
     before = overlay.read_bytes()
     sockets = [socket_directory / "a", socket_directory / "b"]
     for sock in sockets:
-        words = ["serve", overlay, "--format", "qcow2", "--read-only", "--socket", sock]
+        words = ("serve", overlay, "--format", "qcow2", "--read-only", "--socket", sock)
         daemon(*words, sockets=[sock])
     for sock in sockets:
         with Client.connect(sock) as disk:
@@ -66,7 +66,7 @@ def test_bytes_of_an_image_are_served_only_if_that_is_what_was_asked_for(
     daemon: DaemonStarter, overlay: Path, socket_directory: Path
 ) -> None:
     sock = socket_directory / "s"
-    words = [sys.executable, "-m", "vhostblk", "serve", overlay, "--socket", sock]
+    words = (sys.executable, "-m", "vhostblk", "serve", overlay, "--socket", sock)
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "--format qcow2 serves the disk that is in it, --format raw" in done.stderr
@@ -85,7 +85,7 @@ def test_raw_disk_whose_guest_made_it_look_like_an_image_is_refused_the_next_tim
         disk.write(0, overlay.read_bytes()[: 64 << 10])
         assert disk.read(0, 512)[:4] == b"QFI\xfb"
     assert process.stop() == 0
-    words = [sys.executable, "-m", "vhostblk", "serve", raw, "--socket", sock]
+    words = (sys.executable, "-m", "vhostblk", "serve", raw, "--socket", sock)
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout) == (1, "")
     assert "a guest may have made them look like that" in done.stderr

@@ -139,7 +139,7 @@ def test_socket_may_be_standard_input(
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
-        starter = subprocess.Popen([*VHOSTBLK, *words], stdin=listener)
+        starter = subprocess.Popen([*VHOSTBLK, *words], stdin=listener.fileno())
     with starter:
         try:
             with Client.connect(path, timeout=10) as client:

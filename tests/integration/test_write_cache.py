@@ -312,7 +312,7 @@ def test_the_log_says_what_the_guest_did_to_its_cache(
     image = tmp_path / "disk.img"
     image.write_bytes(bytes(SIZE))
     socket = socket_directory / "s"
-    process = daemon(*["serve", image, "--socket", socket, "--data-path", path], sockets=[socket])
+    process = daemon(*("serve", image, "--socket", socket, "--data-path", path), sockets=[socket])
     with Client.connect(socket) as client:
         for _ in range(10):  # or all day
             client.set_writeback(False)

@@ -125,7 +125,7 @@ def test_guest_whose_memory_is_in_huge_pages_works_and_leaves_none_in_use(
 ) -> None:
     """All of it: kernel, rings and data; with O_DIRECT, through both data paths."""
     path = socket_directory / "s"
-    words = [*serve(tmp_path / "disk.img", "raw")[2:], "--cache", "none", "--socket", path]
+    words = [*serve(tmp_path / "disk.img", "raw")[2:], "--cache", "none", "--socket", str(path)]
     process = daemon(*words, "--data-path", data_path, sockets=[path])
     with huge_pages(_HUGE_GUEST_MIB << 20 >> 21):
         with Guest(
@@ -155,7 +155,7 @@ def test_memory_of_a_busy_guest_comes_and_goes(
 ) -> None:
     """DIMMs in memory, in huge pages if there are any, and in a file; and virtio-mem."""
     path = socket_directory / "s"
-    words = [*serve(tmp_path / "disk.img", "raw")[2:], "--cache", "none", "--socket", path]
+    words = [*serve(tmp_path / "disk.img", "raw")[2:], "--cache", "none", "--socket", str(path)]
     process = daemon(*words, sockets=[path])
     growing = (
         *("-object", f"memory-backend-memfd,id=more,size={_BLOCK},share=on"),

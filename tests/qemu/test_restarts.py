@@ -39,8 +39,8 @@ def load_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(__file__).with_name("guest_load.c")
     program = tmp_path_factory.mktemp("load") / "guest_load"
     compiler = require("gcc", group="compiler")
-    command = [compiler, "-O1", "-Wall", "-Wextra", "-Werror", "-static", "-o", program, source]
-    subprocess.run([os.fspath(word) for word in command], check=True, timeout=60)
+    options = ("-O1", "-Wall", "-Wextra", "-Werror", "-static")
+    subprocess.run([compiler, *options, "-o", program, source], check=True, timeout=60)
     return program
 
 

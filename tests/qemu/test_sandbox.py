@@ -26,8 +26,8 @@ def test_guest_uses_a_qcow2_image_of_a_daemon_in_a_sandbox(
     require("qemu", "qemu-img", "mkfs.ext4", "sandbox")
     image, sock = create(tmp_path / "disk.qcow2", SIZE), socket_directory / "s"
     process = daemon(
-        *["serve", image, "--format", "qcow2", "--socket", sock, "--sandbox", "kill"],
-        *["--iothreads", "2"],
+        *("serve", image, "--format", "qcow2", "--socket", sock, "--sandbox", "kill"),
+        *("--iothreads", "2"),
         sockets=[sock],
     )
     result = run_guest(SCRIPT, [GuestDisk(sock, queues=2)])
