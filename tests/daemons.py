@@ -40,6 +40,7 @@ __all__ = [
     "packed_ring",
     "split_ring",
     "stops_answering",
+    "taken",
     "terminate",
     "wait_until_taken",
 ]
@@ -251,17 +252,18 @@ def eventually(condition: Callable[[], bool], what: str, seconds: float = 10.0) 
 
 
 def wait_until_taken(daemon: DaemonProcess, requests: int) -> None:
-    """Return when this daemon has taken so many requests out of its rings since it was started, done or not.
+    """Return when so many of this daemon's requests are `taken`."""
+    eventually(lambda: taken(daemon) >= requests, f"{requests} requests are taken")
+
+
+def taken(daemon: DaemonProcess) -> int:
+    """How many requests this daemon has taken out of its rings since it was started, done or not.
 
     What a driver has made available and kicked for is not taken yet: the thread that will has to wake up before.
     """
-
-    def taken() -> int:
-        pages = [read_page(name) for name in page_names() if pid_in(name) == daemon.pid]
-        queues = [queue for page in pages for queue in page.queues.values()]
-        return sum(queue.requests + queue.in_flight for queue in queues)
-
-    eventually(lambda: taken() >= requests, f"{requests} requests are taken")
+    pages = [read_page(name) for name in page_names() if pid_in(name) == daemon.pid]
+    queues = [queue for page in pages for queue in page.queues.values()]
+    return sum(queue.requests + queue.in_flight for queue in queues)
 
 
 def finish(client: Client, pending: list[Pending], seconds: float = 10.0) -> None:

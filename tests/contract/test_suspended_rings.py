@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemons import ALL_PATHS, Disks, barrier, eventually
+from tests.daemons import ALL_PATHS, Disks, barrier, eventually, split_ring, taken
 from tests.requirements import require
 from tests.schedule import HUNT
 from vhostblk.client.client import FEATURES, Client
@@ -193,8 +193,12 @@ def test_stop_as_of_old_drains_where_it_could_ask_not_to(disks: Disks, packed: b
 def test_without_a_region_a_stop_drains_whatever_was_asked(disks: Disks) -> None:
     agreed = PROTOCOL_FEATURES & ~ProtocolFeature.INFLIGHT_SHMFD
     with disks.connect("slow", queue_size=SIZE, protocol_features=agreed) as client:
+        before = taken(disks.process)
         pending = some_of_each(client)
-        client.start_queue(0, client.stop_queue(0, skip_drain=True))
+        eventually(lambda: taken(disks.process) > before, "some were taken")
+        base = client.stop_queue(0, skip_drain=True)
+        assert 0 < base == split_ring(client).visible_base, "all that was taken is used"
+        client.start_queue(0, base)
         client.wait(pending)
 
 
