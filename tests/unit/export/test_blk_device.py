@@ -341,8 +341,8 @@ def test_a_failing_segment_ends_the_request(expect_log: ExpectedLog) -> None:
 @pytest.mark.parametrize(
     ("what", "name"),
     [
-        ((RequestType.IN, 0, [view(512)]), "in"),
-        ((RequestType.OUT, 0, [view(512)]), "out"),
+        ((RequestType.IN, 0, [view(512)]), "read"),
+        ((RequestType.OUT, 0, [view(512)]), "write"),
         ((RequestType.FLUSH,), "flush"),
         ((RequestType.DISCARD, 0, (), [Segment(0, 512, False)]), "discard"),
         ((RequestType.WRITE_ZEROES, 0, (), [Segment(0, 512, False)]), "write_zeroes"),
@@ -493,7 +493,7 @@ def test_parked_request_is_tried_again_and_its_guest_never_knows(what: tuple[Any
 
 
 def test_ignored_error_is_a_success_for_the_guest(expect_log: ExpectedLog) -> None:
-    expect_log.expect(r"out \(ignored\) failed: ", r"in \(ignored\) failed: ")
+    expect_log.expect(r"write \(ignored\) failed: ", r"read \(ignored\) failed: ")
 
     async def everything() -> None:
         device = make(FailingNode(), policy=ErrorPolicy(OnError.IGNORE, OnError.IGNORE))
