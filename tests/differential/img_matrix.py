@@ -239,7 +239,7 @@ def _held(command: str, folder: Path) -> Iterator[None]:
 def compare(row: Row, templates: Templates, folder: Path) -> None:
     """Run a row in both; fails unless all is the same."""
     outcomes = []
-    folders = [folder / "theirs", folder / "ours"]
+    folders = (folder / "theirs", folder / "ours")
     for place, run in zip(folders, (theirs, ours), strict=True):
         place.mkdir()
         templates.put(" ".join([*row.given, row.held, row.command]), place)

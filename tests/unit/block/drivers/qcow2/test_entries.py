@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -207,7 +208,11 @@ def test_statuses_of_an_external_data_file_are_those_of_its_runs(
     runs: list[tuple[str, int]], data: st.DataObject
 ) -> None:
     kinds = [kind for kind, count in runs for _ in range(count)]
-    entries = {"u": lambda place: 0, "s": lambda place: COPIED | place, "z": lambda place: 1}
+    entries: dict[str, Callable[[int], int]] = {
+        "u": lambda place: 0,
+        "s": lambda place: COPIED | place,
+        "z": lambda place: 1,
+    }
     table = array("Q", [entries[kind](BASE + n * CLUSTER) for n, kind in enumerate(kinds)])
     check_statuses(EXTERNAL, table, len(kinds), *any_range(data, len(kinds)))
 
