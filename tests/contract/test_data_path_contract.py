@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +25,7 @@ from vhostblk.client.queue import Framing, whole
 from vhostblk.client.shared_memory import SharedMemory
 from vhostblk.client.workload import Workload
 from vhostblk.errors import BlockError, PeerError
+from vhostblk.testing.plugin import DaemonStarter
 from vhostblk.virtio.blk import CONFIG_SIZE, SECTOR, BlkConfig, RequestType, Status
 from vhostblk.virtio.driver import Buffer
 from vhostblk.virtio.features import Feature
@@ -537,11 +539,13 @@ def test_a_workload_of_four_queues_goes_on_while_others_knock(disks: Disks) -> N
         assert knocking.result() >= 1
 
 
-def test_two_engine_threads_share_the_queues_of_one_disk(disks: Disks, daemon, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_two_engine_threads_share_the_queues_of_one_disk(
+    disks: Disks, daemon: DaemonStarter, tmp_path: Path
+) -> None:
     image, sock = tmp_path / "image", disks.folder / "two.sock"
     image.write_bytes(bytes(4 << 20))
     path = "python" if disks.kind == "python" else "native"
-    words = ["serve", image, "--socket", sock, "--iothreads", "2", "--data-path", path]
+    words = ("serve", image, "--socket", sock, "--iothreads", "2", "--data-path", path)
     daemon(*words, "--aio", "threads" if disks.kind == "threads" else "io_uring", sockets=[sock])
     with Client.connect(sock, queues=4) as client:
         workload = Workload(client, seed=10, depth=32)

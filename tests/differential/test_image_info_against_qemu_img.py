@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,9 +71,9 @@ IMAGES = {
 async def ours(image: str, driver: str = "") -> ImageInfo:
     graph = BlockGraph()
     try:
-        options = {"read-only": True, "force-share": True}
+        options: dict[str, Any] = {"read-only": True, "force-share": True}
         if driver:
-            options["driver"] = driver  # type: ignore[assignment]
+            options["driver"] = driver
         return await query_image_info(
             await graph.open_image(image, options, flags=OpenFlag.NO_BACKING | OpenFlag.NO_IO)
         )

@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
@@ -25,6 +26,7 @@ from vhostblk.virtio.blk import RequestType
 SIZE = 4 << 20
 PIECE = 65536
 _DEPTH = 16
+_Result = TypeVar("_Result")
 _CHANGES = 40
 
 both_paths = pytest.mark.parametrize("data_path", ["native", "python"])
@@ -145,7 +147,7 @@ def test_guest_is_told_of_a_disk_that_is_ejected_and_of_one_that_is_inserted(
         loop = asyncio.get_running_loop()
         client = await loop.run_in_executor(None, Client.connect, socket_directory / "e")
 
-        async def guest(function: Callable[..., object], *arguments: object) -> object:
+        async def guest(function: Callable[..., _Result], *arguments: object) -> _Result:
             return await loop.run_in_executor(None, function, *arguments)
 
         try:
@@ -158,7 +160,7 @@ def test_guest_is_told_of_a_disk_that_is_ejected_and_of_one_that_is_inserted(
             assert not events
             await daemon.remove_medium("e", force=True)
             await daemon.remove_medium("e")
-            assert (await guest(client.wait_config_change)).capacity == 0  # type: ignore[attr-defined]
+            assert (await guest(client.wait_config_change)).capacity == 0
             for request in ((client.read, 0, 512), (client.flush,)):
                 with pytest.raises(BlockError):
                     await guest(*request)
@@ -169,7 +171,7 @@ def test_guest_is_told_of_a_disk_that_is_ejected_and_of_one_that_is_inserted(
                     await daemon.insert_medium("e", name)
             await daemon.insert_medium("e", "short")
             config = await guest(client.wait_config_change)
-            assert config.capacity == SIZE // 2 // 512  # type: ignore[attr-defined]
+            assert config.capacity == SIZE // 2 // 512
             assert await guest(client.read, SIZE // 2 - 512, 512) == b"s" * 512
             with pytest.raises(BlockError):
                 await guest(client.read, SIZE // 2, 512)

@@ -33,6 +33,7 @@ from vhostblk.errors import BlockError, ConfigError, SessionError
 from vhostblk.export.error_policy import IoStatus
 from vhostblk.export.export import Export
 from vhostblk.export.io_thread import IOThread
+from vhostblk.export.native_path import NativeDataPath
 from vhostblk.export.options import parse_export
 from vhostblk.export.vq_mapping import VqMapping
 from vhostblk.native import Message, MessageType
@@ -126,7 +127,9 @@ class Served:
         return moving
 
     def attached(self) -> tuple[IOThread, ...]:
-        return self.export._path._threads.attached  # type: ignore[attr-defined,no-any-return]
+        path = self.export._path
+        assert isinstance(path, NativeDataPath)
+        return path._threads.attached
 
     def names(self) -> set[str]:
         return {thread.name for thread in self.attached()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -85,7 +85,7 @@ class ArrayNode(BlockNode):
         self.data = bytearray(room)
         self.durable = bytearray(room)
         self.asked = Recorder()
-        self.pause: Callable[[], Coroutine[Any, Any, None]] | None = None
+        self.pause: Callable[[], Awaitable[object]] | None = None
         self.fail: Callable[[str, int, int], None] | None = None
         self._zeroes = zeroes
         self._discards = discards

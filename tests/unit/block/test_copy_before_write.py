@@ -404,7 +404,7 @@ def test_snapshot_is_lost_for_good_where_the_guest_comes_first(expect_log: Expec
     async def scenario(disk: Disk) -> None:
         break_target(disk, errno.ENOSPC)
         go_on = asyncio.Event()
-        disk.file.pause = go_on.wait  # type: ignore[assignment]
+        disk.file.pause = go_on.wait
         reading = asyncio.create_task(outcome(disk.old(0, CLUSTER)))
         await turns(3)
         disk.file.pause = None
@@ -433,7 +433,7 @@ def test_copy_that_takes_too_long_counts_as_failed(mode: str, expect_log: Expect
     async def scenario(disk: Disk) -> None:
         disk.filter.options = replace(disk.filter.options, cbw_timeout=0.02)  # type: ignore[arg-type]
         go_on = asyncio.Event()
-        disk.target.pause = go_on.wait  # type: ignore[assignment]
+        disk.target.pause = go_on.wait
         result = await outcome(disk.guest.pwritev(0, IoVec.of(b"n" * 3 * CLUSTER)))
         assert result == (errno.ETIMEDOUT if mode == "break-guest-write" else 0)
         # What was begun goes on, and a drain waits for it; nothing more is begun.
@@ -452,7 +452,7 @@ def test_copy_that_takes_too_long_counts_as_failed(mode: str, expect_log: Expect
 
 def test_cancelled_copy_leaves_its_clusters_to_the_next_who_wants_them() -> None:
     async def scenario(disk: Disk) -> None:
-        disk.target.pause = asyncio.Event().wait  # type: ignore[assignment]
+        disk.target.pause = asyncio.Event().wait
         first = asyncio.create_task(disk.guest.pwritev(0, IoVec.of(b"first")))
         second = asyncio.create_task(disk.guest.pwritev(10, IoVec.of(b"second")))
         await turns(5)
@@ -633,7 +633,7 @@ def test_extents_are_not_for_writing_while_the_snapshot_is_read_from_the_disk() 
 
         disk.file.host_extent = whole  # type: ignore[method-assign]
         go_on = asyncio.Event()
-        disk.file.pause = go_on.wait  # type: ignore[assignment]
+        disk.file.pause = go_on.wait
         reading = asyncio.create_task(disk.check(0, 512))
         await turns(3)
         disk.file.pause = None

@@ -345,9 +345,9 @@ def test_node_and_device_names_are_one_namespace() -> None:
 
 
 def test_four_layers_leave_nothing_when_they_go_in_any_order(image: str) -> None:
-    layers = {"driver": "file", "filename": image, "node-name": "l0"}
+    layers: dict[str, Any] = {"driver": "file", "filename": image, "node-name": "l0"}
     for number in (1, 2, 3):
-        layers = {"driver": "raw", "node-name": f"l{number}", "file": layers}  # type: ignore[dict-item]
+        layers = {"driver": "raw", "node-name": f"l{number}", "file": layers}
 
     async def scenario(graph: BlockGraph) -> None:
         await graph.add(layers)

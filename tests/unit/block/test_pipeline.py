@@ -55,7 +55,7 @@ def test_request_whose_driver_waits_is_in_sight_of_drains_and_of_others_until_it
 
     async def scenario() -> None:
         go_on = asyncio.Event()
-        node.pause = go_on.wait  # type: ignore[assignment]
+        node.pause = go_on.wait
         request = pipeline.preadv if kind == "read" else pipeline.pwritev
         task = asyncio.create_task(request(node.lane, 0, IoVec.of(bytearray(b"x" * 512))))
         await turns(2)
@@ -84,7 +84,7 @@ def test_request_cancelled_while_its_driver_waits_leaves_nothing_behind(kind: st
     node = ArrayNode()
 
     async def scenario() -> None:
-        node.pause = asyncio.Event().wait  # type: ignore[assignment]
+        node.pause = asyncio.Event().wait
         request = pipeline.preadv if kind == "read" else pipeline.pwritev
         task = asyncio.create_task(request(node.lane, 0, IoVec.of(bytearray(512))))
         await turns(2)

@@ -248,14 +248,17 @@ def test_saying_what_is_already_so_is_no_change(image: str) -> None:
 @pytest.mark.parametrize("failing", [0, 1, 2, 3])
 def test_failure_at_each_prepare_leaves_everything_as_before(failing: int) -> None:
     async def scenario(graph: BlockGraph) -> None:
-        chain = {"driver": "memory", "size": "64k", "node-name": "m"}
+        chain: dict[str, Any] = {"driver": "memory", "size": "64k", "node-name": "m"}
         for number in range(3):
-            chain = {"driver": "reluctant", "node-name": f"n{number}", "file": chain}  # type: ignore[dict-item]
+            chain = {"driver": "reluctant", "node-name": f"n{number}", "file": chain}
         top = await graph.add(chain)
-        nodes = [graph.find(f"n{number}") for number in range(3)]
+        nodes = [
+            node for number in range(3) if isinstance(node := graph.find(f"n{number}"), Reluctant)
+        ]
+        assert len(nodes) == 3
         backend = BlockBackend(top, "guest", writable=True, write_cache=False)
         if failing < 3:
-            nodes[failing].refuses = True  # type: ignore[attr-defined]
+            nodes[failing].refuses = True
         before = picture(graph)
         change = {top: {"cache.no-flush": "on", "discard": "unmap"}}
         if failing < 3:
@@ -269,7 +272,7 @@ def test_failure_at_each_prepare_leaves_everything_as_before(failing: int) -> No
             end = "commit"
         for number, node in enumerate(nodes):
             told = ["prepare"] * (number <= failing) + [end] * (number < failing)
-            assert node.told == told  # type: ignore[attr-defined]
+            assert node.told == told
         assert not backend.write_cache  # the device's, whatever happens to the nodes (row B34)
         await backend.close()
 

@@ -19,7 +19,7 @@ from vhostblk.block.leaky_bucket import ThrottleLimits
 from vhostblk.block.limits import BlockLimits
 from vhostblk.block.permissions import Perm
 from vhostblk.block.reopen import reopen
-from vhostblk.block.throttle_group import READ, WRITE, ThrottleGroup
+from vhostblk.block.throttle_group import READ, WRITE, Member, ThrottleGroup
 from vhostblk.errors import ConfigError
 
 SIZE = 4096
@@ -150,8 +150,8 @@ async def throttled_members() -> None:
     first, second = group.join(), group.join()
     done: list[str] = []
 
-    async def ask(member: object, way: int, name: str) -> None:
-        await group.admit(member, way, 512)  # type: ignore[arg-type]
+    async def ask(member: Member, way: int, name: str) -> None:
+        await group.admit(member, way, 512)
         done.append(name)
 
     tasks = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 from vhostblk.client.client import FEATURES, Client
 from vhostblk.client.queue import ClientQueue, Pending
@@ -93,8 +93,8 @@ class Loopback:
         )
         return cast(Client, client)
 
-    def submit(self, kind: int, offset: int, *, queue: int = 0, **kwargs: object) -> Pending:
-        pending = self.queues[queue].submit(kind, offset // 512, **kwargs)  # type: ignore[arg-type]
+    def submit(self, kind: int, offset: int, *, queue: int = 0, **kwargs: Any) -> Pending:
+        pending = self.queues[queue].submit(kind, offset // 512, **kwargs)
         self.queues[queue].driver.publish()
         return pending
 

@@ -47,17 +47,17 @@ class UnsupportedError(OSError):
     """As landlockpy's."""
 
 
-def fake(ruleset: Any) -> types.ModuleType:
-    landlock = types.ModuleType("landlockpy")
+def fake(ruleset: Any) -> Any:
+    landlock: Any = types.ModuleType("landlockpy")
     names = "READ_FILE WRITE_FILE TRUNCATE IOCTL_DEV EXECUTE READ_DIR MAKE_SOCK REMOVE_FILE RESOLVE_UNIX"
     access = types.SimpleNamespace(
         **{name: 1 << number for number, name in enumerate(names.split())}
     )
-    landlock.AccessFS = access  # type: ignore[attr-defined]
-    landlock.AccessNet = types.SimpleNamespace(BIND_TCP=1, CONNECT_TCP=2)  # type: ignore[attr-defined]
-    landlock.Scope = types.SimpleNamespace(ABSTRACT_UNIX_SOCKET=1)  # type: ignore[attr-defined]
-    landlock.UnsupportedError = UnsupportedError  # type: ignore[attr-defined]
-    landlock.Ruleset = ruleset  # type: ignore[attr-defined]
+    landlock.AccessFS = access
+    landlock.AccessNet = types.SimpleNamespace(BIND_TCP=1, CONNECT_TCP=2)
+    landlock.Scope = types.SimpleNamespace(ABSTRACT_UNIX_SOCKET=1)
+    landlock.UnsupportedError = UnsupportedError
+    landlock.Ruleset = ruleset
     return landlock
 
 
