@@ -21,7 +21,7 @@ from vhostblk.block.bounce import BouncePool
 from vhostblk.block.crypto.secret import Secrets
 from vhostblk.block.drivers import DRIVERS
 from vhostblk.block.edge import Edge
-from vhostblk.block.execution import ControlLoop
+from vhostblk.block.execution import ControlLoop, to_the_end
 from vhostblk.block.filename import is_json, parse_json
 from vhostblk.block.flags import OpenFlag
 from vhostblk.block.host_io import HostIO, create_host_io
@@ -220,10 +220,10 @@ class BlockGraph:
         node.references += 1
 
     async def release(self, node: BlockNode) -> None:
-        """Undo one `hold`; a node that nobody needs any more is closed."""
+        """Undo one `hold`; a node that nobody needs any more is closed, also if whoever waits is cancelled."""
         assert node.references > 0
         node.references -= 1
-        await self.collect(node)
+        await to_the_end(self.collect(node))
 
     async def collect(self, node: BlockNode) -> None:
         """Close a node if nobody needs it any more (row B07.7)."""
@@ -237,9 +237,9 @@ class BlockGraph:
         return node
 
     async def give_up(self, node: BlockNode) -> None:
-        """Nobody has asked for the node to stay; close it if nobody needs it."""
+        """Nobody has asked for the node to stay; close it if nobody needs it, also if whoever waits is cancelled."""
         self._disown(node)
-        await self.collect(node)
+        await to_the_end(self.collect(node))
 
     def is_owned(self, node: BlockNode) -> bool:
         """Whether it is the user who has to remove it (row B07.4)."""

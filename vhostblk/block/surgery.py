@@ -16,6 +16,7 @@ from vhostblk.block import opening
 from vhostblk.block.backing import check_supports_backing, name_for, record
 from vhostblk.block.chain import overlays_of
 from vhostblk.block.edge import Edge
+from vhostblk.block.execution import to_the_end
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_frozen, check_op
@@ -110,7 +111,7 @@ async def replace_node(graph: BlockGraph, old: BlockNode, new: BlockNode) -> Non
     async with graph.changing(old, new):
         with GraphTransaction() as change:
             _move_parents(change, old, new)
-        await graph.collect(old)
+        await to_the_end(graph.collect(old))
 
 
 async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:
@@ -125,7 +126,7 @@ async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:
             change.move(edge, new)
             if isinstance(edge.parent, BlockNode):
                 change.refresh(edge.parent)
-        await graph.collect(old)
+        await to_the_end(graph.collect(old))
 
 
 async def add_child(graph: BlockGraph, parent: BlockNode, child: BlockNode) -> Edge:
@@ -162,7 +163,7 @@ async def del_child(graph: BlockGraph, parent: BlockNode, name: str) -> None:
             change.detach(edge)
             change.refresh(parent)
         parent.compute_limits()
-        await graph.collect(edge.node)
+        await to_the_end(graph.collect(edge.node))
 
 
 async def record_backing(node: BlockNode) -> None:

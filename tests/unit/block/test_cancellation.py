@@ -243,6 +243,24 @@ def test_cancelled_close_of_the_last_user_is_made_up_for_by_another_one() -> Non
     assert cancel_everywhere(scenario) >= 1
 
 
+def test_cancelled_removal_is_made_or_not() -> None:
+    """Not something between the two: a node that nobody owns would go with the next user who comes and leaves."""
+
+    async def scenario(start: Start) -> None:
+        disk = Disk()
+        await disk.open(CRASH)
+        user = disk.use(disk.top)
+        await disk.write(user, 0, memory(512))
+        disk.users.remove(user)
+        user.root.detach()  # without a flush: that is left to the end of the node
+        task = start(disk.graph.remove("leaf"))
+        await asyncio.wait([task])
+        assert "leaf" not in disk.graph.nodes or disk.graph.is_owned(disk.leaf)
+        await disk.graph.close_all()
+
+    assert cancel_everywhere(scenario) >= 1
+
+
 async def clean_up(disk: Disk) -> None:
     for name in ("inserted", "other"):
         node = disk.graph.nodes.get(name)
