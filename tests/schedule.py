@@ -24,6 +24,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 __all__ = [
@@ -302,7 +303,7 @@ def cancel_everywhere(
                 return choice.randrange(count) if number else 0
 
             try:
-                run(lambda start=start: scenario(start), choose)  # type: ignore[misc]
+                run(partial(scenario, start), choose)
             except BaseException as error:
                 error.add_note(f"cancelled at await {at}, schedule {number}")
                 raise

@@ -249,6 +249,10 @@ def test_refused_requests_change_nothing_and_cost_nothing_else(disks: Disks) -> 
         assert client.read(CAPACITY - 4096, 4096) == DATA[:4096]
 
 
+def is_written(memory: SharedMemory, status: Buffer) -> bool:
+    return memory.read(status) != b"\xff"
+
+
 def test_a_header_that_is_too_short_is_answered(disks: Disks) -> None:
     with disks.connect() as client:
         memory, queue = client.memory, client.queues[0]
@@ -258,7 +262,7 @@ def test_a_header_that_is_too_short_is_answered(disks: Disks) -> None:
             queue.driver.add([Buffer(room.gpa, length)], [Buffer(room.gpa + 100, 1)])
             queue.notify()
             status = Buffer(room.gpa + 100, 1)
-            eventually(lambda s=status: memory.read(s) != b"\xff", "the status")  # type: ignore[misc]
+            eventually(partial(is_written, memory, status), "the status")
             assert memory.read(status) == bytes([Status.IOERR])
         # Without any header there is a status byte all the same.
         memory.write(room.gpa + 100, b"\xff")
@@ -460,6 +464,10 @@ def test_a_size_that_changed_while_no_ring_ran_is_told_when_one_does(disks: Disk
         assert client.wait_config_change().capacity * SECTOR == CAPACITY + 4096
 
 
+def has_size(client: Client, size: int) -> bool:
+    return client.read_config().capacity * SECTOR == size
+
+
 def test_the_last_of_many_changes_of_size_is_noticed(disks: Disks) -> None:
     # A signal that comes while the size is being looked at may be about a later one.
     disks.max_lines = 1000
@@ -468,7 +476,7 @@ def test_the_last_of_many_changes_of_size_is_noticed(disks: Disks) -> None:
             for j in range(1 + i % 4):
                 size = CAPACITY + (i % 7 + j) * 4096
                 disks.resize(size)
-            eventually(lambda s=size: client.read_config().capacity * SECTOR == s, "the last")  # type: ignore[misc]
+            eventually(partial(has_size, client, size), "the last")
 
 
 # ---------------------------------------------------------------- everything at once

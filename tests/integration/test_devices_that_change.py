@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -165,17 +166,16 @@ def test_sizes_change_under_a_guest_that_works(
 
     with ThreadPoolExecutor(1) as pool:
         working = pool.submit(work)
+
+        def has_gone_on(before: int) -> bool:
+            return len(rounds) > before or working.done()
+
         try:
             for number in range(12):
                 size = (2 * SIZE, SIZE - 8 * 65536, SIZE)[number % 3]
                 device.resize(size)
                 exports.expect(f"the disk has {size} bytes now")
-                before = len(rounds)
-                eventually(
-                    lambda n=before: len(rounds) > n or working.done(),  # type: ignore[misc]
-                    "a round",
-                    PATIENCE,
-                )
+                eventually(partial(has_gone_on, len(rounds)), "a round", PATIENCE)
             device.resize(2 * SIZE)
             eventually(
                 lambda: (
@@ -272,7 +272,11 @@ def stop(process: DaemonProcess) -> None:
     """Return when all threads have."""
     os.kill(process.pid, signal.SIGSTOP)
     for thread in Path(f"/proc/{process.pid}/task").iterdir():
-        eventually(lambda t=thread: ") T " in (t / "stat").read_text(), "a thread that stops")  # type: ignore[misc]
+        eventually(partial(is_stopped, thread), "a thread that stops")
+
+
+def is_stopped(thread: Path) -> bool:
+    return ") T " in (thread / "stat").read_text()
 
 
 def _reads(client: Client, offset: int, expected: bytes) -> bool:

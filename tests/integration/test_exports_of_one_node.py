@@ -6,6 +6,7 @@ import os
 import random
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,10 @@ def test_exports_of_two_windows_of_one_file_share_it(
         assert whole.read(32768, 512) == b"h" * 512
 
 
+def has_grown(client: Client) -> bool:
+    return client.read_config().capacity == SIZE // 512
+
+
 @BOTH
 def test_all_hear_that_the_node_has_grown(
     storage_daemon: DaemonStarter, image: Path, socket_directory: Path, path: str
@@ -149,6 +154,6 @@ def test_all_hear_that_the_node_has_grown(
         os.truncate(image, SIZE)
         os.kill(exports.process.pid, signal.SIGHUP)
         for client in (first, second):
-            eventually(lambda c=client: c.read_config().capacity == SIZE // 512, "the new size")  # type: ignore[misc]
+            eventually(partial(has_grown, client), "the new size")
         first.write(SIZE - 512, b"e" * 512)
         assert second.read(SIZE - 512, 512) == b"e" * 512

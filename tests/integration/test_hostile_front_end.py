@@ -15,6 +15,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 from tests.daemons import BOTH_PATHS, SERIAL, Disks, eventually, split_ring, stops_answering
 from vhostblk.client.client import Client
 from vhostblk.client.control import PROTOCOL_FEATURES
+from vhostblk.client.queue import ClientQueue, Pending
 from vhostblk.errors import PeerError, SessionError
 from vhostblk.vhost.message import (
     FRONTEND_TABLE,
@@ -53,6 +55,11 @@ def header(request: int, size: int, flags: int = VERSION) -> bytes:
 def next_client_is_served(disks: Disks) -> None:
     with disks.connect() as client:
         assert client.get_id() == SERIAL
+
+
+def is_answered(queue: ClientQueue, request: Pending) -> bool:
+    queue.reap()
+    return request.is_done
 
 
 @contextmanager
@@ -375,7 +382,7 @@ def test_vring_fd_of_the_wrong_kind_is_refused_or_endured(
                 queue.kick()
         for _ in range(10):
             other = client.submit(RequestType.GET_ID, room=20, queue=3)
-            eventually(lambda p=other: bool(client.queues[3].reap()) or p.is_done, "queue 3")  # type: ignore[misc]
+            eventually(partial(is_answered, client.queues[3], other), "queue 3")
             assert other.status == Status.OK
         eventually(lambda: _load(disks) < 0.8, "the daemon is idle")
     next_client_is_served(disks)
@@ -552,6 +559,10 @@ def test_front_end_vanishes_with_hundreds_of_requests_in_flight(
         assert len(client.read(0, 4096)) == 4096
 
 
+def has_answered(sock: socket.socket) -> bool:
+    return len(sock.recv(64)) in (0, 20)
+
+
 def test_a_thousand_connects(disks: Disks) -> None:
     disks.max_lines = 4000
     hello = header(Request.GET_FEATURES, 0)
@@ -562,7 +573,7 @@ def test_a_thousand_connects(disks: Disks) -> None:
                 sock.sendall(hello)
             elif i % 4 == 2:
                 sock.sendall(hello)
-                eventually(lambda s=sock: len(s.recv(64)) in (0, 20), "an answer")  # type: ignore[misc]
+                eventually(partial(has_answered, sock), "an answer")
             elif i % 4 == 3:
                 socket.send_fds(sock, [header(Request.SET_VRING_CALL, 8)], [fd] * 8)
     os.close(fd)
@@ -638,7 +649,7 @@ def test_blocking_saturated_call_eventfd_does_not_hang_the_daemon(disks: Disks) 
         for _ in range(20):
             pending = client.submit(RequestType.GET_ID, room=20)
             queue.driver.enable_interrupts()
-            eventually(lambda p=pending: bool(client.poll()) or p.is_done, "a request")  # type: ignore[misc]
+            eventually(partial(is_answered, queue, pending), "a request")
             assert client.get_id(queue=1) == SERIAL
         assert os.get_blocking(fd), "O_NONBLOCK is shared with the front-end"
         assert os.eventfd_read(fd) == 2**64 - 2

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,10 +55,13 @@ async def until(condition: Callable[[], bool]) -> None:
 
 def test_device_that_changes_is_named(device: LoopDevice) -> None:
     async def scenario(_uevents: Uevents, heard: Heard) -> None:
+        def has_come(before: int) -> bool:
+            return heard.count(number(device)) > before
+
         for action in ("change", "remove", "add"):
             before = heard.count(number(device))
             device.announce(action)
-            await until(lambda b=before: heard.count(number(device)) > b)  # type: ignore[misc]
+            await until(partial(has_come, before))
         device.resize(2 << 20)
         await until(lambda: heard.count(number(device)) >= 4)
 

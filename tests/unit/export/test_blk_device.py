@@ -6,6 +6,7 @@ import asyncio
 import errno
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -475,8 +476,12 @@ def test_parked_request_is_tried_again_and_its_guest_never_knows(what: tuple[Any
         told: list[tuple[bool, Action, int]] = []
         device.on_io_error = lambda *what: told.append(what)
         task = asyncio.create_task(device.execute(request(*what)))
+
+        def has_paused(times: int) -> bool:
+            return len(paused) == 2 * times - 1
+
         for times in (1, 2):
-            await until(lambda times=times: len(paused) == 2 * times - 1)  # type: ignore[misc]
+            await until(partial(has_paused, times))
             assert not task.done()
             is_read = what[0] == RequestType.IN
             assert told == [(is_read, Action.STOP, errno.EIO)] * times
