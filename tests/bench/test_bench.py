@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.bench.rows import ROWS, Row, Target
+from tests.bench.short_runs import SECONDS, run_shortly
 from tests.bench.weather import Weather
 from tests.requirements import require
 from vhostblk.client.bench.compare import METRICS
@@ -50,18 +51,12 @@ def test_others_are_seen_at_work() -> None:
 
 
 @pytest.mark.skipif(not load.available(), reason="the generator is not built")
+@pytest.mark.timeout(2 * SECONDS)
 def test_table_has_ratios_against_qemu_storage_daemon(tmp_path: Path) -> None:
     require("qemu-storage-daemon", group="qemu")
-    words = ["--quick", "--runs", "1", "--duration", "0.1", "--folder", str(tmp_path)]
+    words = ["--quick", "--runs", "1", "--folder", str(tmp_path)]
     words += ["--only", "latency", "--only", "idle", "--json", str(tmp_path / "runs.json")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", *words],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_shortly("tests.bench", *words)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     (row,) = [line for line in lines if line.startswith("null-co, depth 1, eventfd")]
@@ -74,17 +69,11 @@ def test_table_has_ratios_against_qemu_storage_daemon(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not load.available(), reason="the generator is not built")
+@pytest.mark.timeout(2 * SECONDS)
 def test_disk_made_of_python_is_measured_in_turn_with_that_of_nbdkit() -> None:
     require("nbdkit", "fio")
-    words = ["--python", "--quick", "--runs", "1", "--duration", "0.1", "--only", "python-write"]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", *words],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    words = ["--python", "--quick", "--runs", "1", "--only", "python-write"]
+    done = run_shortly("tests.bench", *words)
     assert (done.returncode, done.stderr) == (0, "")
     iops, cpu = [line for line in done.stdout.splitlines() if line.startswith("random write")]
     assert "n/a" not in iops + cpu

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,11 +21,10 @@ from tests.bench.scaling import (
     size_cases,
 )
 from tests.bench.servers import QEMU, Files, Server, command_of, fio_command
+from tests.bench.short_runs import SECONDS, run_shortly
 from tests.requirements import require
 from vhostblk.client.bench.options import BenchOptions
 from vhostblk.native import load
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("processors", [2, 4, 64])
@@ -196,18 +193,12 @@ def test_what_is_profiled_can_be_run() -> None:
 
 
 @pytest.mark.skipif(not load.available(), reason="the generator is not built")
+@pytest.mark.timeout(2 * SECONDS)
 def test_idle_guests_cost_our_daemon_nothing(tmp_path: Path) -> None:
     require("qemu-storage-daemon", group="qemu")
-    words = ["--scaling", "--quick", "--runs", "1", "--duration", "0.1", "--folder", str(tmp_path)]
+    words = ["--scaling", "--quick", "--runs", "1", "--folder", str(tmp_path)]
     words += ["--only", "idle-clients", "--only", "depth-null", "--csv", str(tmp_path / "x.csv")]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.bench", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
+    done = run_shortly("tests.bench", *words)
     assert (done.returncode, done.stderr) == (0, "")
     idle = re.findall(r"idle-clients-\S+: ours (\d+), ours-2 (\d+)", done.stdout)
     assert idle[:4] == [("0", "0")] * 4  # null-co, tmpfs

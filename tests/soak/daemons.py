@@ -30,7 +30,9 @@ BAD_SECTORS = (1000, 7001)
 
 _CLUSTER = "4096"  # there are always new ones
 _POOLS = ("vhostblk-io", "python", "python3")
-_GONE_SECONDS = 20.0
+_LOCK_SECONDS = 60
+# Longer than a daemon may wait for what a killed one has left.
+_GONE_SECONDS = _LOCK_SECONDS + 30.0
 _REST_SECONDS = 0.5
 _END_SECONDS = 60.0
 
@@ -152,7 +154,8 @@ class Daemon(Protocol):
 
 def _words(disks: Sequence[Disk], data_path: str) -> list[str]:
     words = ["--log-level", "warning", "storage-daemon", "--data-path", data_path]
-    words += ["--lock-timeout", "60", "--object", "iothread,id=t0", "--object", "iothread,id=t1"]
+    words += ["--lock-timeout", str(_LOCK_SECONDS)]
+    words += ["--object", "iothread,id=t0", "--object", "iothread,id=t1"]
     for number, disk in enumerate(disks):
         words += disk.words(f"t{number % 2}")
     return words

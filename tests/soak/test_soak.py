@@ -18,6 +18,10 @@ from vhostblk.testing.resources import Resources
 _ROUNDS = 2
 _SECONDS = 5.0
 _SEED = 1
+_DONE = (
+    *("daemons killed", "hostile: garbage", "guests: memory added", "guests: resized"),
+    *("guests: booted with packed rings", "guests: booted with split rings"),
+)
 
 
 @pytest.fixture
@@ -32,13 +36,10 @@ def soak(socket_directory: Path) -> Iterator[Soak]:
 def test_daemons_survive_everything_at_once_and_hold_nothing_afterwards(soak: Soak) -> None:
     for _ in range(_ROUNDS):
         soak.round(_SECONDS)
+    # On a machine that is busy with other things less is done in that time.
+    while any(f"| {what} | " not in soak.figures() for what in _DONE):
+        soak.round(_SECONDS)
     soak.finish()
-    figures = soak.figures()
-    for what in (
-        *("daemons killed", "hostile: garbage", "guests: memory added", "guests: resized"),
-        *("guests: booted with packed rings", "guests: booted with split rings"),
-    ):
-        assert f"| {what} | " in figures
 
 
 def held(memory: int, **descriptors: int) -> Held:
