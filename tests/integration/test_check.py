@@ -253,8 +253,11 @@ def test_fault_is_found_by_the_checks_that_are_meant_for_it(
     start_faulty(storage_daemon, fault, socket_directory)
     found, innocent = FOUND[fault]
     patterns = [word for name in sorted(found | innocent) for word in ("--only", name)]
-    options = ("--destructive", "--strict", "--timeout", "0.5", *patterns)
-    report = check(socket_directory / "s", *options, status=1)
+    for timeout in ("0.5", "5"):  # a busy machine may need more than half a second for an answer
+        options = ("--destructive", "--strict", "--timeout", timeout, *patterns)
+        report = check(socket_directory / "s", *options, status=1)
+        if outcomes(report, "ok").keys() == innocent:
+            break
     assert outcomes(report, "fail", "warn").keys() == found
     assert outcomes(report, "ok").keys() == innocent
 
@@ -273,7 +276,7 @@ def test_the_run_ends_when_the_back_end_is_gone(socket_directory: Path) -> None:
     )
     process.start()
     try:
-        options = ("--hostile", "--timeout", "1", "--only", "front-end.size-*")
+        options = ("--hostile", "--only", "front-end.size-*")
         report = check(target, *options, status=1)
         assert [row["outcome"] for row in report["checks"]] == ["ok", "fail"]
         last = report["checks"][-1]
