@@ -43,7 +43,7 @@ def check(
     report: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
     if status is not None:
         assert done.returncode == status, f"{done.stderr}\n{outcomes(report, 'fail', 'warn')}"
-    assert done.stderr == ""
+    assert done.stderr == "" or (status is None and not report)
     return report
 
 
@@ -253,9 +253,10 @@ def test_fault_is_found_by_the_checks_that_are_meant_for_it(
     start_faulty(storage_daemon, fault, socket_directory)
     found, innocent = FOUND[fault]
     patterns = [word for name in sorted(found | innocent) for word in ("--only", name)]
-    for timeout in ("0.5", "5"):  # a busy machine may need more than half a second for an answer
+    # A busy machine may need more than half a second for an answer, also to what is offered.
+    for timeout, status in (("0.5", None), ("5", 1)):
         options = ("--destructive", "--strict", "--timeout", timeout, *patterns)
-        report = check(socket_directory / "s", *options, status=1)
+        report = check(socket_directory / "s", *options, status=status)
         if outcomes(report, "ok").keys() == innocent:
             break
     assert outcomes(report, "fail", "warn").keys() == found
