@@ -315,14 +315,22 @@ def test_a_driver_that_breaks_a_packed_ring_costs_itself_one_queue(disks: Disks,
 def test_a_descriptor_that_is_available_again_while_it_is_in_flight_breaks_the_ring(
     disks: Disks,
 ) -> None:
-    with disks.connect("slow", features=PACKED, queues=2, queue_size=16) as client:
-        hostile = Hostile(client)
-        submit_reads(client, 16)  # each with a table: the ring is full
-        barrier(client)
-        hostile.driver.write_descriptor(0, *hostile.header, 3, USED | NEXT)  # the second round
-        client.queues[0].kick()
-        client.wait_broken(0)
-        assert client.get_id(queue=1) == SERIAL
+    def is_broken() -> bool:
+        """Unless all was over before the descriptor was made available again, which is in order."""
+        with disks.connect("slow", features=PACKED, queues=2, queue_size=16) as client:
+            hostile = Hostile(client)
+            submit_reads(client, 16)  # each with a table: the ring is full
+            barrier(client)
+            hostile.driver.write_descriptor(0, *hostile.header, 3, USED | NEXT)  # the second round
+            client.queues[0].kick()
+            try:
+                client.wait_broken(0, timeout=2)
+            except TimeoutError:
+                return False
+            assert client.get_id(queue=1) == SERIAL
+            return True
+
+    eventually(is_broken, "a broken ring", 60)
 
 
 def test_indirect_tables_mean_nothing_but_their_order_and_write(disks: Disks) -> None:
