@@ -10,6 +10,7 @@ from pathlib import Path
 from tests.disks import opened, read
 from tests.nbd_server import Server
 from vhostblk.block.backend import BlockBackend
+from vhostblk.block.drivers.nbd import NbdNode
 from vhostblk.errors import BlockError
 
 SECONDS = 20  # after which something hangs
@@ -69,7 +70,15 @@ def run(
 async def connections(server: Server, count: int) -> None:
     """Wait until there have been so many."""
     while server.connections < count:  # noqa: ASYNC110 - it is the server's business who waits for it
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+
+
+async def connected(backend: BlockBackend) -> None:
+    """Wait until hands were shaken: the server counts a connection before."""
+    node = backend.node
+    assert isinstance(node, NbdNode)
+    while node._link is None or node._link._connection is None:  # noqa: ASYNC110
+        await asyncio.sleep(0)
 
 
 async def requests(server: Server, count: int) -> None:

@@ -15,6 +15,7 @@ from tests.disks import read
 from tests.nbd_server import Answer, Seen, Server, honest
 from tests.unit.block.drivers.nbd_disks import (
     Clock,
+    connected,
     connections,
     reads_again,
     requests,
@@ -181,6 +182,7 @@ def test_reply_renews_the_delay(path: Path) -> None:
             assert server.connections == 2 * turn
             server.hang_up()
             await connections(server, 2 * turn + 1)
+            await connected(backend)
             skip(100)
 
     run(server, path, scenario, SHORT | {"reconnect-delay": 30}, clock=Clock)
