@@ -36,6 +36,7 @@ _RAW = {
 
 _QCOW2 = {
     "new.qcow2": ["qemu-img create -f qcow2 new.qcow2 1M"],
+    "empty.qcow2": ["qemu-img create -f qcow2 empty.qcow2 0"],
     "v2.qcow2": [
         "qemu-img create -f qcow2 -o compat=0.10 v2.qcow2 1M",
         "qemu-io v2.qcow2 -c 'write -P 1 64k 128k'",

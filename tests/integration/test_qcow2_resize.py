@@ -83,6 +83,17 @@ def test_disk_shrinks_and_grows_and_nothing_of_the_past_shows(
     assert contents(image, tmp_path) == expected
 
 
+@pytest.mark.parametrize("mode", list(Preallocation))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_disk_of_no_bytes_grows_although_it_has_no_table(
+    tmp_path: Path, shape: str, mode: Preallocation
+) -> None:
+    image = create(tmp_path / "disk", 0, "-o", SHAPES[shape])
+    resize(image, 3 * MIB, mode=mode)
+    qemu_io(image, "read -P 0 0 3M", "write -P 1 2M 64k")
+    assert check(image) == ""
+
+
 @pytest.mark.parametrize("shape", ["4 KiB clusters", "subclusters of 2 KiB", "512 byte clusters"])
 def test_shrunk_file_is_as_small_as_when_qemu_shrinks_it(tmp_path: Path, shape: str) -> None:
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"

@@ -6,6 +6,12 @@ from tests.differential.img_matrix import Row, rows
 
 ROWS = (
     *rows("""
+        resize empty.qcow2 +1M
+        resize --preallocation=full empty.qcow2 70000128
+        resize --preallocation=metadata empty.qcow2 70000128
+        resize empty.qcow2 0
+        resize --shrink empty.qcow2 -512
+        resize empty.qcow2 64P
         resize
         resize disk.raw
         resize -f raw

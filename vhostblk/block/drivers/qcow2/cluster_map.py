@@ -314,9 +314,12 @@ class ClusterMap:
             ImageError: free clusters turn out to be tables.
         """
         async with self._growing:
-            needed = self.header.l1_entries_needed(size)
+            header, needed = self.header, self.header.l1_entries_needed(size)
+            entries = max(needed, len(self._l1))
+            # A disk of no bytes may have no table yet: how long it gets matters here, and not where.
+            place = header.l1_offset or header.cluster_size
             try:
-                replace(self.header, size=size, l1_entries=max(needed, len(self._l1))).check()
+                replace(header, size=size, l1_entries=entries, l1_offset=place).check()
             except ImageError:
                 what = f"Failed to grow the L1 table: {os.strerror(errno.EFBIG)}"
                 raise BlockError(errno.EFBIG, what) from None
