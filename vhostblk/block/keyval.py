@@ -178,6 +178,8 @@ def _insert(target: dict[str, Any], key: str, value: str) -> None:
 def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested (or already dotted) options as one flat dictionary with dotted keys.
 
+    A list without items stays one: nobody may have an option of that name.
+
     Raises:
         ConfigError: a key occurs both nested and dotted.
     """
@@ -186,7 +188,7 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
             found = flatten(value, f"{name}.")
-        elif isinstance(value, list):
+        elif isinstance(value, list) and value:
             found = flatten({str(index): item for index, item in enumerate(value)}, f"{name}.")
         else:
             found = {name: value}

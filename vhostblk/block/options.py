@@ -272,6 +272,8 @@ def consume(options_type: type[T], flat: dict[str, Any], where: str = "") -> T:
         name = option_name(field)
         kind = field.metadata["type"]
         if kind.is_list:
+            if flat.get(name) == []:
+                del flat[name]
             values[field.name] = kind.read(f"{where}{name}", _below(flat, name))
         elif name in flat:
             values[field.name] = _read(kind, name, flat.pop(name), where)

@@ -20,6 +20,8 @@ NAME = "iothread-vq-mapping"
 
 def _read_list(name: str, value: Any) -> list[Any]:
     """What stood in a JSON list, or under the keys 0, 1, 2, …, which is the same."""
+    if value == []:
+        return []
     if not isinstance(value, Mapping):
         raise ConfigError(f"Parameter '{name}' expects a list, not '{value}'")
     for number in range(len(value)):

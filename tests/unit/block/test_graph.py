@@ -145,6 +145,8 @@ def test_inline_child_inherits_modes_and_always_obeys_discards(image: Path) -> N
         ("null-co,file=taken", "does not support the option 'file'"),
         ("raw", "Parameter 'file' is missing"),
         ("raw,file=nobody", "Cannot find node 'nobody'"),
+        ('{"driver": "null-co", "bogus": []}', "'null-co' does not support the option 'bogus'"),
+        ('{"driver": "raw", "file": []}', "Parameter 'file' expects a node name, not '[]'"),
         ('{"driver": "raw", "file": 5}', "Parameter 'file' expects a node name, not '5'"),
         ("raw,file.size=1M", "Parameter 'file.driver' is missing"),
         ("raw,file.driver=nope", "Unknown driver 'nope' for 'file.driver'"),

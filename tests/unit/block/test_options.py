@@ -21,6 +21,7 @@ from vhostblk.block.options import (
     to_boolean,
     to_integer,
     to_size,
+    words_of,
 )
 from vhostblk.errors import ConfigError
 
@@ -38,6 +39,18 @@ def test_consume_takes_its_options_and_leaves_the_rest() -> None:
     flat: dict[str, Any] = {"path": "x", "max-size": "2k", "mode.fast": "off", "other": "1"}
     assert consume(Sample, flat) == Sample("x", 2048, 1, False, None)
     assert flat == {"other": "1"}
+
+
+def test_list_without_items_is_that_of_an_option_or_of_none() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Listed:
+        words: tuple[str, ...] = option(words_of("red", "blue"), ("red",), about="which")
+
+    flat: dict[str, Any] = {"words": [], "other": []}
+    leftover({"words": []}, "sample", "", "", Listed)
+    assert consume(Listed, flat) == Listed(())
+    with pytest.raises(ConfigError, match="does not support the option 'other'"):
+        leftover(flat, "sample", "", "", Listed)
 
 
 @pytest.mark.parametrize(
