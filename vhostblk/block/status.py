@@ -286,6 +286,8 @@ async def layered_runs(
     """
     layer = _Layer(node, 0, below, settled)
     await layer.ask(offset, offset + length)
+    if layer.shows_alone:
+        return layer.all_runs()
     found: list[LayerRun] = []
     await layer.show(offset, layer.known_to, found)
     return found
@@ -318,6 +320,16 @@ class _Layer:
             if not flags & self._settled:
                 self._holes_to = offset
         self.known_to = offset
+
+    @property
+    def shows_alone(self) -> bool:
+        """Whether nobody else has to be asked for what is known."""
+        return self._next is None or self._holes_to == self._start
+
+    def all_runs(self) -> list[LayerRun]:
+        """What is known: most disks have one layer, and perhaps millions of runs."""
+        where = self._where
+        return [(flags, count, place, where) for flags, count, place in self._runs]
 
     async def show(self, offset: int, end: int, found: list[LayerRun], until: int = 0) -> None:
         """Add what is in a range.
