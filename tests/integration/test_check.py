@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import socket
+import struct
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tests.requirements import require
 from vhostblk.client.conformance.registry import ALL_CHECKS
 from vhostblk.testing.daemon_process import VHOSTBLK, DaemonProcess
 from vhostblk.testing.plugin import DaemonStarter
+from vhostblk.vhost.message import Request
 
 SIZE = 32 << 20
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,6 +318,34 @@ def test_a_listener_that_does_not_answer_is_exit_status_2(socket_directory: Path
         done = run(str(path), "--timeout", "0.1")
     assert (done.returncode, done.stdout) == (2, "")
     assert "timed out" in done.stderr
+
+
+def test_a_back_end_that_does_not_say_in_time_what_it_offers_has_not_passed(
+    socket_directory: Path,
+) -> None:
+    path = socket_directory / "slow"
+
+    def answer_one_question(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            header = connection.recv(12)
+            assert header[:4] == Request.GET_FEATURES.to_bytes(4, "little")
+            features = 1 << 30 | 1 << 32  # there are protocol features, and VIRTIO 1
+            connection.sendall(header[:4] + struct.pack("<IIQ", 5, 8, features))
+            while connection.recv(4096):
+                pass
+
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor(1) as pool:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        answering = pool.submit(answer_one_question, listener)
+        done = run(str(path), "--timeout", "0.1", "--only", "packed.*")
+        answering.result()
+    assert done.returncode == 2
+    assert re.search("^problem .*timed out", done.stdout, re.MULTILINE)
+    assert re.search(
+        r"^0 passed, 0 failed, 0 warnings, [1-9]\d* skipped", done.stdout, re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ Say what the vhost-user-blk back-end that listens on SOCKET offers, then check h
 check, with the section of VIRTIO or vhost-user that demands it. Nothing is written to the disk, and nothing forbidden
 is done, unless asked for: --destructive overwrites the disk's first {SPAN >> 20} MiB and its last block, --hostile
 does what may end a weak back-end.
-Exit status: 0 all passed, 1 some failed, or wrong options, 2 the back-end could not be asked."""
+Exit status: 0 all passed, 1 some failed, or wrong options, 2 the back-end could not be asked, or not for all."""
 EXAMPLES = """\
 Example: all there is, on a disk that nobody needs:
 
@@ -129,7 +129,9 @@ def run(args: argparse.Namespace) -> int:
         report.result(result)
     report.summary(counts, len(checks) - counts.total())
     bad = counts[Outcome.FAIL] + (counts[Outcome.WARN] if args.strict else 0)
-    return _FAILED if bad else _PASSED
+    if bad:
+        return _FAILED
+    return _PASSED if offer.is_whole else _NO_ANSWER
 
 
 def describe_failure(error: Exception) -> str:

@@ -56,7 +56,9 @@ class Offer:
     config: BlkConfig = dataclasses.field(default_factory=BlkConfig)
     """The configuration space as far as every driver reads it."""
     problems: tuple[str, ...] = ()
-    """Questions that it refused, or answered wrongly."""
+    """Questions that it refused, did not answer in time, or answered wrongly."""
+    is_whole: bool = True
+    """False: it did not answer in time, so there may be more than this."""
 
     @property
     def is_read_only(self) -> bool:
@@ -127,8 +129,11 @@ def read_offer(path: str, *, timeout: float) -> Offer:
         problems: list[str] = []
         try:
             offer = _ask_all(control, offer, problems)
-        except (PeerError, TimeoutError) as error:
+        except PeerError as error:
             problems.append(str(error))
+        except TimeoutError as error:
+            problems.append(str(error))
+            offer = dataclasses.replace(offer, is_whole=False)
         return dataclasses.replace(offer, problems=tuple(problems))
     finally:
         control.close()
