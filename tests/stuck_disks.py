@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tests.daemons import eventually
 from vhostblk.client.client import Client
+from vhostblk.export.stats_reader import page_names, pid_in
 from vhostblk.testing.daemon_process import VHOSTBLK, DaemonProcess
 
 SIZE = 1 << 20
@@ -62,6 +63,15 @@ class StuckDaemon(DaemonProcess):
 def in_time(condition: Callable[[], object], what: str) -> None:
     """Wait until it is so."""
     eventually(lambda: bool(condition()), what, DEADLINE)
+
+
+def given_up(daemon: DaemonProcess, pid_file: Path) -> str:
+    """The end of a daemon that gives up a disk, and leaves nothing behind; what it said."""
+    pid = daemon.pid
+    said = daemon.expect_end(1, DEADLINE)
+    assert not pid_file.exists()
+    assert not any(pid_in(name) == pid for name in page_names())
+    return said
 
 
 def end_in_time(end: Callable[[float], str]) -> str:

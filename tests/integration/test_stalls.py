@@ -23,6 +23,7 @@ from tests.stuck_disks import (
     SIZE,
     StuckDaemon,
     end_in_time,
+    given_up,
     in_time,
     is_served,
 )
@@ -30,7 +31,6 @@ from vhostblk.cli.stats import collect
 from vhostblk.client.client import Client
 from vhostblk.client.queue import Pending
 from vhostblk.export.statistics import total
-from vhostblk.export.stats_reader import page_names, pid_in
 from vhostblk.testing.plugin import require
 from vhostblk.vhost.message import Request
 from vhostblk.virtio.blk import RequestType, Status
@@ -240,22 +240,19 @@ def test_end_of_a_daemon_whose_disk_hangs_is_bounded_and_says_what_is_left(
             Client.connect(daemon.stuck, queues=2) as client,
             Client.connect(daemon.other) as other,
         ):
-            pid = daemon.pid
             other.write(0, b"x" * 512)
             client.write(0, bytes(512))
             hanging.hang()
             pending = ask(client, kind, 4)
             in_time(lambda: hanging.waiting > 0, "they are on their way")
-            os.kill(pid, signal.SIGTERM)
+            os.kill(daemon.pid, signal.SIGTERM)
             assert other.control.connection.receive() is None
             in_time(lambda: "vhostblk: given up after" in daemon.output, "it gives up")
             client.poll()
             assert not any(request.is_done for request in pending)
             # A process is gone when none of its threads is inside the kernel any more.
             hanging.go_on()
-            said = daemon.expect_end(1, DEADLINE)
-            assert not pid_file.exists()
-            assert not any(pid_in(name) == pid for name in page_names())
+            said = given_up(daemon, pid_file)
             for one in (client, other):
                 one.abandon()
         return said

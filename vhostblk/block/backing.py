@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 from vhostblk.block import opening
 from vhostblk.block.chain import contains, full_backing_name, layers, overlays_of, skip_filters
 from vhostblk.block.edge import Edge
-from vhostblk.block.execution import to_the_end
 from vhostblk.block.filename import is_absolute, is_json, protocol_prefix
 from vhostblk.block.image_driver import BackingName
 from vhostblk.block.introspection import directory, filename, is_overridden
@@ -93,7 +92,7 @@ async def set_backing(graph: BlockGraph, node: BlockNode, backing: BlockNode | N
             change.refresh(node)
         node.child_changed(edge)
         if old is not None:
-            await to_the_end(graph.collect(old))
+            await graph.collect(old)
 
 
 def check_supports_backing(node: BlockNode) -> None:

@@ -220,15 +220,15 @@ class BlockGraph:
         node.references += 1
 
     async def release(self, node: BlockNode) -> None:
-        """Undo one `hold`; a node that nobody needs any more is closed, also if whoever waits is cancelled."""
+        """Undo one `hold`; a node that nobody needs any more is closed."""
         assert node.references > 0
         node.references -= 1
-        await to_the_end(self.collect(node))
+        await self.collect(node)
 
     async def collect(self, node: BlockNode) -> None:
-        """Close a node if nobody needs it any more (row B07.7)."""
+        """Close a node if nobody needs it any more (row B07.7), also if whoever waits is cancelled."""
         if not node.parents and not node.references and self.nodes.get(node.node_name) is node:
-            await self._close(node)
+            await to_the_end(self._close(node))
 
     def adopt(self, node: BlockNode) -> BlockNode:
         """The node stays until the user removes it."""
@@ -237,9 +237,9 @@ class BlockGraph:
         return node
 
     async def give_up(self, node: BlockNode) -> None:
-        """Nobody has asked for the node to stay; close it if nobody needs it, also if whoever waits is cancelled."""
+        """Nobody has asked for the node to stay; close it if nobody needs it."""
         self._disown(node)
-        await to_the_end(self.collect(node))
+        await self.collect(node)
 
     def is_owned(self, node: BlockNode) -> bool:
         """Whether it is the user who has to remove it (row B07.4)."""

@@ -16,7 +16,6 @@ from vhostblk.block import opening
 from vhostblk.block.backing import check_supports_backing, name_for, record
 from vhostblk.block.chain import overlays_of
 from vhostblk.block.edge import Edge
-from vhostblk.block.execution import to_the_end
 from vhostblk.block.keyval import flatten
 from vhostblk.block.node import BlockNode
 from vhostblk.block.op_blockers import OpType, check_frozen, check_op
@@ -111,7 +110,7 @@ async def replace_node(graph: BlockGraph, old: BlockNode, new: BlockNode) -> Non
     async with graph.changing(old, new):
         with GraphTransaction() as change:
             _move_parents(change, old, new)
-        await to_the_end(graph.collect(old))
+        await graph.collect(old)
 
 
 async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:
@@ -126,7 +125,7 @@ async def replace_child(graph: BlockGraph, edge: Edge, new: BlockNode) -> None:
             change.move(edge, new)
             if isinstance(edge.parent, BlockNode):
                 change.refresh(edge.parent)
-        await to_the_end(graph.collect(old))
+        await graph.collect(old)
 
 
 async def add_child(graph: BlockGraph, parent: BlockNode, child: BlockNode) -> Edge:
@@ -163,7 +162,7 @@ async def del_child(graph: BlockGraph, parent: BlockNode, name: str) -> None:
             change.detach(edge)
             change.refresh(parent)
         parent.compute_limits()
-        await to_the_end(graph.collect(edge.node))
+        await graph.collect(edge.node)
 
 
 async def record_backing(node: BlockNode) -> None:

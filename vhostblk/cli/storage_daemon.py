@@ -7,6 +7,7 @@ refused by name.
 from __future__ import annotations
 
 import argparse
+import itertools
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,18 +141,9 @@ def run(args: argparse.Namespace) -> None:
         ConfigError, BlockError, OSError: one line explains it.
     """
     drivers = _drivers(args.block_drv_rw_whitelist, args.block_drv_ro_whitelist)
-    for text in args.blockdev:
-        if (help_text := blockdev_help(text, drivers)) is not None:
-            print(help_text)
-            return
-    for text in args.export:
-        if (help_text := export_help(text)) is not None:
-            print(help_text)
-            return
-    for text in args.object:
-        if (help_text := object_help(text, _OBJECTS)) is not None:
-            print(help_text)
-            return
+    if (help_text := _help(args, drivers)) is not None:
+        print(help_text)
+        return
     for text in args.trace:
         if read_trace_option(text):
             return
@@ -175,6 +167,16 @@ def run(args: argparse.Namespace) -> None:
         if names.count(thing.name) > 1:
             raise ConfigError(f"--object {_KINDS[type(thing)]},id={thing.name}: this id is in use")
     run_daemon(config, detach=args.daemonize, sandbox=sandbox_mode(args.sandbox))
+
+
+def _help(args: argparse.Namespace, drivers: DriverRegistry) -> str | None:
+    """What the first option that asks for help is told."""
+    answers = itertools.chain(
+        (blockdev_help(text, drivers) for text in args.blockdev),
+        (export_help(text) for text in args.export),
+        (object_help(text, _OBJECTS) for text in args.object),
+    )
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _names(text: str) -> list[str]:

@@ -167,8 +167,7 @@ class FileNode(PosixNode):
         was_empty = not self._size
         await super().driver_truncate(length, preallocation)
         if was_empty and preallocation is Preallocation.OFF:
-            where = self._fd, length
-            await self._io.call(host_file.allocate_first_block, *where, file=self._fd)
+            await self._call(host_file.allocate_first_block, length)
 
     def exact_filename(self) -> str:
         """The path; written so that nobody takes a part of it for a protocol."""

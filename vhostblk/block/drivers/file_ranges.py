@@ -10,6 +10,8 @@ Knows nothing about reads and writes of data, which are in `posix.py`.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from vhostblk.block.drivers import host_file
 from vhostblk.block.flags import StatusFlag
@@ -23,6 +25,8 @@ from vhostblk.block.host_io import (
 from vhostblk.block.node import BlockNode, Req
 from vhostblk.block.status import BlockStatus, StatusRun, StatusRuns
 from vhostblk.errors import BlockError
+
+T = TypeVar("T")
 
 _MAY_UNMAP = int(Req.MAY_UNMAP)
 
@@ -129,12 +133,12 @@ class FileRanges(BlockNode):
         self._check_presence()
         if self._data_start <= offset < self._data_end:
             return [(_IS_DATA, min(length, self._data_end - offset), offset)]
-        where = self._fd, offset, length, self.limits.request_alignment, most
+        where = offset, length, self.limits.request_alignment, most
         changes, end = self._changes, offset + length
         if self._inline:
-            runs = host_file.find_runs(*where)
+            runs = host_file.find_runs(self._fd, *where)
         else:
-            runs = await self._io.call(host_file.find_runs, *where, file=self._fd)
+            runs = await self._call(host_file.find_runs, *where)
         found: list[StatusRun] = []
         for is_data, count in runs:
             if is_data and changes == self._changes:
@@ -177,11 +181,14 @@ class FileRanges(BlockNode):
             self._changed_ranges()
         return True
 
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Have a thread do something that may wait for the file, which it is given first."""
+        return await self._io.call(function, self._fd, *arguments, file=self._fd)
+
     async def _device_range(self, request: int, offset: int, length: int) -> bool:
         self._check_presence()
         try:
-            where = self._fd, request, offset, length
-            await self._io.call(host_file.device_range, *where, file=self._fd)
+            await self._call(host_file.device_range, request, offset, length)
         except BlockError as error:
             if error.errno in _MISSING:
                 return False

@@ -112,7 +112,7 @@ class PosixNode(FileRanges):
         while True:
             before = self._size
             try:
-                size, is_there = await self._io.call(host_file.look, self._fd, file=self._fd)
+                size, is_there = await self._call(host_file.look)
             except OSError as error:
                 raise block_error(error) from None
             if self._size == before:
@@ -153,7 +153,7 @@ class PosixNode(FileRanges):
 
     async def _read_large(self, offset: int, length: int, iov: IoVec) -> None:
         # Not by io_uring, which would copy what is in the page cache before it returns to us.
-        got = await self._io.call(read_all, self._fd, offset, iov, file=self._fd)
+        got = await self._call(read_all, offset, iov)
         if got < length:
             await self._read_rest(offset, length, iov, got)
 
@@ -201,7 +201,7 @@ class PosixNode(FileRanges):
         return DONE
 
     async def _write_large(self, offset: int, length: int, iov: IoVec) -> None:
-        await self._io.call(write_all, self._fd, offset, iov, file=self._fd)
+        await self._call(write_all, offset, iov)
         self._size = max(self._size, offset + length)
 
     async def _write(self, offset: int, length: int, iov: IoVec, dsync: bool) -> None:
@@ -304,8 +304,7 @@ class PosixNode(FileRanges):
             if preallocation is Preallocation.FALLOC:
                 await self._io.fallocate(self._fd, 0, before, length - before)
             else:
-                where = self._fd, before, length, self._direct
-                await self._io.call(host_file.write_zeroes, *where, file=self._fd)
+                await self._call(host_file.write_zeroes, before, length, self._direct)
         except BlockError:
             # What was allocated so far would look like a longer disk.
             await self._truncate_file(before)
@@ -318,12 +317,12 @@ class PosixNode(FileRanges):
 
     async def driver_allocated_size(self) -> int:
         """What the file system says; 0 for a device."""
-        status = await self._io.call(os.fstat, self._fd, file=self._fd)
+        status = await self._call(os.fstat)
         return status.st_blocks * 512
 
     async def _truncate_file(self, size: int) -> None:
         try:
-            await self._io.call(os.ftruncate, self._fd, size, file=self._fd)
+            await self._call(os.ftruncate, size)
         except OSError as error:
             raise block_error(error) from None
         finally:

@@ -129,11 +129,9 @@ def read_offer(path: str, *, timeout: float) -> Offer:
         problems: list[str] = []
         try:
             offer = _ask_all(control, offer, problems)
-        except PeerError as error:
+        except (PeerError, TimeoutError) as error:
             problems.append(str(error))
-        except TimeoutError as error:
-            problems.append(str(error))
-            offer = dataclasses.replace(offer, is_whole=False)
+            offer = dataclasses.replace(offer, is_whole=not isinstance(error, TimeoutError))
         return dataclasses.replace(offer, problems=tuple(problems))
     finally:
         control.close()
